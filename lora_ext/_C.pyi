@@ -116,7 +116,6 @@ class Plan:
     predicted_us: dict[str, float]
     wgmma: bool
     fused_shrink: bool
-    pairs_per_ticket: int
     wgrad_uses_pdl: bool
     blocks: int
     shrink_splits: int
@@ -161,30 +160,35 @@ def plan_as_asked(
     groups, for this number of adapters and an index."""
 
 class Sustained:
-    """The rates that a card is assumed to sustain (csrc/kernels/plan/rates.h)."""
+    """What a card is assumed to sustain (csrc/kernels/plan/predict.h)."""
 
     tflops: float
     dram_gb_s: float
-    gap_us: float
+    mma_share: float
+    launch_us: float
 
 class Launch:
-    """A predicted launch, in `times` parts; flop at the rate of the library's large products."""
+    """A predicted launch, or several, or work of the host (csrc/kernels/plan/predict.h)."""
 
     name: str
     bytes: float
     flop: float
-    times: int
+    share: float
+    blocks: int
+    launches: int
+    host_us: float
+    def us(self, card: Card) -> float:
+        """Microseconds on the device."""
 
 def sustained_by(card: Card) -> Sustained: ...
-def main_loop_share(card: Card, tile: str, masked: bool) -> float:
-    """The share of the rate of the library's main loop (csrc/kernels/plan/rates.h)."""
-
 def library_product(
     card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
 ) -> Launch: ...
-def predicted_launches(
-    card: Card, problem: Problem, plan: Plan, backward: bool
-) -> list[Launch]: ...
+def predicted_launches(plan: Plan) -> list[Launch]: ...
+
+host_us: dict[str, float]
+"""Assumed microseconds of the host: call, launch, library, allocation (plan/predict.h)."""
+
 def plan_numbers(plan: Plan) -> dict[str, int]:
     """Offsets and pitches in the workspace, shared memory, the tile's size: kernels/plan/plan.h."""
 

@@ -50,16 +50,15 @@ def reason(name: str) -> str:
 
 def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
     """What a plan launches, as sass_kernels.py names it, without the type of x."""
-    text = str(plan)
     if not plan.kernel:
         return set()
+    text, at = str(plan), _C.plan_numbers(plan)
     many = "lora_grouped" if groups else "lora"
     factors = " float" if groups and problem.float_adapters else ""
     named = _C.kernels_of(plan, problem, backward=backward).name
     element = " element" if "element-wise" in named else ""
     if plan.tile == "decode" and plan.blocks:
-        batch = _C.plan_numbers(plan)["batch"]
-        return {f"lora_decode{' float' if problem.float_adapters else ''} {batch}"}
+        return {f"lora_decode{' float' if problem.float_adapters else ''} {at['batch']}"}
     masked = " masked" if problem.dropout else ""
     orientation = " MN-major" if backward else ""
     found = {"lora_grouped_count", "lora_grouped_scan", "lora_grouped_place"} if groups else set()
@@ -69,11 +68,11 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
         found.add(f"lora_dsdb {16 if plan.columns <= 16 else 32}{element}")
     elif plan.shrink_splits:
         found.add(f"{many}_shrink{factors}{orientation or masked}{element}")
-    if f"{many}_reduce\n" in text:
+    if f"{many}_reduce," in text:
         found.add(f"{many}_reduce")
     if plan.blocks:
         found.add(gemm_of(plan, many, factors + orientation + masked * backward, named))
-    if f"{many}_wgrad" in text:
+    if f"{many}_wgrad," in text:
         found.add(f"{many}_wgrad{factors}{masked}{element}")
         found.add(f"{many}_reduce_wgrad{factors}")
     return found

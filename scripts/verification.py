@@ -29,7 +29,7 @@ Written by `python scripts/verification.py` from the result files; a test compar
 - **emulator-verified**: kernels run by the execution layer on a CPU ([emulation.md](emulation.md));
 - **compiled**: seen in what nvcc and ptxas made of the source.
 
-What the planner predicts of a card ([kernels.md](kernels.md#planner)) is no claim:
+What the planner predicts of a card ([predictions.md](predictions.md)) is no claim:
 `make gpu` puts it beside what it measures.
 """
 

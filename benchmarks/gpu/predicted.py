@@ -1,6 +1,7 @@
-"""What the planner predicts of a cell, to stand beside its measured time.
+"""What the planner predicts of a cell on the device, to stand beside its measured time.
 
-The frozen and the merged layer are one product of the library; of other packages it says nothing.
+Without the host, as a graph's replay. The frozen and the merged layer are one product of the
+library; of other packages it says nothing.
 """
 
 from __future__ import annotations
@@ -45,17 +46,11 @@ def launches_of(card: _C.Card | None, cell: Cell, variant: str) -> list[tuple[st
         for direction in backward:
             planned = _C.plan_backward if direction else _C.plan_forward
             plan = planned(card, problem, route)
-            launches += _C.predicted_launches(card, problem, plan, direction)
-    return [(launch.name, _us(card, launch)) for launch in launches]
+            launches += _C.predicted_launches(plan)
+    times = [(launch.name, launch.us(card)) for launch in launches]
+    return [(name, us) for name, us in times if us > 0]  # allocations are the host's
 
 
 def _product(card: _C.Card, cell: Cell, backward: bool) -> _C.Launch:
     n, k = cell.out_features, cell.in_features
     return _C.library_product(card, cell.rows, *((k, n) if backward else (n, k)))
-
-
-def _us(card: _C.Card, launch: _C.Launch) -> float:
-    """As the planner adds them up: the longer of its products and its bytes, and the gaps."""
-    rates = _C.sustained_by(card)
-    busy = max(launch.flop / rates.tflops / 1e6, launch.bytes / rates.dram_gb_s / 1e3)
-    return busy + launch.times * rates.gap_us

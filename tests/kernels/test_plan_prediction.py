@@ -9,18 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import plans, sizes
 
-import lora_ext
 from lora_ext import _C
+from lora_ext.kernels import CARDS
 
-ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "docs" / "kernels.md"
-HEADER = ROOT / "csrc" / "kernels" / "plan" / "rates.h"
-COUNTED = ("A100", "L40S", "H100")  # the columns of its tables
-NUMBER = r"\d\.\d{3}"
+PAGE = Path(__file__).parents[2] / "docs" / "predictions.md"
+HOST = _C.host_us
 shapes = st.tuples(sizes, sizes, sizes, st.integers(1, 512))
 options = st.fixed_dictionaries(
     {
-        "card": st.sampled_from(sorted(lora_ext.kernels.CARDS)),
+        "card": st.sampled_from(sorted(CARDS)),
         "adapter_dtype": st.sampled_from([torch.bfloat16, torch.float32]),
         "dropout": st.booleans(),
         "aligned": st.booleans(),
@@ -28,207 +25,297 @@ options = st.fixed_dictionaries(
 )
 
 
-def counted(table: str) -> list[float]:
-    """The numbers of one of the header's tables."""
-    text = HEADER.read_text().split(f"{table}[] = " if "Dsdb" in table else f"{table} = ")[1]
-    return [float(number) for number in re.findall(NUMBER, text.partition(";")[0])]
-
-
 def route_of(plan):
     return "library" if not plan.kernel else "hybrid" if plan.hybrid else "kernel"
 
 
-def problem_of(shape, card, adapter_dtype, dropout, aligned):
+def problem_of(shape, adapter_dtype=torch.bfloat16, dropout=False, aligned=True):
     rows, in_features, out_features, rank = shape
     problem = _C.Problem(rows, out_features, in_features, rank)
     problem.float_adapters, problem.dropout = adapter_dtype == torch.float32, dropout
     problem.aligned = problem.aligned_weight = problem.aligned_a = problem.aligned_b = aligned
-    return lora_ext.kernels.CARDS[card], problem
+    return problem
+
+
+def device_us(card, plan):
+    return sum(launch.us(card) for launch in _C.predicted_launches(plan))
+
+
+def call_us(card, plan):
+    """By hand: the longer of the device and the host; products in whole waves of blocks."""
+    rates, launches = _C.sustained_by(card), _C.predicted_launches(plan)
+    device = 0.0
+    for one in launches:
+        filled = one.blocks / (-(-one.blocks // card.sms) * card.sms)
+        products = one.flop / (one.share * filled * rates.tflops * 1e6)
+        copies = one.bytes / (rates.dram_gb_s * 1e3)
+        device += max(products, copies) + one.launches * rates.launch_us
+    return max(device, HOST["call"] + sum(one.host_us for one in launches))
 
 
 @settings(deadline=None, max_examples=200)
 @given(shape=shapes, named=options)
-def test_our_base_product_is_taken_where_it_leads_by_more_than_a_prediction_may_be_off(
-    shape, named
-):
-    card, problem = problem_of(shape, **named)
-    decodes = _C.plan_forward(card, problem, "kernel").tile == "decode"
-    for backward, plan in enumerate(plans(*shape, **named)):
-        times = plan.predicted_us
-        other = min(times[name] for name in ("library", "hybrid") if name in times)
-        one_launch = decodes and not backward
-        if shape[0] < 64:
-            assert ("kernel" in times) == one_launch
-        if times.get("kernel", other) < (1.0 if one_launch else 0.9) * other:
-            assert route_of(plan) == "kernel" and plan.reason.startswith("predicted")
-        else:
-            assert times[route_of(plan)] == other and plan.reason.startswith("predicted")
-
-
-@settings(deadline=None, max_examples=200)
-@given(shape=shapes, named=options)
-def test_a_route_is_predicted_to_take_the_sum_of_its_launches(shape, named):
-    card, problem = problem_of(shape, **named)
-    rates = _C.sustained_by(card)
+def test_a_route_is_predicted_to_take_its_launches_or_the_host_s_work_for_them(shape, named):
+    card = CARDS[named["card"]]
+    problem = problem_of(shape, named["adapter_dtype"], named["dropout"], named["aligned"])
     for backward, plan in enumerate(plans(*shape, **named)):
         planner = _C.plan_backward if backward else _C.plan_forward
         for name, us in plan.predicted_us.items():
-            asked = planner(card, problem, name)
-            found = _C.predicted_launches(card, problem, asked, bool(backward))
-            by_hand = sum(
-                max(one.flop / rates.tflops / 1e6, one.bytes / rates.dram_gb_s / 1e3)
-                + one.times * rates.gap_us
-                for one in found
-            )
-            assert us == pytest.approx(by_hand) and f"{us:.1f} us" in str(plan)
+            assert us == pytest.approx(call_us(card, planner(card, problem, name)))
+            assert f"{name} {us:.1f} us" in str(plan)
 
 
-@settings(deadline=None)
-@given(rows=st.integers(1, 63), named=options)
-def test_few_rows_leave_the_base_product_to_the_library_or_take_one_launch(rows, named):
-    forward, backward = plans(rows, 4096, 4096, 16, **named)
-    assert route_of(backward) != "kernel" and "fewer than 64 rows" in backward.reason
-    if named["dropout"] or not named["aligned"]:
-        assert route_of(forward) != "kernel" and "fewer than 64 rows" in forward.reason
-    elif route_of(forward) != "kernel":  # whose memory is faster than the loop for so many rows
-        assert named["card"] == "B200" and rows > 16
-        us = dict(forward.predicted_us)
-        assert us.pop("kernel") >= min(us.values())
-    else:
-        assert forward.tile == "decode" and "one launch" in forward.reason
+@settings(deadline=None, max_examples=200)
+@given(shape=shapes, named=options)
+def test_our_base_product_is_taken_where_the_device_is_over_a_tenth_faster(shape, named):
+    card = CARDS[named["card"]]
+    problem = problem_of(shape, named["adapter_dtype"], named["dropout"], named["aligned"])
+    for backward, plan in enumerate(plans(*shape, **named)):
+        planner = _C.plan_backward if backward else _C.plan_forward
+        times = dict(plan.predicted_us)
+        times.pop("kernel", None)
+        other = min(times, key=lambda name: (times[name], name))  # hybrid before the library
+        if "kernel" in plan.predicted_us:
+            ours, theirs = planner(card, problem, "kernel"), planner(card, problem, other)
+            lead = 1.0 if ours.tile == "decode" and not backward else 0.9
+            if device_us(card, ours) < lead * device_us(card, theirs):
+                other = "kernel"
+        assert route_of(plan) == other and plan.reason.startswith("predicted")
 
 
-@pytest.mark.parametrize("card", sorted(set(lora_ext.kernels.CARDS) - {"H100"}))
-@pytest.mark.parametrize("rows", [64, 512, 2048, 8192, 32768])
-@pytest.mark.parametrize(("k", "n"), [(1024, 1024), (4096, 4096), (4096, 14336), (8192, 8192)])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_main_loops_on_mma_sync_are_taken_with_a_lead_alone(card, rows, k, n, dropout):
-    """On cards with 100 KiB of shared memory, whose deep tile saves launches; on an A100 where a
-    product is so small that they weigh most."""
+def test_a_tile_is_the_one_whose_launches_are_predicted_to_end_first():
+    for name, shape in (("H100", (2048, 1024, 1024, 16)), ("A100", (512, 1024, 1024, 16))):
+        card, problem = CARDS[name], problem_of(shape)
+        tiles = _C.tiles_of(card, backward=False, float_adapters=False, dropout=False)
+        asked = {"backward": False, "choice": "kernel"}
+        found = {tile: _C.plan_as_asked(card, problem, **asked, tile=tile) for tile in tiles}
+        by_us = {plan.tile: device_us(card, plan) for plan in found.values()}
+        best = _C.plan_as_asked(card, problem, **asked)
+        assert device_us(card, best) == min(by_us.values()) and best.tile == min(
+            by_us, key=by_us.get
+        )
+
+
+def test_the_rates_of_an_h100_stay_what_the_page_was_computed_with():
+    """So that no figure of the page is bent by them: a change here is a change of all of them."""
+    rates = _C.sustained_by(CARDS["H100"])
+    assert (rates.tflops, rates.dram_gb_s, rates.launch_us) == (790, 3000, 2.5)
+    assert rates.mma_share == 0.65
+    assert HOST == {"call": 14, "launch": 2.2, "library": 6.5, "allocation": 1.2}
+    text = PAGE.read_text()
+    for said in ("790 TFLOP/s", "3000 GB/s", "2.5 us", "0.65"):
+        assert said in text
+
+
+def test_a_card_has_what_its_generation_has_for_each_sm():
+    whole, part = (_C.sustained_by(_C.Card(90, sms, 233472, 232448)) for sms in (132, 66))
+    assert part.tflops == pytest.approx(whole.tflops / 2)
+    assert part.dram_gb_s == pytest.approx(whole.dram_gb_s / 2)
+    assert part.launch_us == whole.launch_us
+    between = _C.sustained_by(_C.Card(87, 72, 167936, 166912))  # as 8.6, the last before it
+    assert between.tflops == pytest.approx(_C.sustained_by(CARDS["A10"]).tflops)
+
+
+@pytest.mark.parametrize("route", ["library", "hybrid"])
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+def test_dropout_draws_a_seed_on_each_route(route, adapters):
+    card = CARDS["H100"]
+    for dropout in (False, True):
+        plan = _C.plan_forward(card, problem_of((64, 512, 512, 8), adapters, dropout), route)
+        names = [launch.name for launch in _C.predicted_launches(plan)]
+        assert names.count("seed") == dropout
+
+
+def test_few_rows_of_a_backward_take_as_long_as_the_host():
+    card, problem = CARDS["H100"], problem_of((16, 2048, 2048, 16))
+    plan = _C.plan_backward(card, problem)
+    assert route_of(plan) == "hybrid"  # one call of the library, not six
+    assert plan.predicted_us["library"] == pytest.approx(HOST["call"] + 6 * HOST["library"])
+    # split, dsdb, reduce, gemm, wgrad, reduce_wgrad; dX, dA, dB and the workspace.
+    ours = HOST["call"] + 6 * HOST["launch"] + HOST["library"] + 4 * HOST["allocation"]
+    assert plan.predicted_us["hybrid"] == pytest.approx(ours)
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_few_rows_take_one_launch_that_reads_the_weight_once(name, rows):
+    card, problem = CARDS[name], problem_of((rows, 4096, 4096, 16))
+    plan = _C.plan_forward(card, problem)
+    assert plan.tile == "decode" and "one launch" in plan.reason
+    [launch] = [each for each in _C.predicted_launches(plan) if each.name == "lora_decode"]
+    assert launch.bytes == 2 * (4096 * 4096 + rows * 2 * 4096 + 16 * 2 * 4096)
+    # 20 bytes of W and A a nanosecond and block: so the loop is what takes longest on a B200.
+    assert (launch.us(card) > launch.bytes / _C.sustained_by(card).dram_gb_s / 1e3 + 5.1) == (
+        name == "B200"
+    )
+
+
+@pytest.mark.parametrize("card", sorted(set(CARDS) - {"H100"}))
+@pytest.mark.parametrize("rows", [512, 2048, 8192])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 14336), (8192, 8192)])
+def test_large_base_products_are_left_to_the_library(card, rows, k, n):
     for adapters in (torch.bfloat16, torch.float32):
-        for plan in plans(rows, k, n, 16, card=card, adapter_dtype=adapters, dropout=dropout):
-            if route_of(plan) == "kernel" and plan.tile != "decode":
-                small = (rows, k, n) == (512, 1024, 1024)
-                assert plan.tile == ("128 x 64" if card == "A100" else "deep 128 x 128")
-                assert small or card != "A100"
-                us = dict(plan.predicted_us)
-                assert us.pop("kernel") < 0.9 * min(us.values())
+        for plan in plans(rows, k, n, 16, card=card, adapter_dtype=adapters, dropout=True):
+            assert route_of(plan) in ("hybrid", "library")
 
 
 @pytest.mark.parametrize("name", ["A100", "H100"])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_kernels_of_few_columns_go_by_what_their_loops_were_counted_to_reach(name, dropout):
-    column = COUNTED.index(name)
-    rates = {f"lora_{kernel}": counted(f"k{kernel.title()}Rate") for kernel in ("shrink", "wgrad")}
-    rates = {kernel: (row[2 * column], row[2 * column + 1]) for kernel, row in rates.items()}
-    rates["lora_dsdb"] = [counted("kDsdbRate")[column]]  # of 16 columns
-    library = counted("kLibraryRate")[column]
-    card, problem = problem_of((8192, 4096, 4096, 16), name, torch.bfloat16, dropout, True)
-    instruction = 0.65 if name == "H100" else 1.0
-    products = {"lora_shrink": 128, "lora_wgrad": 128, "lora_dsdb": 64}  # of an element
-    sms = card.sms
+def test_kernels_of_few_columns_take_whole_waves(name, dropout):
+    card, problem = CARDS[name], problem_of((8192, 4096, 4096, 16), torch.bfloat16, dropout)
+    seen = set()
     for backward in (False, True):
-        planner = _C.plan_backward if backward else _C.plan_forward
-        plan = planner(card, problem, "hybrid")
-        for launch in _C.predicted_launches(card, problem, plan, backward):
-            if launch.name not in products:
+        plan = (_C.plan_backward if backward else _C.plan_forward)(card, problem, "hybrid")
+        blocks = {
+            "lora_shrink": 128 * plan.shrink_splits,
+            "lora_wgrad": 32 * plan.dlora_a_splits,
+            "lora_dsdb": plan.panels * plan.dlora_b_splits,
+            "lora_gemm": 64 * 64,
+        }
+        for launch in _C.predicted_launches(plan):
+            if launch.name not in blocks:
                 continue
-            masked = dropout and launch.name != "lora_dsdb"
-            share = rates[launch.name][masked] / library * instruction
-            expected = 8192 * 4096 * products[launch.name] / share
-            blocks = {
-                "lora_shrink": 128 * plan.shrink_splits,
-                "lora_wgrad": 32 * plan.dlora_a_splits,
-                "lora_dsdb": plan.panels * plan.dlora_b_splits,
-            }[launch.name]
-            expected *= -(-blocks // sms) * sms / blocks  # the last SM has as many as any
-            assert launch.flop == pytest.approx(expected), launch.name
+            seen.add(launch.name)
+            drawn = dropout and launch.name != "lora_dsdb"
+            drawn = drawn and (backward or launch.name != "lora_gemm")
+            assert launch.flop == 2 * 64 * 8192 * 4096 and launch.blocks == blocks[launch.name]
+            assert launch.share == pytest.approx(
+                (0.33 if drawn else 0.5) * _C.sustained_by(card).mma_share
+            )
+    assert len(seen) == 4
 
 
-def test_hopper_takes_ours_where_launches_and_passes_weigh_most():
-    wide, _ = plans(8192, 1024, 1024, 16, card="H100")
-    assert wide.tile == "fused-shrink 128 x 256" and not wide.hybrid
-    assert "over 10 % faster" in str(wide)
-    large, _ = plans(8192, 8192, 8192, 16, card="H100")
-    assert route_of(large) == "library" and large.predicted_us["kernel"] < 1.1 * sum(
-        [large.predicted_us["library"]]
-    )
+def test_a_product_of_the_library_is_whole_waves():
+    card = CARDS["H100"]
+    found = _C.library_product(card, 8192, 4096, 4096)
+    assert found.blocks == 64 * 32 and found.flop == 2 * 8192 * 4096 * 4096
+    assert found.bytes == 2 * (8192 * 4096 * 2 + 4096 * 4096)
+    # 15.5 waves of 132, so 16; and the launch.
+    assert found.us(card) == pytest.approx(found.flop / 790e6 * 16 * 132 / 2048 + 2.5)
+    # 8 tiles of 128 x 128 in 8 parts of 512.
+    assert _C.library_product(card, 1024, 128, 4096).blocks == 64
+
+
+def test_t_is_free_where_clusters_are_idle_in_the_last_wave():
+    def late(rows, columns, rank=16, backward=False, dropout=False):
+        problem = problem_of((rows, 4096, columns, rank), dropout=dropout)
+        planner = _C.plan_backward if backward else _C.plan_forward
+        plan = planner(CARDS["H100"], problem, "kernel")
+        assert plan.fused_shrink
+        return [one.blocks for one in _C.predicted_launches(plan) if one.name == "T in the grid"]
+
+    assert late(8192, 14336) == []  # 1792 pairs of tiles on 66 clusters: 56 idle, 32 pairs of T
+    assert late(8192, 4096) == [64]  # 512: 16 idle
+    assert late(8448, 14336, 64, backward=True) == [66]  # 528: none
+    assert late(8192, 14336, 64, backward=True, dropout=True) == [64]  # masked tiles begin with T
 
 
 def test_float32_adapters_are_not_left_to_the_library():
-    for card in lora_ext.kernels.CARDS:
+    for card in CARDS:
         for plan in plans(4096, 4096, 4096, 16, card=card, adapter_dtype=torch.float32):
             assert plan.predicted_us["hybrid"] < plan.predicted_us["library"]
 
 
-def test_a_card_has_what_its_generation_has_for_each_sm():
-    h100, half = lora_ext.kernels.CARDS["H100"], _C.Card(90, 66, 233472, 232448)
-    whole, part = _C.sustained_by(h100), _C.sustained_by(half)
-    assert part.tflops == pytest.approx(whole.tflops / 2)
-    assert part.dram_gb_s == pytest.approx(whole.dram_gb_s / 2) and part.gap_us == whole.gap_us
-    between = _C.sustained_by(_C.Card(87, 72, 167936, 166912))  # as 8.6, the last before it
-    assert between.tflops == pytest.approx(_C.sustained_by(lora_ext.kernels.CARDS["A10"]).tflops)
-
-
-def test_an_epilogue_weighs_more_in_a_shallow_product():
-    def gemm(k):
-        card, problem = problem_of((8192, k, 4096, 16), "H100", torch.bfloat16, False, True)
-        plan = _C.plan_forward(card, problem, "kernel")
-        assert plan.tile == "fused-shrink 128 x 256"
-        *_, last = _C.predicted_launches(card, problem, plan, False)
-        return last.flop
-
-    # 8 waves of 66 pairs of tiles, k, the rank and 64 columns deep. T is late for the first by what
-    # two jobs take longer than a tile: in each step 128 rows of x and 8 of lora_a, 64 columns wide,
-    # at 37.1 bytes a clock, a fifth slower beside tiles, which take 1024 clocks.
-    late = 1.2 * 2 * 2 * 64 * (128 + 8) / 37.1 / 1024 - 1
-    share = _C.main_loop_share(
-        lora_ext.kernels.CARDS["H100"], "fused-shrink 128 x 256", masked=False
-    )
-    for k in (512, 4096):
-        assert gemm(k) == pytest.approx((8 + late) * 132 * 2 * 128 * 256 * (k + 16 + 64) / share)
-
-
-def test_a_main_loop_goes_by_what_its_card_was_counted_to_reach():
-    cards, share = lora_ext.kernels.CARDS, _C.main_loop_share
-    # As the header has it, over the library's.
-    tiles = re.findall(r"^ {4}\{(.+)\},  // (.+)$", HEADER.read_text(), re.MULTILINE)
-    assert len(tiles) == 6
-    for text, tile in tiles:
-        row = [float(number) for number in re.findall(NUMBER, text)]
-        for column, card in enumerate(COUNTED):
-            instruction = 0.65 if card == "H100" else 1.0  # mma.sync's rate over wgmma's
-            of_one = 1.0 if re.match("wgmma|fused-shrink|pingpong", tile) else instruction
-            for rate, masked in zip(row[2 * column : 2 * column + 2], (False, True), strict=True):
-                expected = rate / counted("kLibraryRate")[column] * of_one
-                assert share(cards[card], tile, masked) == pytest.approx(expected)
-    assert share(cards["A10"], "128 x 64", False) == share(cards["L40S"], "128 x 64", False)
-    # Compute capability 8.7 has shared memory for all tiles.
-    orin = _C.Card(87, 16, 167936, 166912)
-    assert share(orin, "128 x 128", False) == share(cards["A100"], "128 x 128", False)
+def table(heading):
+    """Rows of the page's table below a heading, each a list of cells."""
+    part = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \|$", part, re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows[1:]]
 
 
 def cell(plan):
-    times = plan.predicted_us
-    other = min(times[name] for name in ("library", "hybrid") if name in times)
-    name = plan.tile if route_of(plan) == "kernel" else route_of(plan)
-    return f"{name} {times['kernel'] / other:.2f}" if "kernel" in times else name
+    route = route_of(plan)
+    return f"{plan.tile if route == 'kernel' else route} {plan.predicted_us[route]:.0f}"
 
 
-def test_the_table_of_choices_in_the_docs_is_what_the_planner_says():
-    row = r"^\| (\w+) \| (\d+) x (\d+) \| (\d+) \|((?: [^|]+ \|){4})$"
-    found = re.findall(row, KERNELS.read_text(), re.MULTILINE)
-    assert {card for card, *_ in found} == {"A100", "L40S", "H100"}
-    for card, k, n, rows, cells in found:
-        shape = (int(rows), int(k), int(n), 16)
-        half = plans(*shape, card=card)
-        wide = plans(*shape, card=card, adapter_dtype=torch.float32, dropout=True)
-        expected = [cell(plan) for plan in (*half, *wide)]
-        assert [text.strip() for text in cells.split("|")[:-1]] == expected, (card, k, n, rows)
+def test_the_table_of_choices_is_what_the_planner_says():
+    rows = table("Choices")
+    assert {row[0] for row in rows} == {"A100", "L40S", "H100"}
+    for name, layer, count, *cells in rows:
+        k, n = map(int, layer.split(" -> "))
+        shape, found = (int(count), k, n, 16), []
+        for named in ({}, {"adapter_dtype": torch.float32, "dropout": True}):
+            found += [cell(plan) for plan in plans(*shape, card=name, **named)]
+        assert cells == found, (name, layer, count)
 
 
-def test_a_product_of_the_library_is_whole_waves():
-    # 64 x 16 tiles of 128 x 256 on 132 SMs: 7.76 waves, so 8.
-    found = _C.library_product(lora_ext.kernels.CARDS["H100"], 8192, 4096, 4096)
-    assert found.flop == pytest.approx(2 * 8 * 132 * 128 * 256 * 4096)
-    assert found.bytes == 2 * (8192 * 4096 * 2 + 4096 * 4096)
+def test_the_plan_on_the_page_is_what_the_planner_says():
+    named = {"card": "H100", "adapter_dtype": torch.float32, "dropout": True}
+    forward, _ = plans(4096, 4096, 4096, 16, **named)
+    shown = f"forward: {forward}".splitlines()
+    assert "\n".join(f"    {line}" for line in shown) in PAGE.read_text()
+
+
+def step_us(card, shape, adapters, **named):
+    problem, total = problem_of(shape, **named), 0.0
+    for backward in (False, True):
+        asked = {"backward": backward, "choice": "auto", "groups": 0 if adapters == 1 else adapters}
+        plan = _C.plan_as_asked(card, problem, **asked)
+        total += plan.predicted_us[route_of(plan)]
+    return total
+
+
+LAYERS = {"k_proj": (4096, 1024), "q_proj": (4096, 4096), "up_proj": (4096, 14336)}
+
+
+def test_the_table_of_steps_is_what_the_planner_says():
+    rows = table("Before and after")
+    assert len(rows) == 3 * 3 * 3
+    for name, layer, count, *cells in rows:
+        shape, found = (int(count), *LAYERS[layer], 16), []
+        for named in ({"adapter_dtype": torch.float32, "dropout": True}, {}):
+            found += [step_us(CARDS[name], shape, many, **named) for many in (1, 8)]
+        assert [text.split(" -> ")[1] for text in cells] == [f"{us:.0f}" for us in found]
+
+
+def frozen_us(card, rows, k, n):
+    return sum(_C.library_product(card, rows, *pair).us(card) for pair in ((n, k), (k, n)))
+
+
+def cost_of(layer, route):
+    """Launches, allocations, MB, TFLOP, waves of products and us of a step on an H100.
+
+    Of 4096 rows with float32 adapters of rank 16 and dropout; frozen is the base product alone.
+    """
+    card, (k, n) = CARDS["H100"], LAYERS[layer]
+    if route == "frozen":
+        launches = [_C.library_product(card, 4096, *pair) for pair in ((n, k), (k, n))]
+        us = sum(launch.us(card) for launch in launches)
+    else:
+        problem = problem_of((4096, k, n, 16), torch.float32, dropout=True)
+        both = [planner(card, problem, route) for planner in (_C.plan_forward, _C.plan_backward)]
+        launches = [launch for plan in both for launch in _C.predicted_launches(plan)]
+        us = sum(call_us(card, plan) for plan in both)
+    count = sum(one.launches for one in launches)
+    if route in ("frozen", "library"):
+        allocated = count  # a result for each call of the library
+    else:
+        own = sum(one.host_us for one in launches if one.launches == 0) / HOST["allocation"]
+        allocated = round(own) + 1  # and the seed
+    waves = sum(-(-one.blocks // card.sms) for one in launches if one.flop)
+    moved, flop = (sum(getattr(one, of) for one in launches) for of in ("bytes", "flop"))
+    return count, allocated, moved / 1e6, flop / 1e12, waves, us
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "up_proj"])
+def test_the_cost_of_peft_s_default_step_is_what_the_planner_says(layer):
+    rows = [row for row in table("PEFT's default step on an H100") if row[0] == layer]
+    assert [row[1] for row in rows] == ["frozen", "hybrid", "kernel", "library"]
+    frozen = cost_of(layer, "frozen")[-1]
+    for _, route, *cells in rows:
+        count, allocated, moved, flop, waves, us = cost_of(layer, route)
+        expected = [f"{count}", f"{allocated}", f"{moved:.0f}", f"{flop:.3f}", f"{waves}"]
+        assert cells == [*expected, f"{us:.0f}", f"{us / frozen:.2f}"], (layer, route)
+    k, n = LAYERS[layer]
+    named = {"card": "H100", "adapter_dtype": torch.float32, "dropout": True}
+    assert {route_of(plan) for plan in plans(4096, k, n, 16, **named)} == {"hybrid"}
+
+
+def test_peft_s_default_step_is_close_to_the_frozen_layer_s_where_it_is_wide():
+    """At most 1.15 was wanted; the page says what bounds q_proj."""
+    card, ratios = CARDS["H100"], {}
+    for layer in ("q_proj", "up_proj"):
+        k, n = LAYERS[layer]
+        us = step_us(card, (4096, k, n, 16), 1, adapter_dtype=torch.float32, dropout=True)
+        ratios[layer] = us / frozen_us(card, 4096, k, n)
+    assert ratios["up_proj"] <= 1.15 < ratios["q_proj"] <= 1.31

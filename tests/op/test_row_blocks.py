@@ -86,8 +86,8 @@ def test_the_planner_counts_the_launches_of_the_route(library_route, blocks):
     problem.float_adapters = True
     for backward, counted, expected in ((False, in_forward, 6), (True, in_backward, 9)):
         plan = (_C.plan_backward if backward else _C.plan_forward)(card, problem, "library")
-        launches = _C.predicted_launches(card, problem, plan, backward)
-        assert sum(launch.times for launch in launches) == counted == 1 + expected * blocks
+        launches = _C.predicted_launches(plan)
+        assert sum(launch.launches for launch in launches) == counted == 1 + expected * blocks
 
 
 def test_without_gradients_s_keeps_its_dtype(library_route):

@@ -17,44 +17,32 @@ struct Table {
 struct Tables {
   std::mutex mutex;
   std::map<std::string, Table> by_card;
+  std::atomic<uint64_t> version{0};
 };
 Tables& tables() {
   static Tables all;
   return all;
 }
 
-std::atomic<uint64_t>& versions() {
-  static std::atomic<uint64_t> count{0};
-  return count;
-}
-
-// Tensors that torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
-bool as_allocated(const plan::Problem& p) {
+// Grouped calls are not autotuned: the best route depends on the row-to-adapter map. Tensors that
+// torch has just allocated are aligned if their rows are whole chunks of 16 bytes.
+bool was_measured_so(const plan::Problem& p) {
+  const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
+  if (!p.half_dtype() || p.given_base || p.groups || (p.backward && !all_gradients)) return false;
   const int64_t chunk = chunk_elements(p.dtype);
   const int64_t of_adapters = p.float_adapters ? chunk_elements(Dtype::kFloat32) : chunk;
   const bool x = p.k % chunk == 0, y = p.n % chunk == 0;
-  return p.aligned == (x && y) && p.aligned_weight == x &&
+  return p.weight_row_major && p.factor_rows && p.aligned == (x && y) && p.aligned_weight == x &&
          p.aligned_a == (p.k % of_adapters == 0) && p.aligned_b == (p.rank % of_adapters == 0);
-}
-
-// Grouped calls are not autotuned: the best route depends on the row-to-adapter map.
-bool was_measured_so(const plan::Problem& p) {
-  const bool all_gradients = p.need_dx && p.need_dlora_a && p.need_dlora_b;
-  return p.half_dtype() && !p.given_base && !p.groups && p.weight_row_major && p.factor_rows &&
-         as_allocated(p) && (all_gradients || !p.backward);
-}
-
-double distance(int64_t one, int64_t other) {
-  return static_cast<double>(std::max(one, other)) / static_cast<double>(std::min(one, other));
 }
 
 const plan::Request* nearest(const ByRows& by_rows, int64_t rows) {
   const plan::Request* found = nullptr;
   double least = 2.0;
   for (const auto& [measured, request] : by_rows) {
-    if (distance(measured, rows) > least) continue;
-    least = distance(measured, rows);
-    found = &request;
+    const auto [less, more] = std::minmax(measured, rows);
+    const double distance = static_cast<double>(more) / static_cast<double>(less);
+    if (distance <= least) found = &request, least = distance;
   }
   return found;
 }
@@ -66,10 +54,10 @@ void replace(const std::string& card, const std::vector<Entry>& entries, bool pi
   for (const Entry& entry : entries) table.layers[entry.layer][entry.rows] = entry.request;
   const std::lock_guard lock(tables().mutex);
   tables().by_card[card] = std::move(table);
-  ++versions();
+  ++tables().version;
 }
 
-uint64_t version() { return versions(); }
+uint64_t version() { return tables().version; }
 
 plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::Choice choice,
                           bool reproducible) {

@@ -14,7 +14,6 @@ namespace lora_ext::autotune {
 struct Layer {
   bool backward, float_adapters, dropout;
   int64_t n, k, rank;
-
   auto operator<=>(const Layer&) const = default;
 };
 
@@ -27,14 +26,12 @@ struct Entry {
 // Replaces all entries of a card. The name is the driver's. Pinned: the user has supplied them, so
 // that they are the same in every run.
 void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned);
-
 // Number of replacements so far: plans made before the last one are no longer valid.
 uint64_t version();
 
-// Returns the request for a problem: the user's, unless that is kAuto and the card has an entry for
-// the layer. If the choice must be reproducible, only pinned entries count. The entry with the
-// nearest number of rows is used, if it is within a factor of 2. Measurements are of operands as
-// torch allocates them and of all gradients; other problems have no entry.
+// Returns the user's request, unless that is kAuto and the card has an entry for the layer with half
+// to twice the rows: the nearest, of pinned ones alone if the choice must be reproducible. Entries
+// are for operands as torch allocates them and for all gradients.
 plan::Request request_for(const plan::Card& card, const plan::Problem& problem, plan::Choice choice,
                           bool reproducible);
 

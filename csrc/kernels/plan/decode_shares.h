@@ -1,9 +1,7 @@
-// How lora_decode (kernels/decode/work.h) divides its work among the blocks of its grid; the
-// planner places partial sums accordingly.
-//
-// Work is counted in steps, 64 along k of a tile. Tiles of S are cut into chunks of two steps,
-// tiles of Y into units of one step. Each block has consecutive chunks and then consecutive units,
-// in all as many steps as any other block, or one more: a block has two units less per chunk.
+// How lora_decode (kernels/decode/work.h) divides its work among the blocks of its grid. Tiles of S
+// are cut into chunks of two steps, 64 along k each, tiles of Y into units of one. Each block has
+// consecutive chunks and then consecutive units, in all as many steps as any other block, or one
+// more: a block has two units less per chunk.
 #pragma once
 
 #include "common/host_device.h"
@@ -13,8 +11,7 @@ namespace lora_ext::plan {
 struct DecodeShares {
   // One step per chunk would double the partial sums, and no block would end sooner.
   static constexpr int kChunk = 2;
-  // Least units of a block, unless there is one block: fewer would not fill its pipeline of copies,
-  // leave more partial sums than they save, and be less than what a chunk takes away.
+  // Least units of a block, unless there is one block: fewer would not fill its pipeline of copies.
   static constexpr int kMinUnits = 4;
   // Keeps all numbers here below 2^31: W would have 16 TiB.
   static constexpr int kMaxUnits = 1 << 30, kMaxBlocks = 1 << 15;
@@ -76,7 +73,7 @@ struct DecodeShares {
   LORA_EXT_HOST_DEVICE int last_block(int tile) const { return block_of((tile + 1) * steps - 1); }
   LORA_EXT_HOST_DEVICE int slots() const { return tiles + blocks; }
 
-  // Parts of a tile of S: its chunks, if each has a block of its own; else as those of Y.
+  // Parts of a tile of S: its chunks, if each has its own block; else as those of Y.
   LORA_EXT_HOST_DEVICE bool chunks_apart() const { return all_chunks() <= blocks; }
   struct Parts {
     int slot, count;  // the slot of the first part; the others follow

@@ -9,17 +9,8 @@ namespace lora_ext::plan {
 namespace {
 
 constexpr int64_t kMaxGroups = int64_t{1} << 20, kMaxColumnTiles = 65535;
-// Largest number of rows of all factors A, in blocks of 16, with which S is a small part of
-// lora_decode's work.
+// Rows of all factors A, in blocks of 16, with which S is a small part of lora_decode's work.
 constexpr int64_t kMaxFactorRows = 4096;
-
-std::string why_library_of_many(const Problem& p) {
-  if (p.groups->count < 1) return "there are no adapters";
-  if (p.groups->count > kMaxGroups) return "more than 2^20 adapters";
-  if (blocks_of(p.n, 128) + blocks_of(p.k, 128) > kMaxColumnTiles)
-    return "too many columns for one grid";
-  return "";
-}
 
 // Why the library route computes a problem; "" if the kernels can.
 std::string why_library(const Card& card, const Problem& p, const Request& request) {
@@ -35,7 +26,10 @@ std::string why_library(const Card& card, const Problem& p, const Request& reque
   if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
   if (blocks_of(p.m, kStep) * blocks_of(std::max(p.n, p.k), kStep) > INT_MAX)
     return "above 2^31 tiles";
-  return p.groups ? why_library_of_many(p) : "";
+  if (p.groups && p.groups->count < 1) return "there are no adapters";
+  if (p.groups && p.groups->count > kMaxGroups) return "more than 2^20 adapters";
+  const int64_t column_tiles = blocks_of(p.n, 128) + blocks_of(p.k, 128);
+  return p.groups && column_tiles > kMaxColumnTiles ? "too many columns for one grid" : "";
 }
 
 std::string why_kernels(const Problem& p, const Request& request) {
@@ -46,15 +40,8 @@ std::string why_kernels(const Problem& p, const Request& request) {
                                            : "the hybrid route was asked for";
 }
 
-Base base_of(const Problem& p, const Request& request) {
-  if (p.given_base) return Base::kGiven;
-  const bool ours = request.choice != Choice::kHybrid && p.kernels_can_make_base();
-  return ours ? Base::kKernel : Base::kLibrary;
-}
-
-// Number of panels of lora_dsdb, which computes dS and dB in one pass over dY, if its partial sums
-// of dS, 8 bytes for each row, column and panel (4 written and 4 read), are at most half of what
-// the second pass would read, 2 bytes an element; else 0.
+// Panels of lora_dsdb, which computes dS and dB in one pass over dY, if its partial sums of dS, 4
+// bytes written and 4 read, are at most half of what a second pass would read, 2 an element; else 0.
 int panels_of(const Problem& p, int columns) {
   if (p.groups || !p.need_ds() || !p.need_dlora_b || columns > 32) return 0;
   const int64_t panels = blocks_of(p.n, 16384 / (columns <= 16 ? 16 : 32));
@@ -63,7 +50,8 @@ int panels_of(const Problem& p, int columns) {
 
 Tiled tiled(const Problem& p, const Request& request) {
   Tiled plan;
-  plan.base = base_of(p, request);
+  const bool ours = request.choice != Choice::kHybrid && p.kernels_can_make_base();
+  plan.base = p.given_base ? Base::kGiven : ours ? Base::kKernel : Base::kLibrary;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, chunk_elements(p.dtype)));
   plan.columns = plan.terms * plan.width;
@@ -98,15 +86,13 @@ bool fits_decode(const Card& card, const Problem& p) {
 
 Plan choose_kernels(const Card& card, const Problem& p, const Request& request) {
   Plan plan{why_library(card, p, request)};
+  plan.card = card, plan.problem = p;
   if (!plan.reason.empty()) return plan;
   plan.reason = why_kernels(p, request);
   const bool may_decode =
       request.choice == Choice::kKernel && request.tile.value_or(Tile::kDecode) == Tile::kDecode;
-  if (may_decode && fits_decode(card, p)) {
-    plan.sequence = decode(p);
-  } else {
-    plan.sequence = tiled(p, request);
-  }
+  plan.sequence = tiled(p, request);
+  if (may_decode && fits_decode(card, p)) plan.sequence = decode(p);
   return plan;
 }
 

@@ -1,6 +1,5 @@
 // The planner: which kernels compute a LoRA linear on a GPU, how they are split, and where their
-// intermediates are in one workspace. Pure host code without torch or CUDA; equal inputs give equal
-// plans.
+// intermediates are in one workspace. Without torch or CUDA; equal inputs give equal plans.
 //
 //     problem.h             inputs: card, problem; the tiles that kernels have
 //     plan.cpp              the plan that is asked for, or the one with the least predicted time
@@ -8,85 +7,74 @@
 //         tile_choice.cpp   2. their tiles, splits and blocks
 //         workspace.cpp     3. where their intermediates are
 //         predict.cpp       4. how long they should take
-//     autotune_cache.cpp    the autotune cache, which has priority over a prediction
+//     autotune_cache.cpp    measurements, which have priority over a prediction
 #pragma once
 
 #include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include "kernels/plan/problem.h"
 
 namespace lora_ext::plan {
 
-// The requested route; kAuto leaves it to the planner. kHybrid: base products by the library,
-// everything else by the kernels.
+// kHybrid: base products by the library, all else by the kernels.
 enum class Choice { kAuto, kKernel, kHybrid, kLibrary };
 
-// A route, and for kKernel perhaps a tile, requested by the user or by a measurement
-// (autotune_cache.h).
+// Of the user or of a measurement.
 struct Request {
   Choice choice = Choice::kAuto;
-  std::optional<Tile> tile{};
-  std::string measured{};  // end of "fastest as measured ..."; "" if the user asks
-  bool use_pdl = true;     // PDL: a kernel may start before the one before it ends
+  std::optional<Tile> tile{};  // for kKernel
+  std::string measured{};      // end of "fastest as measured ..."; "" if the user asks
+  bool use_pdl = true;         // PDL: a kernel may start before the one before it ends
   int max_blocks = std::numeric_limits<int>::max();  // of lora_gemm; fewer have more tiles each
 };
 
 struct Gemm {
   Tile tile;
   int blocks;    // persistent; of wgmma, as many as may be resident
-  bool use_pdl;  // PDL: starts before the kernel that writes T has ended; wgmma only
+  bool use_pdl;  // starts before the kernel that writes T has ended; wgmma only
   int max_blocks = std::numeric_limits<int>::max();  // by the request, and for wgmma by the card
 };
 
-// The last dimension of a grid: `splits` parts of a sum, each of steps_per_split steps of 64.
+// Parts of a sum along the last dimension of a grid, of so many steps of 64 each.
 struct Splits {
   int splits = 0, steps_per_split = 0;
-};
-
-// Predicted microseconds of each route that the planner compared; 0 for routes left out.
-struct Predicted {
-  double library = 0, hybrid = 0, kernel = 0;
-  std::string describe() const;
 };
 
 constexpr int64_t kNone = -1;        // an offset of what is not in the workspace
 constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags of different blocks, 128 bytes apart
 
-// Who computes the base product X W^T or dY W: lora_gemm; the library, which accumulates onto
-// lora_gemm's low-rank product; or none, as y is given.
+// Who computes X W^T or dY W: lora_gemm; the library, onto lora_gemm's low-rank product; or none.
 enum class Base { kKernel, kLibrary, kGiven };
 
 // lora_gemm also computes T, which is s S or dS.
 struct FusedShrink {
   int64_t flags = kNone;  // uint32: ticket, written, ready, kFlagsApart apart
   int64_t row_blocks;     // of T, one flag each
-  int pairs_per_ticket;   // pairs of row blocks of T that one cluster computes in a job
-
   int64_t flag_count() const { return 2 * kFlagsApart + row_blocks; }
 };
 
-// Sizes of the tables of kernels/lora_grouped.h; kernels/sequence/grouped_params.h asserts them.
+// Of the tables of kernels/lora_grouped.h; kernels/sequence/grouped_params.h asserts them.
 constexpr int64_t kGroupedTileRows = 64, kGroupedRowTileRows = 128, kGroupedChunk = 256;
 constexpr int64_t kGroupedEntryBytes = 40, kGroupedSegmentBytes = 20, kGroupedPieceBytes = 16,
                   kGroupedSumBytes = 8;
 
-// Tables of many adapters, defined in lora_grouped.h.
+// Tables of many adapters.
 struct Tables {
-  // Upper bounds of the numbers of pieces of `rows` rows, which never span segments, and of partial
-  // sums of segments with several pieces: one with `count` rows, more than `rows`, has at most
-  // 2 (count / rows).
+  // Upper bounds: of pieces of `rows` rows, which never span segments; of partial sums of segments
+  // with several pieces: one with `count` rows, more than `rows`, has at most 2 (count / rows).
   static constexpr int64_t pieces_of(int64_t m, int64_t groups, int64_t rows) {
     return (m + rows - 1) / rows + std::min(groups, m);
   }
   static constexpr int64_t slots_of(int64_t m, int64_t rows) { return 2 * (m / rows); }
-
   int piece_rows;  // rows of one partial sum of the gradients
   int tile_count, piece_count, slots;
-  // Byte offsets.
+  // Byte offsets:
   int64_t entries = kNone, gradient_entries = kNone, order = kNone, counts = kNone;
   int64_t segments = kNone, first = kNone, tiles = kNone, pieces = kNone, sums = kNone;
 };
@@ -104,16 +92,13 @@ struct Tiled {
   std::string no_wgmma{};  // on compute capability 9.0: why gemm does not use wgmma
   int z_columns = 0;       // of the partial sums of S or dS
   Splits shrink{};         // of k, or of n
-
   // Backward only.
   int panels = 0;  // if not 0, lora_dsdb computes dS and dB, with this number of sums of dS
   Splits dlora_b{}, dlora_a{};
-  bool wgrad_uses_pdl = false;  // PDL: lora_wgrad starts beside the last tiles of dX
-
+  bool wgrad_uses_pdl = false;  // lora_wgrad starts beside the last tiles of dX
   // Byte offsets. Halves: A [terms * rank, a_pitch], B [n, columns], T, which is s S or dS, [m,
   // columns], and s S [m, columns]. Partial sums, in float32: of S or dS, of dA, of dB.
-  int64_t a = kNone, b = kNone, t = kNone, s = kNone;
-  int64_t a_pitch = 0;
+  int64_t a = kNone, b = kNone, t = kNone, s = kNone, a_pitch = 0;
   int64_t z = kNone, g_a = kNone, g_b = kNone;
   std::optional<Tables> tables{};  // with many adapters
 
@@ -126,32 +111,30 @@ struct Tiled {
 
 // lora_decode: a forward of few rows in one launch.
 struct Decode {
-  int batch;                // most rows
-  int blocks;               // of the grid
+  int batch, blocks;        // most rows; of the grid
   int terms;                // of a factor: hi, or hi and lo
   int width;                // columns of T's hi, and of its lo
   int64_t tiles, s_tiles;   // of Y, and of S at most
   int64_t sums, s_sums, t;  // byte offsets: partial sums of Y, and of S; T, in halves
   int64_t flags;            // arrival counts
   int64_t entries = kNone;  // table of a list of adapters
-
   int64_t flag_count() const { return tiles + s_tiles + 1; }
 };
 
 struct Library {};
-
 struct Plan {
   std::string reason;
   std::variant<Library, Tiled, Decode> sequence{};
-  int64_t workspace = 0;  // bytes
-  Predicted predicted{};
-
+  int64_t workspace = 0;                                       // bytes
+  std::vector<std::pair<std::string, double>> predicted_us{};  // of each route that was compared
+  Card card{};                                                 // for which it was made
+  Problem problem{};
   bool has_kernels() const { return !std::holds_alternative<Library>(sequence); }
   const Tiled* tiled() const { return std::get_if<Tiled>(&sequence); }
   const Decode* decode() const { return std::get_if<Decode>(&sequence); }
   bool hybrid() const { return tiled() != nullptr && tiled()->base != Base::kKernel; }
   bool library_base() const { return tiled() != nullptr && tiled()->base == Base::kLibrary; }
-  std::string describe() const;
+  std::string describe() const;  // with its launches, and what each is predicted to take
 };
 
 Plan make_plan(const Card& card, const Problem& problem, const Request& request);

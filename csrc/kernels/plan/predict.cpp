@@ -1,302 +1,195 @@
+// What cards sustain, the launches of our kernels, and what a call takes by its launches.
 #include "kernels/plan/predict.h"
 
 #include <algorithm>
 
-#include "kernels/plan/rates.h"
 #include "kernels/plan/steps.h"
 
 namespace lora_ext::plan {
 namespace {
 
-constexpr double kFloat = 4;  // bytes
-
-// The time of a tile outside of its products, as the columns of k that its main loop could have
-// multiplied in that time. Counted in the machine code, wgmma's epilogue takes 1.2 % of a depth of
-// 4096 (docs/kernels.md), and applying a mask, whose bits are drawn between products, 0.9 %;
-// nothing of the epilogue if another warpgroup multiplies meanwhile. For mma.sync it is estimated,
-// and bits are drawn outside of the loop.
-struct TileEnd {
-  int64_t epilogue, mask;
+// Vendors' dense rates times 0.8, bandwidths times 0.9; other cards of a generation have the same per
+// SM. The library has faster instructions than mma.sync on 9.0 (arXiv:2501.12084 measured 494 of 757
+// TFLOP/s) and 10.x.
+struct Generation {
+  int arch, sms;
+  Sustained rates;
 };
-constexpr TileEnd kEndOnMma{128, 192}, kEndOnWgmma{64, 64};
-// A draw for eight elements of a low-rank product alone takes some 80 instructions, of which an SM
-// issues 128 per clock; here in operations per element of mma.sync on an H100's SM meanwhile.
-constexpr double kDrawFlop = 150;
-// A job that computes T for a pair of row blocks, in tiles of 128 x 256: in each step a block fills
-// a stage with 128 rows of P and half of the pair's tile of A, at what an SM draws from L2, while a
-// tile multiplies a stage at 4096 operations a clock. Beside tiles, which draw most of L2's rate, it
-// takes longer (assumed).
-constexpr double kL2BytesPerClock = 37.1, kTileClocks = 2.0 * 128 * 256 * 64 / 4096;
-constexpr double kBesideTiles = 1.2;
-// The fraction of a card's bandwidth that some of its SMs can draw, over the fraction of SMs.
-constexpr double kShareOfDram = 2.5;
+constexpr Generation kGenerations[] = {
+    {80, 108, {250, 1.0, 1830}},     // A100
+    {86, 72, {100, 1.0, 540}},       // A10
+    {89, 142, {290, 1.0, 780}},      // L40S
+    {90, 132, {790, 0.65, 3000}},    // H100 SXM
+    {100, 148, {1800, 0.25, 7000}},  // B200
+    {120, 170, {170, 1.0, 1600}},    // RTX 5090
+};
 
-// For lora_decode: bytes that L2 delivers while DRAM delivers one, three fifths of the published
-// ratio. Time of a block before its first bytes arrive, and of the last block after its last bytes:
-// its partial sum, the arrival, the other partial sums and their end, four round trips through L2.
-// Time of each round of T B^T but the first, for which B comes from DRAM and then T from L2
-// (assumed).
-constexpr double kL2Share = 1.75;
-constexpr double kEndsUs = 1.5, kRoundUs = 0.5;
+constexpr double kFloat = 4;  // bytes
+// What skinny products reach of mma.sync's rate, with columns in whole tiles of 64; with dropout,
+// its draws.
+constexpr double kSkinnyShare = 0.5, kMaskedShare = 0.33;
+// A row block of T takes as long in the grid of Y as 128 columns of it, which load as much.
+constexpr double kColumnsOfT = 128;
+// Bytes of W that a block of lora_decode takes in a nanosecond, whatever the number of rows.
+constexpr double kDecodeBytesPerNs = 20;
 
-// Passes over m x k or m x n elements in our skinny kernels, whose columns are rounded up to 64.
-Launch skinny(const Card& card, const char* name, double bytes, double elements, int columns,
-              double of_tensor_rate, double draws = 0.0) {
-  const double flop = 2.0 * 64 * static_cast<double>(blocks_of(columns, 64));
-  return {name, bytes, elements * (flop + draws) / share_on_mma(card, of_tensor_rate)};
-}
+// The launches of a plan::Tiled, of one adapter or many, in the order of kernels/sequence/.
+class TiledLaunches {
+ public:
+  TiledLaunches(Launches& launches, const Plan& plan)
+      : launches_(launches), card_(plan.card), p_(plan.problem), plan_(*plan.tiled()) {}
 
-// A kernel with a block for each part: SMs have whole blocks, and the one with the most ends last.
-// A block alone on an SM is assumed to be as fast as several together.
-Launch in_waves(const Card& card, Launch launch, int64_t blocks) {
-  launch.flop *=
-      static_cast<double>(blocks_of(blocks, card.sms) * card.sms) / static_cast<double>(blocks);
-  return launch;
-}
-
-// One product of floats is three of halves: hi hi, hi lo, lo hi.
-int64_t rank_terms(const Problem& p) { return p.float_adapters ? 3 : 1; }
-int64_t low_rank_depth(const Problem& p) { return rank_terms(p) * 16 * blocks_of(p.rank, 16); }
-
-double tile_flop(const Card& card, const TileFacts& tile, int64_t depth, bool masked) {
-  const bool overlapped = tile.tile == Tile::kPingpong128x192;
-  const TileEnd& end = tile.wgmma ? kEndOnWgmma : kEndOnMma;
-  depth += (overlapped ? 0 : end.epilogue) + (masked ? end.mask : 0);
-  const double share = main_loop_share(card, tile, masked);
-  return 2.0 * area(tile.rows, tile.columns) * static_cast<double>(depth) / share;
-}
-
-double job_tiles(const Problem& p) {
-  const double bytes =
-      element_bytes(p) * 64.0 * (128.0 + 8.0 * static_cast<double>(blocks_of(p.rank, 16)));
-  return bytes / kL2BytesPerClock / kTileClocks;
-}
-
-// Time, in tiles, for which all wait for T. If clusters without a last tile compute it, the others
-// wait at the end of their first tiles, for what a job takes longer than a tile.
-double wait_for_t(const Problem& p, const FusedShrink& fused_shrink, const Waves& waves) {
-  const double job = job_tiles(p) * fused_shrink.pairs_per_ticket;
-  const int64_t tickets = blocks_of(fused_shrink.row_blocks / 2, fused_shrink.pairs_per_ticket);
-  if (!p.masked_product() && tickets <= waves.idle())
-    return std::max(0.0, kBesideTiles * job - 1.0);
-  return job * static_cast<double>(blocks_of(tickets, waves.workers));
-}
-
-// Only a low-rank product, added onto the library's product or onto a given y.
-Launch low_rank_gemm(const Card& card, const Problem& p, const Tiled& plan, double factors) {
-  const double y = area(p.m, p.columns());
-  const double onto = plan.base == Base::kGiven && !p.backward ? element_bytes(p) * y : 0.0;
-  const MainLoopRate& rate = on(card, kTileRates[static_cast<int>(Tile::k128x64)]);
-  return skinny(card, "lora_gemm", element_bytes(p) * y + factors + onto, y, plan.columns,
-                rate.plain, p.masked_product() ? kDrawFlop : 0.0);
-}
-
-Launch lora_gemm(const Card& card, const Problem& p, const Tiled& plan) {
-  const int64_t columns = p.columns(), depth = p.depth();
-  const double factors =
-      element_bytes(p) * static_cast<double>(rank_terms(p)) * area(p.rank, p.m + columns);
-  if (plan.base != Base::kKernel) return low_rank_gemm(card, p, plan, factors);
-  const TileFacts& tile = facts_of(plan.gemm->tile);
-  const Waves waves = waves_of(card, tile, p);
-  double bytes =
-      element_bytes(p) * (area(p.m, depth) + area(columns, depth) + area(p.m, columns)) + factors;
-  if (plan.fused_shrink) bytes += element_bytes(p) * area(p.rank, depth + p.m);
-  const bool masked = p.masked_product();
-  const double wave = tile_flop(card, tile, depth + low_rank_depth(p), masked) * card.sms;
-  const double wait = plan.fused_shrink ? wait_for_t(p, *plan.fused_shrink, waves) : 0.0;
-  return {"lora_gemm", bytes, wave * (static_cast<double>(waves.whole) + wait)};
-}
-
-// What is left of lora_wgrad after the last wave of dX, beside which it starts: it runs on the SMs
-// that have no tile in that wave, and from the end of the first main loops on, since all blocks of
-// a grid must have started before a dependent grid may.
-Launch after_dx(const Card& card, const Launch& wgrad, const Launch& dx, const Waves& waves) {
-  if (waves.whole < 2) return wgrad;
-  const Sustained rates = sustained_by(card);
-  const double idle = static_cast<double>(waves.idle()) / static_cast<double>(waves.workers);
-  const double wave_flop = dx.flop / static_cast<double>(waves.whole);
-  const double wave_us = wave_flop / (rates.tflops * 1e6);
-  const double dx_gb_s = dx.bytes / (wave_us * static_cast<double>(waves.whole)) / 1e3;
-  const double gb_s = std::max(0.0, rates.dram_gb_s - dx_gb_s) * std::min(1.0, kShareOfDram * idle);
-  const double by_bytes = gb_s * 1e3 * wave_us / wgrad.bytes;
-  const double by_flop = wave_flop * idle / wgrad.flop;
-  const double left = std::max(0.0, 1.0 - std::min(by_bytes, by_flop));
-  return {wgrad.name, left * wgrad.bytes, left * wgrad.flop};
-}
-
-// Bytes of the partial sums of S or dS.
-double t_sum_bytes(const Problem& p, const Tiled& plan) {
-  return kFloat * plan.t_sums() * area(p.m, plan.columns);
-}
-
-int64_t shrink_blocks(const Problem& p, const Tiled& plan) {
-  return blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64) * plan.shrink.splits;
-}
-
-Launches tiled_forward(const Card& card, const Problem& p, const Tiled& plan) {
-  Launches launches;
-  if (plan.a != kNone || plan.b != kNone)
-    launches.add("lora_split", area(p.rank, p.k + p.n) * (kFloat + 2 * element_bytes(p)));
-  if (plan.fused_shrink) {
-    launches.add("flags", 0.0);
-  } else {
-    const double sums = t_sum_bytes(p, plan);
-    const double bytes = element_bytes(p) * (area(p.m, p.k) + area(p.rank, p.k)) + sums;
-    launches.add(in_waves(card,
-                          skinny(card, "lora_shrink", bytes, area(p.m, p.k), plan.columns,
-                                 rate_of(on(card, kShrinkRate), p.dropout)),
-                          shrink_blocks(p, plan)));
-    launches.add("lora_reduce", sums + area(p.m, plan.columns) * (element_bytes(p) + kFloat));
+  void add() {
+    const bool adapters = plan_.a != kNone || plan_.b != kNone, s = plan_.s != kNone;
+    const double s_bytes = s ? kFloat * area(p_.m, p_.rank) + t_ : 0.0;
+    if (p_.groups) tables(*p_.groups);
+    if (!p_.groups && (adapters || s))
+      launches_.push_back(
+          {"lora_split", (adapters ? factors_ * (kFloat + 2 * e_) : 0.0) + s_bytes});
+    shrink();
+    if (plan_.z != kNone) launches_.push_back({"lora_reduce", z_ + t_});
+    if (p_.groups && s) launches_.push_back({"lora_reduce S", s_bytes});
+    if (plan_.gemm) gemm();
+    if (plan_.has_wgrad()) wgrad();
+    if (plan_.g_a != kNone || plan_.g_b != kNone)
+      launches_.push_back({"lora_reduce_wgrad", g_a_ + g_b_});
+    if (plan_.gemm && plan_.base == Base::kLibrary)
+      launches_.push_back(library_product(card_, p_.dtype, "the library's base product, onto it",
+                                          p_.m, p_.columns(), p_.depth(), true));
   }
-  launches.add(lora_gemm(card, p, plan));
-  if (plan.base == Base::kLibrary)
-    launches.add(library_product(card, p.dtype, "base", p.m, p.n, p.k, true));
-  return launches;
-}
 
-Launch wgrad_launch(const Card& card, const Problem& p, const Tiled& plan) {
-  const double t = element_bytes(p) * area(p.m, plan.columns);
-  Launch wgrad{"lora_wgrad", 0.0, 0.0};
-  int64_t blocks = 0;
-  const auto add = [&](int64_t columns, int splits, bool masked) {
-    const double sums = kFloat * splits * area(plan.columns, columns);
-    const Launch one =
-        skinny(card, "", element_bytes(p) * area(p.m, columns) + t + sums, area(p.m, columns),
-               plan.columns, rate_of(on(card, kWgradRate), masked));
-    wgrad.bytes += one.bytes, wgrad.flop += one.flop;
-    blocks += blocks_of(columns, 128) * blocks_of(plan.columns, 64) * splits;
-  };
-  if (plan.dlora_a.splits > 0) add(p.k, plan.dlora_a.splits, p.dropout);
-  if (plan.db_apart()) add(p.n, plan.dlora_b.splits, false);
-  return in_waves(card, wgrad, blocks);
-}
-
-// Adds the products of dX and of the gradients of A and B.
-void add_products(const Card& card, const Problem& p, const Tiled& plan, Launches& launches) {
-  Launch dx{"", 0.0, 0.0};
-  if (plan.gemm) {
-    dx = lora_gemm(card, p, plan);
-    launches.add(dx);
+ private:
+  void skinny(const char* name, int64_t width, double other_bytes, int64_t tiles, bool masked) {
+    const double flop = 2 * 64 * area(p_.m, width * blocks_of(plan_.columns, 64));
+    const double share = (masked ? kMaskedShare : kSkinnyShare) * mma_share_;
+    launches_.push_back({name, e_ * area(p_.m, width) + other_bytes, flop, share, tiles});
   }
-  if (plan.has_wgrad()) {
-    const Launch wgrad = wgrad_launch(card, p, plan);
-    launches.add(plan.wgrad_uses_pdl
-                     ? after_dx(card, wgrad, dx, waves_of(card, facts_of(plan.gemm->tile), p))
-                     : wgrad);
-  }
-}
 
-Launches tiled_backward(const Card& card, const Problem& p, const Tiled& plan) {
-  const double t = element_bytes(p) * area(p.m, plan.columns), dy = area(p.m, p.n);
-  const double sums_b = kFloat * plan.dlora_b.splits * area(plan.columns, p.n);
-  const double sums_a = kFloat * plan.dlora_a.splits * area(plan.columns, p.k);
-  const double sums = t_sum_bytes(p, plan);
-  Launches launches;
-  if (plan.s != kNone || plan.a != kNone || plan.b != kNone) {
-    const double adapters =
-        p.float_adapters ? area(p.rank, p.k + p.n) * (kFloat + 2 * element_bytes(p)) : 0.0;
-    launches.add("lora_split", area(p.m, p.rank) * kFloat + t + adapters);
+  // Also all factors and gradients but those of the first adapter, read and written once.
+  void tables(const Groups& groups) {
+    const double others = static_cast<double>(p_.adapters() - 1) * (p_.backward ? 2 : 1);
+    const int64_t count = (groups.indexed ? 3 : 1) + (groups.listed ? (p_.backward ? 2 : 1) : 0);
+    launches_.push_back({"tables", others * (p_.float_adapters ? kFloat : e_) * factors_, 0, 1, 1,
+                         count, kHostLaunchUs * static_cast<double>(count)});
   }
-  if (plan.one_pass()) {
-    const double rate = on(card, kDsdbRate[plan.columns > 16]);
-    const double flop = 4.0 * dy * plan.columns / share_on_mma(card, rate);
-    launches.add(in_waves(card, {"lora_dsdb", element_bytes(p) * dy + t + sums + sums_b, flop},
-                          int64_t{plan.panels} * plan.dlora_b.splits));
-  } else if (plan.shrink.splits > 0) {
-    launches.add(in_waves(card,
-                          skinny(card, "lora_shrink", element_bytes(p) * dy + sums, dy,
-                                 plan.columns, on(card, kShrinkRate).plain),
-                          shrink_blocks(p, plan)));
+
+  void shrink() {
+    const int64_t tiles = blocks_of(p_.m, 64) * blocks_of(plan_.z_columns, 64);
+    if (plan_.one_pass())
+      skinny("lora_dsdb", p_.n, t_ + z_ + g_b_, plan_.panels * plan_.dlora_b.splits, false);
+    else if (plan_.shrink.splits > 0)
+      skinny("lora_shrink", p_.depth(), z_, tiles * plan_.shrink.splits,
+             p_.dropout && !p_.backward);
   }
-  if (plan.fused_shrink) launches.add("flags", 0.0);
-  if (plan.z != kNone) launches.add("lora_reduce", sums + t);
-  add_products(card, p, plan, launches);
-  if (plan.g_a != kNone || plan.g_b != kNone) launches.add("lora_reduce_wgrad", sums_a + sums_b);
-  if (plan.base == Base::kLibrary && p.need_dx)
-    launches.add(library_product(card, p.dtype, "dX", p.m, p.k, p.n, true));
-  return launches;
-}
 
-// Number of times that T B^T of a tile waits for loads.
-int64_t rounds_of(const Problem& p) {
-  return blocks_of(p.adapters() * blocks_of(p.rank, 16),
-                   decode_pieces(decode_tile_for(p.m), p.float_adapters));
-}
+  void gemm() {
+    const TileFacts& tile = facts_of(plan_.gemm->tile);
+    const int64_t tiles = tiles_of_product(tile, p_), terms = p_.float_adapters ? 3 : 1;
+    const int64_t depth = p_.depth(), columns = p_.columns(), rank = 16 * blocks_of(p_.rank, 16);
+    const double low_rank = e_ * static_cast<double>(terms) * area(p_.rank, p_.m + columns);
+    if (plan_.base != Base::kKernel) {
+      const double onto = p_.given_base && !p_.backward ? e_ * area(p_.m, columns) : 0.0;
+      return skinny("lora_gemm", columns, low_rank + onto, tiles, p_.masked_product());
+    }
+    const double share = tile.share * (tile.wgmma ? 1 : mma_share_);
+    if (plan_.fused_shrink) {
+      launches_.push_back({"flags of T"});
+      // Free if clusters without a tile in the last wave suffice, unless all tiles wait for T.
+      const int64_t blocks = plan_.fused_shrink->row_blocks;
+      if (p_.masked_product() || tiles + blocks > blocks_of(tiles, card_.sms) * card_.sms)
+        launches_.push_back({"T in the grid", 0, 2 * area(blocks * tile.rows, rank * depth),
+                             share * static_cast<double>(rank) / kColumnsOfT, blocks, 0, 0});
+    }
+    // Tiles with rows of several adapters have the low-rank steps of each.
+    const int64_t steps = terms * rank * (1 + (p_.adapters() - 1) / blocks_of(p_.m, tile.rows));
+    const double bytes = area(p_.m, depth) + area(columns, depth) + area(p_.m, columns);
+    launches_.push_back({"lora_gemm", e_ * bytes + low_rank,
+                         2 * area(tiles * tile.rows * tile.columns, depth + steps), share, tiles});
+  }
 
-// The longest of: bytes of DRAM; requests of L2, which are X for each tile and partial sums out and
-// in; and the steps of a block; plus the start and the end of the grid.
-Launch lora_decode(const Card& card, const Problem& p, const Decode& plan) {
+  // Blocks without dropout are taken to be as slow as those of dA, with which they share SMs.
+  void wgrad() {
+    const bool da = plan_.dlora_a.splits > 0, db = plan_.db_apart();
+    const int64_t tiles = blocks_of(p_.k, 128) * plan_.dlora_a.splits +
+                          (db ? blocks_of(p_.n, 128) * plan_.dlora_b.splits : 0);
+    skinny("lora_wgrad", (da ? p_.k : 0) + (db ? p_.n : 0), t_ + g_a_ + (db ? g_b_ : 0.0),
+           tiles * blocks_of(plan_.columns, 64), p_.dropout && da);
+  }
+
+  Launches& launches_;
+  const Card& card_;
+  const Problem& p_;
+  const Tiled& plan_;
+  const double mma_share_ = sustained_by(card_).mma_share;
+  // Bytes: of an element of x's dtype, of T, and of partial sums. Elements of the factors.
+  const double e_ = element_bytes(p_), t_ = e_ * area(p_.m, plan_.columns);
+  const double z_ = kFloat * plan_.t_sums() * area(p_.m, plan_.columns);
+  const double g_a_ = kFloat * plan_.dlora_a.splits * area(plan_.columns, p_.k);
+  const double g_b_ = kFloat * plan_.dlora_b.splits * area(plan_.columns, p_.n);
+  const double factors_ = area(p_.rank, p_.k + p_.n);
+};
+
+// One launch, in which T B^T follows when S is complete: a chain as long as that of two, and longer
+// by one for each five times that T B^T waits for loads of B.
+void add_decode(Launches& launches, const Card& card, const Problem& p, const Decode& plan) {
   const DecodeTile& tile = decode_tile_for(p.m);
-  const double element = element_bytes(p), of_factor = p.float_adapters ? kFloat : element;
-  const auto each = static_cast<double>(p.adapters());
-  const double once = element * (area(p.n, p.k) + area(p.m, p.k) + area(p.m, p.n)) +
-                      each * of_factor * area(p.rank, p.k + p.n);
-  const double x_again = element * area(plan.tiles + plan.s_tiles - 1, p.m * p.k);
-  const double sums = 8 * area(plan.tiles + plan.blocks, tile.rows * tile.batch);
-  const DecodeShares shares = shares_of(plan, p);
-  const int64_t steps = shares.units() + DecodeShares::kChunk * shares.all_chunks();
-  const double loop =
-      static_cast<double>(blocks_of(steps, shares.blocks)) * decode_step_us(card, tile);
-  const double ends = kEndsUs + kRoundUs * static_cast<double>(rounds_of(p) - 1);
-  const Sustained rates = sustained_by(card);
-  return {"lora_decode",
-          std::max(once, (once + x_again + sums) / kL2Share) + ends * 1e3 * rates.dram_gb_s,
-          (loop + ends) * 1e6 * rates.tflops};
-}
-
-// The additional time of many adapters: the tables, and the factors and gradients of each other
-// adapter, which are read and written once; in products with our own base, also the low-rank steps
-// of each adapter.
-double us_of_many(const Card& card, const Problem& p, const Tiled& plan) {
-  const Sustained rates = sustained_by(card);
-  const double element = p.float_adapters ? kFloat : element_bytes(p);
-  const auto others = static_cast<double>(p.adapters() - 1);
-  const auto factors = static_cast<double>(p.rank * (p.k + p.n));
-  double sum = microseconds(
-      {"tables", 16.0 * static_cast<double>(p.m), 0.0, p.groups->indexed ? 3 : 1}, rates);
-  sum += others * factors * element * (p.backward ? 2.0 : 1.0) / (rates.dram_gb_s * 1e3);
-  if (plan.gemm && plan.base == Base::kKernel) {
-    const TileFacts& tile = facts_of(plan.gemm->tile);
-    const double again = others / static_cast<double>(blocks_of(p.m, tile.rows));
-    const double waves = static_cast<double>(waves_of(card, tile, p).whole * card.sms);
-    const double steps = tile_flop(card, tile, low_rank_depth(p), false) -  //
-                         tile_flop(card, tile, 0, false);
-    sum += again * waves * steps / (rates.tflops * 1e6);
-  }
-  return sum;
+  const double e = element_bytes(p), of_factors = p.float_adapters ? kFloat : e;
+  const double factors = static_cast<double>(p.adapters()) * area(p.rank, p.k + p.n);
+  const double bytes = e * (area(p.n, p.k) + area(p.m, p.k + p.n)) + of_factors * factors;
+  const double loop = area((plan.tiles + plan.s_tiles) * tile.rows, p.k);
+  const double flop = 2 * loop * static_cast<double>(plan.batch);
+  const double loop_us = e * loop / (1e3 * kDecodeBytesPerNs * plan.blocks);
+  const int64_t waits =
+      blocks_of(p.adapters() * blocks_of(p.rank, 16), decode_pieces(tile, p.float_adapters));
+  if (p.groups && p.groups->listed) launches.push_back({"lora_grouped_entries"});
+  launches.push_back({"lora_decode", bytes, flop,
+                      flop / (loop_us * 1e6 * sustained_by(card).tflops), card.sms,
+                      1 + blocks_of(waits, 5)});
 }
 
 }  // namespace
 
-Waves waves_of(const Card& card, const TileFacts& tile, const Problem& p) {
-  const int64_t together = tile.wgmma ? 2 : 1;
-  const int64_t workers = std::max<int64_t>(1, card.sms / together);
-  const int64_t tiles = blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
-  return {blocks_of(tiles, workers), workers, tiles};
+// By the last generation that is not newer than the card.
+Sustained sustained_by(const Card& card) {
+  const Generation* known = &kGenerations[0];
+  for (const Generation& each : kGenerations)
+    if (each.arch <= card.arch) known = &each;
+  Sustained rates = known->rates;
+  const double sms = static_cast<double>(card.sms) / known->sms;
+  rates.tflops *= sms, rates.dram_gb_s *= sms;
+  return rates;
 }
 
-double tiles_flop(const Card& card, const TileFacts& tile, const Problem& p) {
-  const Waves waves = waves_of(card, tile, p);
-  return tile_flop(card, tile, p.depth(), p.masked_product()) *
-         static_cast<double>(waves.whole * card.sms);
+double Launch::us(const Card& card) const {
+  const Sustained rates = sustained_by(card);
+  const auto slots = static_cast<double>(rounded_up(blocks, card.sms));
+  const double products = flop / (share * rates.tflops * 1e6) * slots / static_cast<double>(blocks);
+  return std::max(products, bytes / (rates.dram_gb_s * 1e3)) +
+         static_cast<double>(launches) * rates.launch_us;
 }
 
-Launches launches_of(const Card& card, const Problem& p, const Plan& plan) {
-  if (const Tiled* tiled = plan.tiled())
-    return p.backward ? tiled_backward(card, p, *tiled) : tiled_forward(card, p, *tiled);
-  if (plan.decode() == nullptr) return library_launches(card, p);
+Launches launches_of(const Plan& plan) {
+  const Problem& p = plan.problem;
   Launches launches;
-  if (p.groups && p.groups->listed) launches.add("entries", 0.0);
-  launches.add(lora_decode(card, p, *plan.decode()));
+  if (p.dropout && !p.backward) launches.push_back({"seed", 0, 0, 1, 1, 1, kHostLibraryUs});
+  if (!plan.has_kernels()) {
+    add_library_launches(launches, plan.card, p);
+    return launches;
+  }
+  // Of Y and S, or of dX and gradients; and of the workspace.
+  const int64_t listed = p.groups && p.groups->listed ? p.groups->count : 1;
+  const auto count = static_cast<double>(p.backward ? 2 + 2 * listed : 3);
+  launches.push_back({"allocations", 0, 0, 1, 1, 0, kHostAllocationUs * count});
+  if (plan.tiled() != nullptr) TiledLaunches(launches, plan).add();
+  if (plan.decode() != nullptr) add_decode(launches, plan.card, p, *plan.decode());
   return launches;
 }
 
-double predicted_us(const Card& card, const Problem& p, const Plan& plan) {
-  const Sustained rates = sustained_by(card);
-  double sum = 0.0;
-  for (const Launch& launch : launches_of(card, p, plan)) sum += microseconds(launch, rates);
-  if (p.groups && plan.tiled() != nullptr) sum += us_of_many(card, p, *plan.tiled());
-  return sum;
+PredictedUs predict(const Plan& plan) {
+  double device = 0, host = kHostCallUs;
+  for (const Launch& launch : launches_of(plan))
+    device += launch.us(plan.card), host += launch.host_us;
+  return {device, std::max(device, host)};
 }
 
 }  // namespace lora_ext::plan

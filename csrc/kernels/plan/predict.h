@@ -1,66 +1,50 @@
-// Predicts what a call costs on a card; the planner chooses by that if nothing was measured. Pure
-// host code: equal problems on equal cards have equal predictions. No GPU has confirmed one.
+// Predicts what a call takes on a card; no GPU has confirmed it.
 //
-//     launch      the longer of its products, at the rate of the library's large products, and of
-//                 its bytes, at the rate of a large copy; and the gap to the next launch
-//     lora_gemm   whole waves of tiles, each a little deeper than k by its epilogue, at the
-//                 fraction of that rate which its main loop reaches, as counted from machine code
-//
-// benchmarks/gpu/predicted.py compares these with measurements on a card.
+//     launch   the longer of its products, in whole waves of blocks, and of its bytes; and what a
+//              launch takes whatever its size, from the end of the one before it
+//     call     the longer of its launches, one after the other, and of the host's work for them
 #pragma once
-#include <array>
-#include <cstdint>
+#include <vector>
 
 #include "kernels/plan/plan.h"
 
 namespace lora_ext::plan {
 
-// The error of a prediction. Our own base product is chosen only if it leads by more.
-constexpr double kPredictionError = 0.10;
-// With fewer rows than half of a tile, most of its products would multiply zeros.
-constexpr int64_t kMinRows = 64;
+// Microseconds of the host (assumed): of a call, from Python to the op and for autograd; of a launch
+// of ours; of a call of the library with what it allocates; of an allocation of ours.
+constexpr double kHostCallUs = 14, kHostLaunchUs = 2.2, kHostLibraryUs = 6.5,
+                 kHostAllocationUs = 1.2;
 
-// A kernel, or a call of the library. `flop` includes what idle SMs could have done meanwhile, and
-// is divided by the fraction of the library's rate that the kernel reaches. `times`: the number of
-// launches that it takes.
+// What a card is assumed to sustain: the library's half product at 4096 x 4096 x 4096, and
+// mma.sync's share of its rate; a copy, read and written bytes together; and what a launch takes
+// whatever its size: 1.5 us until it starts, 1 us for its first loads and last stores.
+struct Sustained {
+  double tflops, mma_share, dram_gb_s, launch_us = 2.5;
+};
+Sustained sustained_by(const Card& card);
+
+// A kernel, or a call of the library. `share`: of the library's rate, what its main loop reaches.
+// A block alone on an SM is assumed to be as fast as several together.
 struct Launch {
   const char* name;
-  double bytes, flop;
-  int64_t times = 1;
+  double bytes = 0, flop = 0, share = 1;
+  int64_t blocks = 1;
+  int64_t launches = 1;  // 0: a part of the next one, or work of the host alone
+  double host_us = kHostLaunchUs;
+  double us(const Card& card) const;
 };
 
-// The launches of one call, in order; without a heap allocation, since every new call is planned.
-class Launches {
- public:
-  void add(const char* name, double bytes, double flop = 0.0, int64_t times = 1) {
-    add({name, bytes, flop, times});
-  }
-  void add(const Launch& launch) { launches_[count_++] = launch; }
-  const Launch* begin() const { return launches_.data(); }
-  const Launch* end() const { return launches_.data() + count_; }
-
- private:
-  std::array<Launch, 16> launches_{};
-  int count_ = 0;
+// The launches of one call, in order.
+using Launches = std::vector<Launch>;
+Launches launches_of(const Plan& plan);
+struct PredictedUs {
+  double device, call;
 };
+PredictedUs predict(const Plan& plan);
 
-// Waves of lora_gemm's tiles over Y or dX; with wgmma of pairs of tiles, on pairs of SMs.
-struct Waves {
-  int64_t whole, workers, tiles;
-  int64_t idle() const { return whole * workers - tiles; }  // workers without one of the last tiles
-};
-Waves waves_of(const Card& card, const TileFacts& tile, const Problem& problem);
-// flop as in Launch.
-double tiles_flop(const Card& card, const TileFacts& tile, const Problem& problem);
-
-// The launches of a plan on any route; for many adapters only those that one adapter has, too.
-Launches launches_of(const Card& card, const Problem& problem, const Plan& plan);
-double predicted_us(const Card& card, const Problem& problem, const Plan& plan);
-
-// Of the library route: the library's product [m, n] = [m, k] [k, n]; if it accumulates, it also
-// reads what it adds to.
+// The library's product [m, n] = [m, k] [k, n]; if it accumulates, it also reads what it adds to.
 Launch library_product(const Card& card, Dtype dtype, const char* name, int64_t m, int64_t n,
                        int64_t k, bool accumulate = false);
-Launches library_launches(const Card& card, const Problem& problem);
+void add_library_launches(Launches& launches, const Card& card, const Problem& problem);
 
 }  // namespace lora_ext::plan

@@ -12,10 +12,8 @@
 
 namespace lora_ext::plan {
 
-// Properties of a card. `arch` is 10 major + minor.
 struct Card {
-  int arch;
-  int sms;
+  int arch, sms;                            // compute capability: 10 major + minor
   int64_t shared_per_sm, shared_per_block;  // bytes; the second is the limit of a block
   std::string name{};       // the driver's, the key of measurements; "" for an abstract card
   bool tensor_maps = true;  // the driver encodes them, which TMA needs
@@ -23,13 +21,11 @@ struct Card {
   std::string error{};      // why the CUDA runtime cannot use the card; "" if it can
 };
 
-// Many adapters in one batch, each with some rows. The host knows neither the adapter of a row nor
-// the rank of an adapter.
+// Many adapters in one batch. The host knows neither the adapter of a row nor its rank.
 struct Groups {
   int64_t count;
   bool indexed = false;  // an index per row; else ends of ranges
   bool listed = false;   // adapters are a list of tensors; else slots of a pool
-
   auto operator<=>(const Groups&) const = default;
 };
 
@@ -49,7 +45,6 @@ struct Problem {
   bool backward = false;
   bool need_dx = true, need_dlora_a = true, need_dlora_b = true;  // backward only
   std::optional<Groups> groups{};                                 // else one adapter for all rows
-
   auto operator<=>(const Problem&) const = default;
 
   bool half_dtype() const { return is_half(dtype); }  // others stay on the library route
@@ -67,8 +62,7 @@ struct Problem {
   }
 };
 
-// Tiles of kernels/gemm/sm80/kernel.h, of gemm/sm90a/fused_shrink.h and kernel.h, and, for few
-// rows, of kernels/decode/work.h.
+// Of kernels/gemm/sm80/kernel.h, gemm/sm90a/fused_shrink.h and kernel.h, and decode/work.h.
 enum class Tile {
   k128x128,
   kDeep128x128,
@@ -79,9 +73,9 @@ enum class Tile {
   kDecode,
 };
 
-// The tiles of kernels/gemm/params.h, to which these are equal (kernels/sequence/linear_sequence.h
-// and gemm/sm90a/launch.h assert it): rows, columns, shared memory in bytes, most resident blocks
-// per SM (by registers). rates.h has the fraction of the tensor rate that their main loops reach.
+// As in kernels/gemm/params.h (kernels/sequence/linear_sequence.h and gemm/sm90a/launch.h assert
+// it): rows, columns, shared memory in bytes, most resident blocks per SM (by registers). `share`:
+// of the library's rate with the same instruction, what a tile is assumed to reach to its end.
 struct TileFacts {
   Tile tile;
   const char* name;
@@ -89,21 +83,22 @@ struct TileFacts {
   int resident;
   bool wgmma;         // only on compute capability 9.0, in pairs of blocks along the rows
   bool fused_shrink;  // can also compute T, if fits_fused_shrink allows it
+  double share;
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false},
-    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, false},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, false},
-    {Tile::kFusedShrink128x256, "fused-shrink 128 x 256", 128, 256, 231528, 1, true, true},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false},
+    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false, 0.94},
+    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, false, 0.96},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, false, 0.7},
+    {Tile::kFusedShrink128x256, "fused-shrink 128 x 256", 128, 256, 231528, 1, true, true, 0.98},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false, 0.98},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false, 0.92},
     // Its instances are kDecodeTiles; this is the largest one.
-    {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false},
+    {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false, 0.0},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
-// lora_decode's instances for up to `batch` rows of X, which kernels/decode/launch.h asserts:
-// rows of W in a tile, bytes of shared memory, and blocks per SM that registers allow.
+// lora_decode's instances for up to `batch` rows of X, as kernels/decode/launch.h asserts: rows of W
+// in a tile, bytes of shared memory, and blocks per SM that registers allow.
 struct DecodeTile {
   int64_t batch, rows, shared, resident;
 };
@@ -116,25 +111,22 @@ constexpr const DecodeTile& decode_tile_for(int64_t m) {
   while (tile->batch < m) ++tile;
   return *tile;
 }
-// Number of 16-rank pieces of B whose loads are in flight at once, as in
-// kernels/decode/low_rank.h.
+// Pieces of B, of 16 ranks, whose loads are in flight at once, as in kernels/decode/low_rank.h.
 constexpr int64_t decode_pieces(const DecodeTile& tile, bool float_adapters) {
   return !float_adapters ? 4 : tile.batch < 64 ? 2 : 1;
 }
 
-// Number of k16 steps for the last 64 columns of the rank: 1 if at most 16 columns remain, else 4.
-// Two and three steps are computed as 4, which costs a tile at most two products and saves a third
-// of the kernels. A dX whose T is computed in its grid always has 4: with so few columns lora_dsdb
-// computes T, unless B is frozen.
+// Number of k16 steps for the last 64 columns of the rank: 1, or else 4, which costs a tile at most
+// two products and saves kernels. A dX whose T is computed in its grid always has 4: with so few
+// columns lora_dsdb computes T, unless B is frozen.
 constexpr int tail_of(int rank, bool fused_shrink_dx = false) {
   return (rank - 1) % 64 < 16 && !fused_shrink_dx ? 1 : 4;
 }
 
 std::optional<Tile> tile_named(const std::string& name);
 
-// Whether there is a kernel for many adapters with a tile. A wgmma cannot keep one adapter's sums
-// out of the rows of another; and if two blocks of 128 x 128 fit on an SM, the library's base
-// product is always faster than one that waits for each adapter's rows.
+// For many adapters: a wgmma cannot keep one adapter's sums out of the rows of another; and if two
+// blocks of 128 x 128 fit on an SM, the library's base product is always faster.
 constexpr bool has_grouped_kernel(Tile tile) {
   return tile == Tile::kDeep128x128 || tile == Tile::k128x64 || tile == Tile::kDecode;
 }
@@ -144,18 +136,12 @@ struct Call {
   bool backward, float_adapters, dropout;
 };
 inline Call call_of(const Problem& p) { return {p.backward, p.float_adapters, p.dropout}; }
-// T can be computed in the grid of the product if it has one term and one step of T U; and not for
-// dropped X, since wgmma reads X from shared memory as loaded, without the mask.
+// T in the grid of the product has one term; and X no mask, since wgmma reads it as loaded.
 inline bool fits_fused_shrink(const Call& call) {
   return !call.float_adapters && (call.backward || !call.dropout);
 }
 // Whether a card has a tile for a call, for any rank; and all tiles that it has.
 bool fits(const TileFacts& tile, const Card& card, const Call& call);
 std::vector<Tile> tiles_of(const Card& card, const Call& call);
-
-// Whether two blocks of 128 x 128 with two stages fit on an SM.
-inline bool two_blocks_fit(const Card& card) {
-  return card.shared_per_sm >= 2 * (facts_of(Tile::k128x128).shared + 1024);
-}
 
 }  // namespace lora_ext::plan

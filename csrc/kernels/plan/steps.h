@@ -1,6 +1,7 @@
 // The steps of a plan, in order (plan.h names their files), and the arithmetic that they share.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels/plan/decode_shares.h"
 #include "kernels/plan/plan.h"
@@ -17,16 +18,19 @@ inline double area(int64_t rows, int64_t columns) {
 // Bytes of a number of x's dtype, in which also the weight, y and T are stored.
 inline double element_bytes(const Problem& p) { return static_cast<double>(element_size(p.dtype)); }
 
+// Number of blocks that have a tile of Y or dX; with wgmma in pairs along the rows.
+inline int64_t tiles_of_product(const TileFacts& tile, const Problem& p) {
+  const int64_t together = tile.wgmma ? 2 : 1;
+  return together * blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
+}
+
 // Sets the reason, and the sequence of kernels, if any.
 Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);
-// Sets the tiles, splits and blocks of that sequence.
-void choose_tiles(Plan& plan, const Card& card, const Problem& problem, const Request& request);
+// The tiles that are compared for it: the requested one, if the card and the call can have it.
+std::vector<Tile> tiles_for(const Plan& plan, const Request& request);
+// Sets its splits and blocks with the request's tile.
+void choose_tiles(Plan& plan, const Request& request);
 // Sets the offsets of intermediates in the workspace, and its size.
-void place_in_workspace(Plan& plan, const Problem& problem);
-
-inline DecodeShares shares_of(const Decode& plan, const Problem& p) {
-  return {static_cast<int>(plan.tiles), static_cast<int>(plan.s_tiles),
-          static_cast<int>(blocks_of(p.k, kStep)), plan.blocks};
-}
+void place_in_workspace(Plan& plan);
 
 }  // namespace lora_ext::plan

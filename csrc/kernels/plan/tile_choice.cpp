@@ -1,34 +1,25 @@
 // Tiles of lora_gemm and lora_decode, splits of the skinny kernels, and blocks of all.
 #include <algorithm>
-#include <limits>
 
-#include "kernels/plan/predict.h"
 #include "kernels/plan/problem.h"
 #include "kernels/plan/steps.h"
 
 namespace lora_ext::plan {
 namespace {
 
-// Two blocks per SM, of two stages each; or, if shared memory has no room for both, one block of
-// three stages: with one block of two stages, the loop would wait for copies (L40S: 0.65 of the
-// tensor rate, 0.93 with three; A100: 0.92 with two blocks, 0.80 with one).
-bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
-  if (tile.tile == Tile::k128x128) return two_blocks_fit(card);
-  return tile.tile != Tile::kDeep128x128 || !two_blocks_fit(card);
-}
-
-// Per split: a pipeline of copies needs two to fill. A step of lora_dsdb is long: its pipeline turns
-// over several times in one, and blocks of several steps would leave most SMs without a block.
-constexpr int64_t kMinSteps = 4, kMinStepsOfDsdb = 1;
-
 constexpr int64_t kMaxWgmmaRank = 256, kMaxFusedShrinkRank = 64;
 
+// Two blocks of two stages per SM, or one of three: one of two would wait for copies.
+bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
+  const bool two_fit = card.shared_per_sm >= 2 * (facts_of(Tile::k128x128).shared + 1024);
+  if (tile.tile == Tile::k128x128) return two_fit;
+  return tile.tile != Tile::kDeep128x128 || !two_fit;
+}
+
 // Enough splits for two blocks on every SM, but none too short to fill its pipeline of copies.
-Splits choose_splits(const Card& card, int64_t blocks, int64_t length,
-                     int64_t min_steps = kMinSteps) {
-  const int64_t steps = blocks_of(length, kStep);
-  const int64_t wanted = std::max<int64_t>(1, 2 * card.sms / blocks);
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, steps / min_steps));
+Splits choose_splits(const Card& card, int64_t blocks, int64_t length, int64_t min_steps = 4) {
+  const int64_t steps = blocks_of(length, kStep), most = std::max<int64_t>(1, steps / min_steps);
+  const int64_t splits = std::clamp<int64_t>(2 * card.sms / blocks, 1, most);
   const int64_t per_split = blocks_of(steps, splits);
   return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
 }
@@ -43,88 +34,24 @@ std::string why_no_wgmma(const Card& card, const Problem& p) {
   return "";
 }
 
-// Number of blocks that have work.
-int64_t blocks_with_work(const Card& card, const TileFacts& tile, const Problem& p) {
-  return (tile.wgmma ? 2 : 1) * waves_of(card, tile, p).tiles;
-}
-
 // Blocks on all SMs at once, by shared memory and by registers.
 int64_t resident_blocks(const Card& card, int64_t shared, int64_t by_registers) {
   return card.sms * std::clamp<int64_t>(card.shared_per_sm / (shared + 1024), 1, by_registers);
 }
 
-// Masked tiles take T first, so all clusters wait while T is computed: half of the time of a tile of
-// 256 columns, if each computes at most one pair of row blocks (predicted; both have the depth of
-// the product). This saves a pass over dY, which takes longer the more rows there are: at an H100's
-// rates both take the same time where two fifths of the clusters compute T.
-bool masked_t_pays(const Card& card, int64_t m) {
-  return 5 * blocks_of(m, 2 * facts_of(Tile::kFusedShrink128x256).rows) >= card.sms;
-}
-
-// T is computed in the same grid where possible, which saves two launches, unless there are fewer
-// tiles than clusters: then all would wait for T.
-bool fused_shrink_pays(const Card& card, const Problem& p) {
-  return (!p.dropout || masked_t_pays(card, p.m)) &&
-         blocks_with_work(card, facts_of(Tile::kFusedShrink128x256), p) > card.sms;
-}
-
-// The requested tile, if the card and the call can have it; else the one whose waves are predicted
-// to end first, among those on wgmma if there are any. If lora_gemm only adds a low-rank product,
-// the smallest tile, of which most fit on an SM.
-const TileFacts& choose_tile(const Card& card, const Problem& p, const Request& request,
-                             const Tiled& plan) {
-  const TileFacts* best = &facts_of(Tile::k128x64);
-  if (plan.base != Base::kKernel) return *best;
-  const bool wgmma = why_no_wgmma(card, p).empty();
-  // lora_dsdb computes dS without another pass over dY.
-  const bool may_fused_shrink =
-      wgmma && fits_fused_shrink(call_of(p)) && p.rank <= kMaxFusedShrinkRank && !plan.one_pass();
-  const bool fused_shrink = may_fused_shrink && fused_shrink_pays(card, p);
-  double best_time = 0;
-  for (const TileFacts& tile : kTiles) {
-    if (tile.tile == Tile::kDecode || !fits(tile, card, call_of(p))) continue;
-    if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !may_fused_shrink)) continue;
-    if (p.groups && !has_grouped_kernel(tile.tile)) continue;
-    if (tile.tile == request.tile) return tile;
-    if (tile.wgmma != wgmma || tile.fused_shrink != fused_shrink) continue;
-    const double time = tiles_flop(card, tile, p);
-    if (best_time == 0 || time < best_time) best = &tile, best_time = time;
-  }
-  return *best;
-}
-
-Gemm choose_gemm(const Card& card, const Problem& p, const Request& request,
-                 const TileFacts& tile) {
-  const int64_t blocks =
-      std::min(blocks_with_work(card, tile, p), resident_blocks(card, tile.shared, tile.resident));
+void choose_product(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
+  const TileFacts& tile = facts_of(*request.tile);
+  const auto blocks = static_cast<int>(
+      std::min(tiles_of_product(tile, p), resident_blocks(card, tile.shared, tile.resident)));
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
-  const int most = tile.wgmma ? card.sms : std::numeric_limits<int>::max();
-  return {tile.tile, std::min(static_cast<int>(blocks), request.max_blocks),
-          tile.wgmma && !tile.fused_shrink && request.use_pdl, std::min(most, request.max_blocks)};
-}
-
-// Whole waves of tiles leave some clusters idle at the end. If only those compute T before their
-// first tile, it costs no time if they are done when the others have done their first tiles: a pair
-// of row blocks takes half of the time of a tile of 256 columns (predicted). With two, the others
-// wait for a tenth of a tile or more, but that is less than a pair takes a cluster that multiplies
-// to the end. Masked tiles begin with T, which is complete the sooner the more clusters compute it.
-int choose_pairs_per_ticket(const Card& card, const Problem& p, const TileFacts& tile) {
-  constexpr int kMax = 2;
-  if (p.dropout) return 1;
-  const int64_t row_pairs = blocks_of(p.m, 2 * tile.rows), idle = waves_of(card, tile, p).idle();
-  if (row_pairs <= idle) return 1;
-  return blocks_of(row_pairs, kMax) <= idle ? kMax : 1;
-}
-
-void choose_product(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
-  const TileFacts& tile = choose_tile(card, p, request, plan);
-  plan.gemm = choose_gemm(card, p, request, tile);
+  const int most = tile.wgmma ? std::min(card.sms, request.max_blocks) : request.max_blocks;
+  const bool use_pdl = tile.wgmma && !tile.fused_shrink && request.use_pdl;
+  plan.gemm = {tile.tile, std::min(blocks, request.max_blocks), use_pdl, most};
   if (card.arch == 90 && plan.base == Base::kKernel) plan.no_wgmma = why_no_wgmma(card, p);
   if (!tile.fused_shrink) return;
   plan.fused_shrink.emplace();
   plan.fused_shrink->row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);
-  plan.fused_shrink->pairs_per_ticket = choose_pairs_per_ticket(card, p, tile);
 }
 
 // Splits for S or dS, unless another kernel computes it.
@@ -132,27 +59,23 @@ void choose_shrink(Tiled& plan, const Card& card, const Problem& p) {
   // lora_shrink in a forward with one adapter takes A's halves without padding.
   const bool whole_chunks = p.backward || p.groups;
   plan.z_columns = whole_chunks ? plan.columns : static_cast<int>(plan.terms * p.rank);
-  const bool needed = !p.backward || p.need_ds();
-  if (!needed || plan.fused_shrink || plan.one_pass()) return;
+  if ((p.backward && !p.need_ds()) || plan.fused_shrink || plan.one_pass()) return;
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.depth());
 }
 
-// Splits for dA and dB with one adapter.
+// Splits for dA and dB with one adapter. Of lora_dsdb one block per SM, whose pipeline turns over
+// several times in a step: longer ones would leave most SMs without a block.
 void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool use_pdl) {
-  const auto splits = [&](int64_t blocks) { return choose_splits(card, blocks, p.m); };
-  const int64_t column_tiles = blocks_of(plan.columns, 64);
-  if (plan.one_pass()) {
-    // One block per SM.
-    plan.dlora_b = choose_splits(card, 2 * plan.panels, p.m, kMinStepsOfDsdb);
-  } else if (p.need_dlora_b) {
-    plan.dlora_b = splits(blocks_of(p.n, 128) * column_tiles);
-  }
-  if (p.need_dlora_a) plan.dlora_a = splits(blocks_of(p.k, 128) * column_tiles);
+  const auto splits = [&](int64_t columns) {
+    return choose_splits(card, blocks_of(columns, 128) * blocks_of(plan.columns, 64), p.m);
+  };
+  if (p.need_dlora_a) plan.dlora_a = splits(p.k);
+  if (p.need_dlora_b)
+    plan.dlora_b = plan.one_pass() ? choose_splits(card, 2 * plan.panels, p.m, 1) : splits(p.n);
   plan.wgrad_uses_pdl = plan.gemm && facts_of(plan.gemm->tile).wgmma && plan.has_wgrad() && use_pdl;
 }
 
-// Row tiles, and pieces of rows for the partial sums of gradients: sized so that one adapter alone
-// would fill the card.
+// Row tiles, and pieces of rows for partial sums of gradients, with which one adapter fills a card.
 void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
   Tables& tables = plan.tables.emplace();
   tables.piece_rows = static_cast<int>(rounded_up(p.m, kGroupedTileRows));  // nothing is summed
@@ -169,26 +92,6 @@ void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
   tables.tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedTileRows));
   tables.piece_count = static_cast<int>(Tables::pieces_of(p.m, groups, rows));
   tables.slots = static_cast<int>(Tables::slots_of(p.m, rows));
-}
-
-void choose_tiled(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
-  if (p.has_product()) choose_product(plan, card, p, request);
-  choose_shrink(plan, card, p);
-  if (p.groups) {
-    choose_tables(plan, card, p);
-  } else if (p.backward) {
-    choose_gradients(plan, card, p, request.use_pdl);
-  }
-}
-
-void choose_decode(Decode& plan, const Card& card, const Problem& p, const Request& request) {
-  const DecodeTile& tile = decode_tile_for(p.m);
-  plan.blocks = 1;
-  const int64_t units = shares_of(plan, p).units();
-  const int64_t wanted = std::max<int64_t>(1, units / DecodeShares::kMinUnits);
-  const auto blocks =
-      static_cast<int>(std::min(wanted, resident_blocks(card, tile.shared, tile.resident)));
-  plan.blocks = std::min(blocks, request.max_blocks);
 }
 
 }  // namespace
@@ -213,9 +116,42 @@ std::vector<Tile> tiles_of(const Card& card, const Call& call) {
   return tiles;
 }
 
-void choose_tiles(Plan& plan, const Card& card, const Problem& p, const Request& request) {
-  if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) choose_tiled(*tiled, card, p, request);
-  if (auto* decode = std::get_if<Decode>(&plan.sequence)) choose_decode(*decode, card, p, request);
+// If lora_gemm only adds a low-rank product, the smallest tile, of which most fit on an SM. Tiles on
+// wgmma alone if there are any: the others have two thirds of the rate at most. lora_dsdb computes dS
+// without another pass over dY.
+std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
+  const Problem& p = plan.problem;
+  const Tiled* tiled = plan.tiled();
+  if (tiled == nullptr || !p.has_product() || tiled->base != Base::kKernel) return {Tile::k128x64};
+  const bool wgmma = why_no_wgmma(plan.card, p).empty();
+  const bool fused_shrink = p.rank <= kMaxFusedShrinkRank && !tiled->one_pass();
+  std::vector<Tile> tiles;
+  for (const Tile each : tiles_of(plan.card, call_of(p))) {
+    const TileFacts& tile = facts_of(each);
+    if (each == Tile::kDecode || (p.groups && !has_grouped_kernel(each))) continue;
+    if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !fused_shrink)) continue;
+    if (each == request.tile) return {each};
+    if (tile.wgmma == wgmma) tiles.push_back(each);
+  }
+  return tiles.empty() ? std::vector{Tile::k128x64} : tiles;
+}
+
+void choose_tiles(Plan& plan, const Request& request) {
+  const Card& card = plan.card;
+  const Problem& p = plan.problem;
+  if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) {
+    if (p.has_product()) choose_product(*tiled, card, p, request);
+    choose_shrink(*tiled, card, p);
+    if (p.groups) choose_tables(*tiled, card, p);
+    if (p.backward && !p.groups) choose_gradients(*tiled, card, p, request.use_pdl);
+  }
+  if (auto* decode = std::get_if<Decode>(&plan.sequence)) {
+    const DecodeTile& tile = decode_tile_for(p.m);
+    const int64_t wanted = decode->tiles * blocks_of(p.k, kStep) / DecodeShares::kMinUnits;
+    const int64_t most =
+        std::min<int64_t>(resident_blocks(card, tile.shared, tile.resident), request.max_blocks);
+    decode->blocks = static_cast<int>(std::clamp<int64_t>(wanted, 1, most));
+  }
 }
 
 }  // namespace lora_ext::plan

@@ -33,8 +33,7 @@ void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
   tables.sums = workspace.take(groups.count, kGroupedSumBytes);
 }
 
-// Halves of A and B, unless the kernels can read A and B directly: in the kernels' type, with rows
-// of whole chunks.
+// Halves of A and B, unless the kernels can read A and B themselves.
 void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
   const bool needs_a = p.has_product() || !p.backward, needs_b = p.need_ds() || !p.backward;
   const int64_t element = element_size(p.dtype), chunk = chunk_elements(p.dtype);
@@ -46,11 +45,8 @@ void place_factors(Tiled& plan, const Problem& p, Workspace& workspace) {
 }
 
 void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
-  if (plan.tables) {
-    place_tables(*plan.tables, p, workspace);  // kernels of many adapters read A and B directly
-  } else {
-    place_factors(plan, p, workspace);
-  }
+  // Kernels of many adapters read A and B directly.
+  plan.tables ? place_tables(*plan.tables, p, workspace) : place_factors(plan, p, workspace);
   const int64_t halves = p.m * plan.columns, element = element_size(p.dtype);
   const bool need_t = !p.backward || p.need_ds();
   const bool need_db = p.backward && p.need_dlora_b, need_da = p.backward && p.need_dlora_a;
@@ -60,7 +56,7 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   if (need_t && !plan.fused_shrink)
     plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
   if (need_t) plan.t = workspace.take(halves, element);
-  // Partial sums: with one adapter one per split, with many adapters one per slot.
+  // Partial sums: one per split, with many adapters one per slot.
   const auto sums = [&](const Splits& splits) {
     return plan.tables ? plan.tables->slots * p.rank : int64_t{splits.splits} * plan.columns;
   };
@@ -70,7 +66,8 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
 
 void place_decode(Decode& plan, const Problem& p, Workspace& workspace) {
   const DecodeTile& tile = decode_tile_for(p.m);
-  const DecodeShares shares = shares_of(plan, p);
+  const DecodeShares shares{static_cast<int>(plan.tiles), static_cast<int>(plan.s_tiles),
+                            static_cast<int>(blocks_of(p.k, kStep)), plan.blocks};
   const int64_t elements = tile.rows * tile.batch;
   if (p.groups && p.groups->listed)
     plan.entries = workspace.take(p.groups->count, kGroupedEntryBytes);
@@ -82,10 +79,12 @@ void place_decode(Decode& plan, const Problem& p, Workspace& workspace) {
 
 }  // namespace
 
-void place_in_workspace(Plan& plan, const Problem& p) {
+void place_in_workspace(Plan& plan) {
   Workspace workspace;
-  if (auto* tiled = std::get_if<Tiled>(&plan.sequence)) place_tiled(*tiled, p, workspace);
-  if (auto* decode = std::get_if<Decode>(&plan.sequence)) place_decode(*decode, p, workspace);
+  if (auto* tiled = std::get_if<Tiled>(&plan.sequence))
+    place_tiled(*tiled, plan.problem, workspace);
+  if (auto* decode = std::get_if<Decode>(&plan.sequence))
+    place_decode(*decode, plan.problem, workspace);
   plan.workspace = workspace.bytes;
 }
 

@@ -90,7 +90,7 @@ class LoraLinearParams {
   LoraFusedShrinkParams<T> fused_shrink(float* s) const {
     LoraFusedShrinkParams<T> in{};
     in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
-    in.s = s, in.scaling = o_.scaling, in.pairs_per_ticket = plan_.fused_shrink->pairs_per_ticket;
+    in.s = s, in.scaling = o_.scaling;
     in.ticket = flags(), in.written = written(), in.ready = flags() + 2 * plan::kFlagsApart;
     return in;
   }

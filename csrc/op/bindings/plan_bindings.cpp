@@ -7,7 +7,6 @@
 #include "kernels/plan/autotune_cache.h"
 #include "kernels/plan/plan.h"
 #include "kernels/plan/predict.h"
-#include "kernels/plan/rates.h"
 #include "op/bindings/bindings.h"
 #include "op/launch/kernel_launch.h"
 #include "op/route/route.h"
@@ -112,20 +111,19 @@ void bind_autotune_cache(py::module& m) {
 void bind_prediction(py::module& m) {
   py::class_<plan::Sustained>(m, "Sustained")
       .def_readonly("tflops", &plan::Sustained::tflops)
+      .def_readonly("mma_share", &plan::Sustained::mma_share)
       .def_readonly("dram_gb_s", &plan::Sustained::dram_gb_s)
-      .def_readonly("gap_us", &plan::Sustained::gap_us);
+      .def_readonly("launch_us", &plan::Sustained::launch_us);
   py::class_<plan::Launch>(m, "Launch")
       .def_property_readonly("name", [](const plan::Launch& l) { return std::string(l.name); })
       .def_readonly("bytes", &plan::Launch::bytes)
       .def_readonly("flop", &plan::Launch::flop)
-      .def_readonly("times", &plan::Launch::times);
+      .def_readonly("share", &plan::Launch::share)
+      .def_readonly("blocks", &plan::Launch::blocks)
+      .def_readonly("launches", &plan::Launch::launches)
+      .def_readonly("host_us", &plan::Launch::host_us)
+      .def("us", &plan::Launch::us, py::arg("card"));
   m.def("sustained_by", &plan::sustained_by, py::arg("card"));
-  m.def(
-      "main_loop_share",
-      [](const plan::Card& card, const std::string& tile, bool masked) {
-        return plan::main_loop_share(card, plan::facts_of(plan::tile_named(tile).value()), masked);
-      },
-      py::arg("card"), py::arg("tile"), py::arg("masked"));
   m.def(
       "library_product",
       [](const plan::Card& card, int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
@@ -134,14 +132,11 @@ void bind_prediction(py::module& m) {
       },
       py::arg("card"), py::arg("rows"), py::arg("columns"), py::arg("depth"),
       py::arg("accumulate") = false);
-  m.def(
-      "predicted_launches",
-      [](const plan::Card& card, plan::Problem problem, const plan::Plan& plan, bool backward) {
-        problem.backward = backward;
-        const plan::Launches all = plan::launches_of(card, problem, plan);
-        return std::vector<plan::Launch>(all.begin(), all.end());
-      },
-      py::arg("card"), py::arg("problem"), py::arg("plan"), py::arg("backward"));
+  m.def("predicted_launches", &plan::launches_of, py::arg("plan"));
+  m.attr("host_us") = std::map<std::string, double>{{"call", plan::kHostCallUs},
+                                                    {"launch", plan::kHostLaunchUs},
+                                                    {"library", plan::kHostLibraryUs},
+                                                    {"allocation", plan::kHostAllocationUs}};
 }
 
 // The result of `get` for a tiled plan; 0 for others.
@@ -170,14 +165,6 @@ int columns_of(const plan::Plan& p) {
   return p.tiled() != nullptr ? p.tiled()->columns : 0;
 }
 
-std::map<std::string, double> predicted_us(const plan::Plan& p) {
-  std::map<std::string, double> us;
-  if (p.predicted.library > 0) us["library"] = p.predicted.library;
-  if (p.predicted.hybrid > 0) us["hybrid"] = p.predicted.hybrid;
-  if (p.predicted.kernel > 0) us["kernel"] = p.predicted.kernel;
-  return us;
-}
-
 void bind_plans(py::module& m) {
   using plan::Plan;
   using plan::Tiled;
@@ -186,7 +173,9 @@ void bind_plans(py::module& m) {
       .def_readonly("workspace", &Plan::workspace)
       .def_property_readonly("kernel", &Plan::has_kernels)
       .def_property_readonly("hybrid", &Plan::hybrid)
-      .def_property_readonly("predicted_us", &predicted_us)
+      .def_property_readonly(
+          "predicted_us",
+          [](const Plan& p) { return std::map(p.predicted_us.begin(), p.predicted_us.end()); })
       .def_property_readonly("tile", [](const Plan& p) { return plan::facts_of(tile_of(p)).name; })
       .def_property_readonly("wgmma",
                              [](const Plan& p) { return plan::facts_of(tile_of(p)).wgmma; })
@@ -194,9 +183,6 @@ void bind_plans(py::module& m) {
       .def_property_readonly("columns", &columns_of)
       .def_property_readonly("fused_shrink",
                              of_tiled([](const Tiled& t) { return t.fused_shrink.has_value(); }))
-      .def_property_readonly("pairs_per_ticket", of_tiled([](const Tiled& t) {
-                               return t.fused_shrink ? t.fused_shrink->pairs_per_ticket : 1;
-                             }))
       .def_property_readonly("one_pass", of_tiled([](const Tiled& t) { return t.one_pass(); }))
       .def_property_readonly("panels", of_tiled([](const Tiled& t) { return t.panels; }))
       .def_property_readonly("wgrad_uses_pdl",

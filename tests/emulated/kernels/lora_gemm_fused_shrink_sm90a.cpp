@@ -111,7 +111,6 @@ void run_gemm(const Case& run) {
                                     .t_pitch = problem.t_pitch,
                                     .width = problem.width,
                                     .scaling = problem.scaling,
-                                    .pairs_per_ticket = 1 + static_cast<int>(problem.random() % 3),
                                     .ticket = ticket.data(),
                                     .ready = ready.data(),
                                     .written = written.data()};

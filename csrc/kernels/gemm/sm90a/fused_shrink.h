@@ -41,7 +41,7 @@ struct LoraFusedShrinkProducer {
       const int job = jobs.next(tickets, true);
       if (job >= jobs.count()) return;
       if (jobs.computes_t(job)) {
-        jobs.for_rows_of(job, [&](int row) { load_shrink(ring, row); });
+        load_shrink(ring, jobs.row_of(job));
       } else {
         load_tile(ring, jobs.block.place_of(jobs.tile_of(job)));
       }
@@ -84,7 +84,7 @@ struct LoraFusedShrinkConsumer {
     for (int job = next_job(), next = 0; job < jobs.count(); job = next) {
       if constexpr (kMasked) next = next_job();  // its mask is drawn beside this one
       if (jobs.computes_t(job)) {
-        jobs.for_rows_of(job, [&](int row) { shrink(ring, row); });
+        shrink(ring, jobs.row_of(job));
       } else {
         typename Consumer::Accumulators acc;
         const auto at = consumer.compute(acc, ring, jobs.tile_of(job), jobs.tile_of(next), ahead);

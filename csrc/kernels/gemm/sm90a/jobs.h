@@ -1,7 +1,7 @@
 // The job scheduler of lora_gemm_fused_shrink_sm90a: how clusters draw jobs from a counter
 // (`ticket`), and how the jobs that compute T signal those that read it.
 //
-//   jobs      first    pairs of row blocks of T, one for each block of the cluster
+//   jobs      first    a pair of row blocks of T each, one for each block of the cluster
 //             then     the tiles of Y
 //
 // A job of T waits for nothing, and a tile only for jobs with smaller numbers, which running
@@ -21,7 +21,6 @@ struct LoraFusedShrinkParams {
   int64_t t_pitch;
   int width;  // whole 16-byte chunks
   float scaling;
-  int pairs_per_ticket;  // pairs of row blocks of T in one job
 
   // Counters, all zero at launch.
   uint32_t* ticket;  // [1], the number of the next job
@@ -65,20 +64,14 @@ struct LoraGemmSm90aJobs {
     return block.shared + Layout::kTicket + 4 * static_cast<uint32_t>(slot);
   }
 
-  // If the last wave of tiles leaves clusters idle, fewer clusters compute more of T each, so that
-  // no cluster that multiplies to the end has started later.
-  const int jobs_for_t = (block.row_pairs + in.pairs_per_ticket - 1) / in.pairs_per_ticket;
+  const int jobs_for_t = block.row_pairs;
 
   __device__ __forceinline__ int count() const { return jobs_for_t + block.tiles; }
   __device__ __forceinline__ bool computes_t(int job) const { return job < jobs_for_t; }
   __device__ __forceinline__ int tile_of(int job) const { return job - jobs_for_t; }
-  // Calls visit(first row of the block's half) for the pairs of row blocks of a job of T.
-  template <class Visit>
-  __device__ __forceinline__ void for_rows_of(int job, const Visit& visit) const {
-    const int first = job * in.pairs_per_ticket;
-    const int end = min(first + in.pairs_per_ticket, block.row_pairs);
-    for (int pair = first; pair < end; ++pair)
-      visit(pair * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM);
+  // First row of the block's half of a job of T.
+  __device__ __forceinline__ int row_of(int job) const {
+    return job * Tile::kPairM + static_cast<int>(block.rank) * Tile::kM;
   }
 
   // Called before the block's own set-up, whose fence and barrier publish this, too.

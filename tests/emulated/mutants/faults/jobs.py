@@ -104,7 +104,7 @@ JOBS = [
         "with fewer clusters than tiles all of them wait for a T that nobody has begun",
         ("return job < jobs_for_t;", "return job >= block.tiles;"),
         ("return job - jobs_for_t;", "return job;"),
-        ("const int first = job * in", "const int first = (job - block.tiles) * in"),
+        ("return job * Tile::kPairM", "return (job - block.tiles) * Tile::kPairM"),
     ),
     of_shrink(
         "publish_before_barrier",
