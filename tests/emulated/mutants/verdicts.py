@@ -38,6 +38,7 @@ STEPS = [
 STEPS_OF = {
     "lora_linear_sequence": [("plain", "1:19"), ("race", "1:7"), ("plain", "19:37")],
     "lora_decode": [*STEPS, ("plain", "29:72")],
+    "lora_grouped_gemm": [*STEPS, ("plain", "29:60")],
     "lora_grouped_segments": [*STEPS, ("plain", "29:80")],
 }
 PROGRAMS = list(dict.fromkeys([*mutants.PROGRAMS, *STEPS_OF]))
