@@ -73,7 +73,10 @@ inline std::optional<Dtype> panel_of(const Groups& groups, const at::Tensor& p, 
                                      bool is_forward) {
   const auto segments = static_cast<int64_t>(groups.segments().size());
   const bool has_rows = groups.rows() >= kFewRowsOfAdapter * segments;
-  return has_rows && base.row_block == 0 ? fused_panel(p, base, is_forward) : std::nullopt;
+  if (!has_rows || base.row_block != 0) return {};
+  // The rows of an expert stay together only in their own order.
+  if (!base.experts.empty() && !groups.order_of_all(p.size(0)).empty()) return {};
+  return fused_panel(p, base, is_forward);
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.

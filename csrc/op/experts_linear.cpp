@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
+
 #include "common/check.h"
 #include "cpu/driver.h"
 #include "op/checks.h"
@@ -142,11 +144,18 @@ void experts_linear_backward(
     const std::optional<at::Tensor>& dx, at::TensorList dlora_a, at::TensorList dlora_b) {
   const char* op = kOp;
   const ExpertWeights given{weight, std::nullopt, experts, ends, row_block};
-  check_weights(given, grad, dx ? *dx : x);
-  EXPECT(x.size(1) == weight.size(2) && grad.size(1) == weight.size(1) &&
+  check_weights(given, grad, dx.value_or(grad));
+  const std::array<int64_t, 2> shape{grad.size(0), weight.size(2)};
+  EXPECT(x.sizes() == at::IntArrayRef(shape) && grad.size(1) == weight.size(1) &&
              (!dx || dx->sizes() == x.sizes()),
          "expected x and dx of ", weight.size(2), " columns and a gradient of ", weight.size(1),
          ", but got ", x.sizes(), " and ", grad.sizes());
+  // For other gradients what x holds is not read.
+  EXPECT(x.is_cpu() && x.scalar_type() == grad.scalar_type() &&
+             (dlora_a.empty() || x.stride(1) == 1 || x.size(1) <= 1),
+         "expected x in ", grad.scalar_type(), ", contiguous along its columns, but got ",
+         x.scalar_type(), " of strides ", x.strides());
+  EXPECT(s.is_contiguous(), "expected a contiguous s, but got strides ", s.strides());
   const Base base = base_of(given, dx.value_or(at::Tensor()));
   if (lora_a.empty()) {
     if (dx && grad.numel() != 0 && dx->numel() != 0) cpu::backward_of_base(grad, x, base);

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _C
 from ..dtypes import HALVES
@@ -29,6 +28,7 @@ from .row_factors import RowUpdate
 
 _ops = torch.ops.lora_ext
 _DTYPES = (*HALVES, torch.float32)
+_number_of_modes = torch._C._len_torch_dispatch_stack
 
 
 def supports(
@@ -36,7 +36,8 @@ def supports(
 ) -> bool:
     """Whether a projection is computed in this way. Modes that see each op, such as torch's FLOP
     counter, know torch's products alone."""
-    if not weight.is_cpu or weight.dtype not in _DTYPES or is_in_torch_dispatch_mode():
+    # torch's is_in_torch_dispatch_mode is still true in the first call of what was just compiled.
+    if not weight.is_cpu or weight.dtype not in _DTYPES or _number_of_modes():
         return False
     if type(weight) not in (Tensor, Parameter) and not isinstance(weight, QuantizedStack):
         return False

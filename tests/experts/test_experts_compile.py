@@ -37,6 +37,17 @@ def test_without_gradients_and_float32_adapters(forget_graphs, counter):
         torch.testing.assert_close(compiled(*operands), model(*operands))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_first_call_has_the_bits_of_the_next(grad, forget_graphs):
+    """The first one follows the compilation at once, whose modes are then no longer active."""
+    model = accelerated(mixture(dtype=BF16, experts=3))
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    operands = make_routes(200, experts=3, dtype=BF16)
+    with torch.set_grad_enabled(grad):
+        first, second = compiled(*operands), compiled(*operands)
+    assert torch.equal(first, second)
+
+
 def test_dropout(forget_graphs, counter):
     """Seeds are drawn in the graph, by the generator's state."""
     model = lora_ext.accelerate(mixture("plain", TWO), expert_dropout=0.3).train()

@@ -231,6 +231,9 @@ def test_the_librarys_switch_is_obeyed(panels):
 def test_other_names_are_refused():
     with pytest.raises(ValueError, match="expected one of auto, none, float32, bfloat16, but got"):
         _C.set_cpu_panels("half")
+    for panel in (torch.int64, torch.bool, torch.float16):
+        with pytest.raises(ValueError, match="expected panels of float32, of bfloat16 or none"):
+            _C.set_measured_panels(torch.float32, 8, 8, True, [(4, panel)])
 
 
 CHILD = """
