@@ -168,6 +168,7 @@ void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::T
                            out.numel() != 0 && p.stride(1) == 1 && out.stride(1) == 1 &&
                            out.stride(0) >= out.size(1);
   const auto panel_of = [&]() -> std::optional<Dtype> {
+    if (p.size(1) > kMaxPanelDepth) return {};
     return panels ? named_panel(*panels, dtype_of(p.scalar_type()))
                   : faster_panel(kind_of(p, q), p.size(0));
   };
