@@ -14,7 +14,7 @@ dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from .. import _C
 from ..quantized.stack import QuantizedStack
 from . import expert_groups, few_rows, one_pass, products
 from .dropout import Dropout
-from .expert_groups import ExpertGroup, ExpertGroups
-from .factors import Factors, Gradients, Updates, is_any
+from .expert_groups import ExpertGroups
+from .factors import Factors, Gradients, Updates
+from .group_backward import Operands, in_one_pass, in_passes
 from .row_factors import RowGradients, RowUpdates
 
 _ops = torch.ops.lora_ext
@@ -166,7 +167,7 @@ def backward(
     dropout: Dropout | None = None,
 ) -> Backward:
     """The gradients of the equations above; weights ``[S]``, sorted, or None for 1."""
-    weight, bias, factors, _ = projection
+    weight, bias, factors, row_block = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
     taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
@@ -190,9 +191,9 @@ def backward(
         own_weights = None if weights is None else weights[where]
         update = None if updates is None else updates.of(group)
         out = None if dx is None or taken.is_whole else dx[where]
-        operands = _Operands(g, part, x.is_gathered, own_weights, s[where], want_x)
-        run = _in_one_pass if is_one_pass else _in_passes
-        dpart = run(operands, projection, group, update, gradients, dropout, out)
+        operands = Operands(g, part, x.is_gathered, own_weights, s[where], want_x)
+        run = in_one_pass if is_one_pass else in_passes
+        dpart = run(operands, weight, row_block, group, update, gradients, dropout, out)
         if dweights is not None and own_weights is not None:
             assert part is not None and dpart is not None
             dweights[where] = products.dot(part, dpart)
@@ -206,107 +207,3 @@ def backward(
         return Backward(dx, dweights, [], [])
     gradients.finish()
     return Backward(dx, dweights, gradients.lora_a, gradients.lora_b)
-
-
-class _Operands(NamedTuple):
-    """The rows of a group in a backward.
-
-    Attributes:
-        grad: ``[rows, out]``.
-        x: ``[rows, in]``, or None if it is not read.
-        is_own_x: whether x may be overwritten.
-        weights: ``[rows]``, or None for 1.
-        s: ``[rows, R]`` of forward.
-        wants_x: whether dX is requested.
-    """
-
-    grad: Tensor
-    x: Tensor | None
-    is_own_x: bool
-    weights: Tensor | None
-    s: Tensor
-    wants_x: bool
-
-    def weighted(self, weight: Tensor | QuantizedStack) -> tuple[Tensor, Tensor, bool]:
-        """(x and S times the weights, whether that x may be overwritten)."""
-        if self.x is None:  # only its shape and dtype are used
-            rows = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
-            return rows, self.s, False
-        if self.weights is None:
-            return self.x, self.s, self.is_own_x
-        by_row = self.weights[:, None]
-        return (self.x * by_row).to(self.x.dtype), self.s * by_row, True
-
-
-def _in_one_pass(
-    operands: _Operands,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Any,
-    gradients: Any,
-    dropout: Dropout | None,
-    out: Tensor | None,
-) -> Tensor | None:
-    """Writes the gradients of the factors, and returns dX' in `out`.
-
-    Args:
-        update: what `_updates_of` gives for the group.
-        gradients: of the same kind.
-    """
-    weight = projection.weight
-    x, s, _ = operands.weighted(weight)
-    dlora_a, dlora_b = ([], []) if update is None else gradients.targets(update)
-    one_pass.backward(
-        operands.grad,
-        x,
-        s,
-        weight,
-        group,
-        update,
-        dropout,
-        projection.row_block,
-        out,
-        dlora_a,
-        dlora_b,
-    )
-    if update is not None:
-        gradients.write(group, update, dlora_a, dlora_b)
-    return out
-
-
-def _in_passes(
-    operands: _Operands,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Any,
-    gradients: Any,
-    dropout: Dropout | None,
-    out: Tensor | None,
-) -> Tensor | None:
-    """The same by the base's product, and a pass for the update onto it."""
-    weight, row_block = projection.weight, projection.row_block
-    grad, wants_x = operands.grad, operands.wants_x
-    dx = products.backward(grad, weight, group, out) if wants_x else None
-    if update is None:
-        return dx
-    wants_a, wants_b = is_any(gradients.lora_a), is_any(gradients.lora_b)
-    x, s, is_own_x = operands.weighted(weight)
-    if dropout is not None and operands.x is not None and wants_a:
-        x = dropout.drop(x, group, in_place=is_own_x)
-    arguments = update.arguments()
-    lists = len(arguments["lora_a"])
-    wanted = ([wants_x, False], [wants_a] * lists, [wants_b] * lists)
-    low_rank, da, db, _ = _ops.lora_grouped_backward(
-        grad,
-        s[:, : update.rank].contiguous(),
-        *wanted,
-        x,
-        None,
-        None,
-        **arguments,
-        row_block=row_block,
-    )
-    gradients.write(group, update, da, db)
-    if dx is not None:
-        dx += low_rank if dropout is None else dropout.drop(low_rank, group, in_place=True)
-    return dx
