@@ -85,7 +85,7 @@ class Pools(NamedTuple):
         """The update of one expert's rows alone."""
         one = self._place(expert)
         offs = self.offs[one] - begin
-        return Pools(self.lora_a[one], self.lora_b[one], self.scaling[one], offs, self.experts)
+        return Pools(self.lora_a[one], self.lora_b[one], self.scaling[one], offs, (expert,))
 
     def gradients_of(self, expert: int, gradients: list[Tensor]) -> list[Tensor]:
         """Those of one expert, of a list of the pool's or an empty one."""
