@@ -6,8 +6,8 @@
 Where rows have adapters of their own, the rows of an expert are sorted by adapter: those without
 one first. So one order serves the base's products and the updates.
 
-A number that is no expert, such as expert parallelism gives to the slots of other ranks, is sorted
-to the end, after offs[-1]: those rows are zero.
+A number that is no expert, such as E, which expert parallelism gives to the slots of other ranks,
+or -1, is sorted to the end, after offs[-1]: those rows are zero.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Routes(NamedTuple):
 
 def routes_of(top_k_index: Tensor, experts: int) -> Routes:
     """The routes for expert numbers ``[T, k]``; the slots of one expert keep their order."""
-    ids, perm = torch.sort(top_k_index.reshape(-1), stable=True)
+    ids, perm = torch.sort(_numbers(top_k_index, experts).reshape(-1), stable=True)
     return Routes(perm, perm // top_k_index.shape[-1], _ends_of(ids, experts))
 
 
@@ -56,11 +56,17 @@ def routes_by_adapter(
     own = adapter_index.long() + 1
     own = own.masked_fill((own < 0) | (own >= kinds), 0)[:, None]
     # Clamped, so that the product cannot overflow: a number that is no expert may be any.
-    ids = top_k_index.long().clamp(max=experts) * kinds + own
+    ids = _numbers(top_k_index, experts).clamp(max=experts) * kinds + own
     ids, perm = torch.sort(ids.reshape(-1), stable=True)
     ends = _ends_of(ids, experts * kinds)
     offs = ends.view(experts, kinds)[:, -1].contiguous()
     return Routes(perm, perm // top_k_index.shape[-1], offs, ends)
+
+
+def _numbers(top_k_index: Tensor, experts: int) -> Tensor:
+    """int64, with E for negative ones, which would be sorted to the first expert."""
+    numbers = top_k_index.long()
+    return numbers.masked_fill(numbers < 0, experts)
 
 
 def _ends_of(ids: Tensor, count: int) -> Tensor:

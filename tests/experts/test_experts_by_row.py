@@ -211,6 +211,7 @@ def test_numbers_of_no_expert_add_nothing():
     x, index, weights = layer.operands
     index = index.clone()
     index[0, 1] = index[3, 0] = (2**64 + 4) // 5  # times the kinds of rows it would be 4
+    index[4, 0] = -1
     index[5] = EXPERTS
     layer = layer._replace(operands=(x, index, weights))
     found = layer.mixed()
