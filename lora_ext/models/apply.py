@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,11 +9,10 @@ from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
 from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
-from ..nn.experts import is_experts
 from ..packing import pack_for
 from .config import LoRAConfig, not_a_config
 from .find import ALL_LINEAR, find_saved, find_targets, replacement_for
-from .mixtures import chosen
+from .mixtures import chosen, warn_of_other_experts
 from .model import (
     BIAS_SAVED_BY,
     SAVED_BY,
@@ -74,7 +72,7 @@ def apply_lora(
         )
     targets = find_targets(model, config)
     if ALL_LINEAR in config.target_modules:
-        _warn_of_other_experts(model)
+        warn_of_other_experts(model, "apply_lora")
     saved = find_saved(model, config)
     _check_saved([*lora_layers(model), *targets], saved)
     replaced: dict[int, nn.Module] = {}
@@ -129,23 +127,6 @@ def frozen_only_by_success(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
         raise
-
-
-def _warn_of_other_experts(model: nn.Module) -> None:
-    """Warns of experts that stay frozen since their layout is unknown."""
-    found = {
-        type(module).__name__
-        for module in model.modules()
-        if "Experts" in type(module).__name__ and not is_experts(module)
-        if any(p.dim() > 2 for p in module.parameters(recurse=False))
-    }
-    if found:
-        warnings.warn(
-            f"lora_ext.apply_lora: 'all-linear' leaves out the experts of {sorted(found)}, which "
-            "transformers' use_experts_implementation does not decorate; PEFT's target_parameters "
-            "may take them: lora_ext.accelerate(peft.get_peft_model(model, config))",
-            stacklevel=3,
-        )
 
 
 def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:

@@ -9,6 +9,7 @@ parameter only, with r and alpha unchanged. A router is selected by its name ("m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -45,6 +46,27 @@ def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
         if weight.dim() == 2 and weight.shape[0] == count:
             found.add(id(module))
     return found
+
+
+def warn_of_other_experts(model: nn.Module, where: str) -> None:
+    """Warns of experts that "all-linear" leaves out, since their layout is unknown.
+
+    Args:
+        where: what was called.
+    """
+    found = {
+        type(module).__name__
+        for module in model.modules()
+        if "Experts" in type(module).__name__ and not is_experts(module)
+        if any(p.dim() > 2 for p in module.parameters(recurse=False))
+    }
+    if found:
+        warnings.warn(
+            f"lora_ext.{where}: 'all-linear' leaves out the experts of {sorted(found)}, which "
+            "transformers' use_experts_implementation does not decorate; PEFT's target_parameters "
+            "may take them: lora_ext.accelerate(peft.get_peft_model(model, config))",
+            stacklevel=3,
+        )
 
 
 def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 from ..adapters import AdapterError, save_adapter
 from ..models import LoRAConfig
 from ..models.apply import in_place_of, install, layers_of
-from ..models.find import find_targets
+from ..models.find import ALL_LINEAR, find_targets
+from ..models.mixtures import warn_of_other_experts
 from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAParameter
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect
@@ -89,7 +90,10 @@ class AdapterPool:
         self.layers: dict[str, LoRALayer] = {}
         pools: list[LayerPool] = []
         replaced: dict[int, nn.Module] = {}
-        for path, module in find_targets(model, config):
+        targets = find_targets(model, config)
+        if ALL_LINEAR in config.target_modules:
+            warn_of_other_experts(model, where)
+        for path, module in targets:
             in_place = in_place_of(path, module)
             for layer, spec in layers_of(in_place, path, config):
                 _check_layer(path, layer)

@@ -137,7 +137,9 @@ def test_experts_of_another_layout_are_not_left_out_in_silence():
     experts.__class__ = type("OtherExperts", (nn.Module,), {})
     model.others = experts
     with pytest.warns(UserWarning, match=r"leaves out the experts of \['OtherExperts'\]"):
-        apply_lora(model, LoRAConfig("all-linear"))
+        apply_lora(copy.deepcopy(model), LoRAConfig("all-linear"))
+    with pytest.warns(UserWarning, match=r"AdapterPool: .* leaves out .* \['OtherExperts'\]"):
+        lora_ext.AdapterPool(model, 2, 4)
 
 
 def two_adapters(kind="gpt_oss"):
