@@ -162,6 +162,8 @@ class Gradients:
         """Writes the gradients of a group's pools, lists of one or empty, if requested."""
         self._write(group.hit, lora_a[0] if lora_a else None, lora_b[0] if lora_b else None)
 
+    copy = write  # of tensors that `targets` has not made
+
     def targets(self, update: Pools) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors for the gradients of a group's pools, which `write` is given then; empty lists if
         no gradient is requested."""

@@ -116,7 +116,7 @@ def in_passes(
         **arguments,
         row_block=row_block,
     )
-    gradients.write(group, update, da, db)
+    gradients.copy(group, update, da, db)
     if dx is not None:
         dx += low_rank if dropout is None else dropout.drop(low_rank, group, in_place=True)
     return dx

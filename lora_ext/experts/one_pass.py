@@ -31,9 +31,7 @@ _DTYPES = (*HALVES, torch.float32)
 _number_of_modes = torch._C._len_torch_dispatch_stack
 
 
-def supports(
-    weight: Tensor | QuantizedStack, factors: Factors | None, dropout: Dropout | None
-) -> bool:
+def supports(weight: Tensor | QuantizedStack, factors: Factors | None) -> bool:
     """Whether a projection is computed in this way. Modes that see each op, such as torch's FLOP
     counter, know torch's products alone."""
     # torch's is_in_torch_dispatch_mode is still true in the first call of what was just compiled.
@@ -41,7 +39,7 @@ def supports(
         return False
     if type(weight) not in (Tensor, Parameter) and not isinstance(weight, QuantizedStack):
         return False
-    if 0 in weight.shape or (dropout is not None and dropout.p >= 1.0):
+    if 0 in weight.shape:
         return False
     rank = 1 if factors is None else factors.rank(weight.shape[0])
     return not _C.cpu_library_reason(weight.dtype, rank)

@@ -116,7 +116,7 @@ def forward(
     y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
     s = weight.new_empty(x.size, rank, dtype=wide)
     updates = None if factors is None else _updates_of(factors, experts, weight.dtype)
-    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors, dropout)
+    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors)
     for group in taken.each:
         where = slice(group.begin, group.end)
         part = x.part(group.begin, group.end)
@@ -183,7 +183,7 @@ def backward(
         dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
-    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors, dropout)
+    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors)
     for group in taken.each:
         where = slice(group.begin, group.end)
         g = grad.part(group.begin, group.end)

@@ -176,29 +176,29 @@ class RowGradients:
         self._hit: list[list[int]] = [[] for _ in factors.lora_b]
         self._memory: list[Tensor | None] = [None] * len(factors.lora_b)
         self._block_end = 0
-        self._are_own = False
 
     def targets(self, update: RowUpdate) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors for the gradients of a group's pairs, which `write` is given then; empty lists if
         no gradient is requested."""
-        self._are_own = True
         return self._targets_a(update), self._targets_b(update)
 
     def write(
         self, group: ExpertGroup, update: RowUpdate, lora_a: list[Tensor], lora_b: list[Tensor]
     ) -> None:
-        """Takes the gradients of a group's pairs: those of `targets`, or others, which are copied;
-        empty lists if they are not requested."""
-        if not self._are_own:
-            own_a, own_b = self.targets(update)
-            for own, given in zip((*own_a, *own_b), (*lora_a, *lora_b), strict=True):
-                own.copy_(given)
-            lora_a = own_a
-        self._are_own = False
+        """Takes the gradients of a group's pairs in the tensors of `targets`."""
         for (expert, adapter), part in zip(update.pairs, lora_a, strict=False):
             gradient = self.lora_a[adapter]
             if gradient is not None and gradient.dtype != part.dtype:
                 self._a[adapter][expert].copy_(part)
+
+    def copy(
+        self, group: ExpertGroup, update: RowUpdate, lora_a: list[Tensor], lora_b: list[Tensor]
+    ) -> None:
+        """The same in other tensors; empty lists if they are not requested."""
+        own_a, own_b = self.targets(update)
+        for own, given in zip((*own_a, *own_b), (*lora_a, *lora_b), strict=True):
+            own.copy_(given)
+        self.write(group, update, own_a, own_b)
 
     def _targets_a(self, update: RowUpdate) -> list[Tensor]:
         """Rows of the gradients themselves where the dtype is the same."""
