@@ -36,7 +36,10 @@ def objects() -> list[build.Object]:
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("kernels/launch/*.cu")),
         *torchs_half(),
         TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
-        programs.Object(FLAVOUR, "tests/emulated/cuda/runtime.cpp", kernels=False),
+        *(
+            programs.Object(FLAVOUR, f"tests/emulated/cuda/{name}.cpp", kernels=False)
+            for name in ("driver_state", "launches", "runtime")
+        ),
         *programs.kernel_objects(FLAVOUR),
         *programs.library_objects(FLAVOUR),
     ]

@@ -3,7 +3,7 @@
 // to.
 //
 // Included before each source of csrc/kernels/launch/ (-include), so that these launch what they
-// launch on a GPU. runtime.cpp has the functions of cuda_runtime_api.h.
+// launch on a GPU. runtime.cpp has the functions of cuda_runtime_api.h, launches.cpp those of launches.
 #pragma once
 #include <cuda_runtime.h>
 
