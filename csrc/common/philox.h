@@ -32,17 +32,29 @@ struct Words {
   uint32_t w[4];
 };
 
-LORA_EXT_HOST_DEVICE Words draw(uint64_t seed, uint64_t row, uint32_t group) {
+struct Product {
+  uint32_t low, high;
+};
+struct Multiply {
+  LORA_EXT_HOST_DEVICE Product operator()(uint32_t a, uint32_t b) const {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
+  }
+};
+
+// Kernels multiply by an instruction of their own (kernels/tile/mask.h).
+template <class Multiplier = Multiply>
+LORA_EXT_HOST_DEVICE Words draw(uint64_t seed, uint64_t row, uint32_t group,
+                                const Multiplier& multiply = {}) {
   uint32_t c0 = static_cast<uint32_t>(row), c1 = group;
   uint32_t c2 = 0, c3 = static_cast<uint32_t>(row >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kMul0) * c0;
-    const uint64_t p1 = static_cast<uint64_t>(kMul1) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
+    const Product p0 = multiply(kMul0, c0), p1 = multiply(kMul1, c2);
+    c0 = p1.high ^ c1 ^ k0;
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ k1;
+    c3 = p0.low;
     k0 += kWeyl0;
     k1 += kWeyl1;
   }

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "ptx/integer.h"
 #include "ptx/memory.h"
 #include "ptx/mma.h"
 #include "ptx/sync.h"
@@ -12,6 +13,24 @@
 namespace conformance {
 
 namespace ptx = lora_ext::ptx;
+
+// ---- integer.h ----------------------------------------------------------------------------------
+
+__global__ void products_in_halves(const uint32_t* a, const uint32_t* b, uint32_t* low,
+                                   uint32_t* high) {
+  const uint32_t i = threadIdx.x;
+  ptx::mul_wide(low[i], high[i], a[i], b[i]);
+}
+
+inline void case_integer(Recorder& recorder) {
+  Random random = recorder.begin("integer", {"mul_wide"});
+  auto a = recorder.input("a", random.integers<uint32_t>(128));
+  auto b = recorder.input("b", random.integers<uint32_t>(128));
+  DeviceArray<uint32_t> low(128), high(128);
+  launch({1, 128, 0}, products_in_halves, a.data(), b.data(), low.data(), high.data());
+  recorder.output("low", low);
+  recorder.output("high", high);
+}
 
 // ---- thread.h -----------------------------------------------------------------------------------
 
@@ -243,6 +262,7 @@ inline void case_atomics(Recorder& recorder) {
 }
 
 inline void record_sm80(Recorder& recorder) {
+  case_integer(recorder);
   case_thread(recorder);
   case_barriers(recorder);
   case_cp_async(recorder);

@@ -17,6 +17,7 @@ namespace ptx = cutlass_adapter;
 #define WITHOUT_COUNTERPART(...)
 #define CLOBBER(...)
 #else
+#include "ptx/integer.h"
 #include "ptx/mbarrier.h"
 #include "ptx/memory.h"
 #include "ptx/mma.h"
@@ -42,6 +43,10 @@ namespace ptx = lora_ext::ptx;
 // A function with a result, which the kernel stores at `out`.
 #define VALUE(name, Type, parameters, ...) \
   extern "C" __global__ void name(Type* out JOIN parameters) { *out = __VA_ARGS__; }
+
+WITHOUT_COUNTERPART(extern "C" __global__ void mul_wide(uint32_t* out, uint32_t a, uint32_t b) {
+  ptx::mul_wide(out[0], out[1], a, b);
+})
 
 VALUE(cluster_rank, uint32_t, (), ptx::cluster_rank())
 VALUE(shared_address, uint32_t, (const void* p), ptx::shared_address(p))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 # Instructions inside inline asm, by what their first operand is. Any other is an error: an unknown
 # instruction must not pass as one without results.
 WRITES_FIRST = re.compile(
-    r"(mapa|ldmatrix|ld|atom|mma|elect|mbarrier\.try_wait|mbarrier\.test_wait)\b(?!\.async)"
+    r"(mapa|ldmatrix|ld|atom|mma|mul|elect|mbarrier\.try_wait|mbarrier\.test_wait)\b(?!\.async)"
 )
 READS_AND_WRITES_FIRST = re.compile(r"wgmma\.mma_async\b")
 WRITES_NOTHING = re.compile(
@@ -87,7 +87,10 @@ def predicate(op: str, a: str, b: str) -> str:
 
 def read_pure(kernel: Kernel, opcode: str, operands: list[str]) -> None:
     target, sources = operands[0], [kernel.value(token) for token in operands[1:]]
-    if opcode.startswith("mov") and sources[0] == operands[1] and sources[0].startswith("%"):
+    if target.startswith("{"):  # the parts of a register
+        for i, register in enumerate(registers(target)):
+            kernel.origin[register] = f"{opcode}({sources[0]}).{i}"
+    elif opcode.startswith("mov") and sources[0] == operands[1] and sources[0].startswith("%"):
         kernel.origin[target] = f"{opcode}({sources[0]})"  # a special register
     elif SAME_VALUE.match(opcode):
         parameter = re.search(r"_param_(\d+)$", sources[0])

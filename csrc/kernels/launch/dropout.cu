@@ -16,6 +16,7 @@
 #include "common/philox.h"
 #include "kernels/dropout.h"
 #include "kernels/launch/driver.h"
+#include "kernels/tile/mask.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(256) dropout_kernel(const DropoutParams params
     const int64_t group = first_group + of_row;
     const int64_t row = params.row_offset + (params.mask_rows == nullptr ? m : params.mask_rows[m]);
     const philox::Words words =
-        philox::draw(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(group));
+        kernel::draw_words(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(group));
     const DropoutRow<T> at{static_cast<const T*>(params.x) + m * params.x_pitch,
                            static_cast<T*>(params.out) + m * params.out_pitch};
     const int64_t first_c = group / 4 * 32 + group % 4 * 2 - params.col_offset;

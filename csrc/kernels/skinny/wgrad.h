@@ -91,7 +91,7 @@ struct LoraWgradMultiply {
         return static_cast<uint64_t>(dropout.row_offset + row_of(first + which));
       };
       if (dropout.aligned_to_draws()) {
-        const philox::Words own = philox::draw(seed, row(odd), philox::group_of(at));
+        const philox::Words own = draw_words(seed, row(odd), philox::group_of(at));
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
           const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, own.w[word], 4);

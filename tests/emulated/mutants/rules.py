@@ -72,6 +72,7 @@ OTHER = {
     "ptx::map_shared",
     "ptx::matrix_descriptor",
     "ptx::mma_m16n8k16",
+    "ptx::mul_wide",
     "ptx::prefetch_tensor_map",
     "ptx::shared_address",
     "ptx::stmatrix_x4",
