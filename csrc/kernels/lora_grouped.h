@@ -42,7 +42,7 @@ struct LoraGroupedFactors {
   const LoraGroupedEntry* entries;  // [groups], or null
   void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
-  const int* ranks;                              // [groups]
+  const int* ranks;  // [groups]; a pool without them has the largest rank everywhere
 };
 
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
@@ -76,6 +76,7 @@ struct LoraGroupedTables {
   LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
   LoraGroupedSum* sums;          // [groups]
   int* counts;                   // [groups + 1, chunks], used with an index
+  int* ranks;                    // [groups], of a pool; null for a list
   int piece_rows, tile_count, piece_count;
 };
 
@@ -85,7 +86,7 @@ struct LoraGroupedTables {
 // All factors, or all gradients of factors, in floats or in X's type: a pool, or a list that the
 // host has. A gradient has the layout of its factor.
 struct LoraGroupedMatrices {
-  LoraGroupedFactors pool;       // its entries are null; has ranks also if these are gradients
+  LoraGroupedFactors pool;       // its entries are null; a gradient's ranks are not read
   const LoraGroupedEntry* list;  // [groups], on the host; null for a pool
 };
 

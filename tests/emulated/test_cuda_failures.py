@@ -2,7 +2,7 @@
 
 import pytest
 
-from emulated.cuda.scripts import RUNS_CUDA, python
+from emulated.cuda.scripts import MANY, RUNS_CUDA, python
 
 pytestmark = RUNS_CUDA
 
@@ -112,22 +112,7 @@ assert call.plan().forward_check == "passed" and last_error() == 0
 """)
 
 
-MANY = """
-there = torch.device("cuda", 1)
-def operands(rows, dtype=torch.bfloat16):
-    torch.manual_seed(0)
-    x, w = [torch.randn(size, 136, dtype=dtype).to(there) for size in (rows, 264)]
-    a, b = [torch.randn(4, *shape, dtype=dtype).to(there) for shape in ((16, 136), (264, 16))]
-    scaling, index = torch.full((4,), 2.0).to(there), (torch.arange(rows) % 4).int().to(there)
-    return x, w, None, [a], [b], scaling, index
-
-def forward(given):
-    return torch.ops.lora_ext.lora_grouped_forward(*given)
-
-def backward(given, y, s):
-    wanted = [True, False], [True], [True]
-    return torch.ops.lora_ext.lora_grouped_backward(y, s, *wanted, *given)
-
+REFUSED = """
 def refused(call, *arguments, said):
     record()
     with pytest.raises(RuntimeError, match=said):
@@ -142,6 +127,7 @@ def test_many_adapters_are_not_captured_before_their_check_and_the_error_says_so
     python(
         f"card(80, capturing=True, route='kernel')\nrows = {rows}\n"
         + MANY
+        + REFUSED
         + """
 first = rf"expected kernels that were checked before .* x of .{rows}, 136. and 4 adapters"
 given = operands(rows)
@@ -166,6 +152,7 @@ def test_many_adapters_by_the_library_route_are_not_captured():
     python(
         "card(80, capturing=True)\n"
         + MANY
+        + REFUSED
         + """
 wide, given = operands(70, torch.float32), operands(70)
 refused(forward, wide, said="needs nothing on the host .* outside of the capture")

@@ -8,6 +8,7 @@ from emulated.cuda.scripts import (
     DEQUANTIZE,
     DROPOUT,
     FIRST_USE,
+    MANY,
     RUNS_CUDA,
     asked,
     python,
@@ -32,6 +33,37 @@ CALLS = [
 @pytest.mark.parametrize(("arch", "route", "options"), CALLS)
 def test_cuda_is_asked_for_what_the_plan_says(arch, route, options):
     python(asked(arch, route, options))
+
+
+@pytest.mark.parametrize("adapters", ["a list", "a pool", "a pool with ranks"])
+def test_a_step_of_many_adapters_is_so_many_launches_and_no_op_of_torch(adapters):
+    """Tables of factors and gradients are one launch, and so are dS and s S; missing ranks none."""
+    python(
+        f"card(80, route='kernel')\nadapters = {adapters!r}\n"
+        + MANY
+        + """
+x, w, base, [a], [b], scaling, index = operands(70)
+factors, ranks = ([a], [b]), None
+if adapters == "a list":
+    factors = list(a.unbind()), list(b.unbind())
+elif adapters == "a pool with ranks":
+    ranks = torch.tensor([16, 3, 0, 16], dtype=torch.int32).to(there)
+given = x, w, base, *factors, scaling, index, None, ranks
+wanted = [True, False], *([True] * len(factors[0]) for _ in range(2))
+def step():
+    y, s = forward(given)
+    return kernels(record()), torch.ops.lora_ext.lora_grouped_backward(y, s, *wanted, *given)
+step()  # the kernels' check
+record(), ops()
+of_forward, _ = step()
+sequence = ["groupedentries"] if adapters == "a list" else []
+sequence += 3 * ["groupedsegments"] + ["groupedshrink", "groupedreduce", "groupedgemm"]
+assert of_forward == sequence, of_forward
+of_backward = kernels(record())
+assert of_backward == sequence + ["groupedwgrad", "groupedreducewgrad"], of_backward
+assert ops() == [], ops()
+"""
+    )
 
 
 RESERVED = """

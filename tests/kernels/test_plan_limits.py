@@ -118,8 +118,8 @@ def tables_of_many(problem, plan, at, groups, listed, backward):
     several = min(groups, m // (at["piece_rows"] + 1))  # adapters with more than one piece
     assert at["slots"] >= (most_pieces(at["piece_rows"], several) if several else 0)
     sizes = {
-        "entries": 40 * groups,
-        "gradient_entries": 40 * groups,
+        "entries": 40 * groups * (2 if backward else 1),
+        "ranks": 4 * groups,
         "order": 4 * m,
         "counts": 4 * (groups + 1) * blocks_of(m, 256),
         "segments": 20 * (groups + 1),
@@ -133,8 +133,11 @@ def tables_of_many(problem, plan, at, groups, listed, backward):
         "g_a": 4 * at["slots"] * rank * k,
         "g_b": 4 * at["slots"] * rank * n,
     }
-    absent = set() if backward else {"gradient_entries", "s", "g_a", "g_b"}
-    absent |= set() if listed else {"entries", "gradient_entries"}
+    absent = set() if backward else {"s", "g_a", "g_b"}
+    absent |= {"ranks"} if listed else {"entries"}
+    # One launch writes both.
+    has_gradients = listed and backward
+    assert at["gradient_entries"] == (at["entries"] + 40 * groups if has_gradients else NONE)
     assert absent == {name for name in sizes if at[name] == NONE}
     # Of no slots there are no partial sums.
     return {name: (at[name], size) for name, size in sizes.items() if at[name] != NONE and size}

@@ -23,7 +23,7 @@ namespace lora_ext::kernel {
 // lora_grouped_entries: writes a list of adapters that the host has as a table on the device.
 // Entries are kernel parameters, so that the launch can be captured and no copy is waited for.
 struct LoraGroupedEntriesParams {
-  static constexpr int kMax = 64;  // per launch: 2.5 of the 4 KiB that parameters may have
+  static constexpr int kMax = 96;  // per launch: 3.8 of the 4 KiB that parameters may have
   LoraGroupedEntry entries[kMax];
   LoraGroupedEntry* to;
   int count;
@@ -47,6 +47,11 @@ struct LoraGroupedSegmentsParams {
   LoraGroupedTables tables;
 
   __device__ __forceinline__ int chunks() const { return (rows.m + kChunk - 1) / kChunk; }
+  // The other kernels read the ranks of a pool from the tables: there are always some.
+  __device__ __forceinline__ int rank(int adapter) const {
+    const bool all_alike = factors.entries == nullptr && factors.ranks == nullptr;
+    return all_alike ? rows.max_rank : rank_of(factors, adapter, rows.max_rank);
+  }
 };
 
 // A chunk of rows, one row per thread.
@@ -62,7 +67,7 @@ struct LoraGroupedChunk {
     if (row >= p.rows.m) return -1;
     const int adapter = p.rows.index[row], groups = p.rows.groups;
     if (adapter < 0 || adapter >= groups) return groups;
-    return rank_of(p.factors, adapter, p.rows.max_rank) == 0 ? groups : adapter;
+    return p.rank(adapter) == 0 ? groups : adapter;
   }
   // Of this chunk's rows with a key.
   __device__ __forceinline__ int& count_of(int key) const {
@@ -201,7 +206,7 @@ struct LoraGroupedScan {
   __device__ __forceinline__ void batch(int key, Carry& carry) const {
     const LoraGroupedTables& t = p.tables;
     const Range range = range_of(key, carry);
-    const int rank = key < groups ? rank_of(p.factors, key, p.rows.max_rank) : 0;
+    const int rank = key < groups ? p.rank(key) : 0;
     const int count = rank > 0 ? range.end - range.begin : 0,
               pieces = blocks_of(count, t.piece_rows);
     const int tiles = blocks_of(count, LoraGroupedTables::kTileRows);
@@ -213,6 +218,7 @@ struct LoraGroupedScan {
     const int slot = exclusive_sum(slots, carry.slots);
     const int end_before = exclusive_max(count > 0 ? range.end : 0, carry.end);
     if (key < groups) t.sums[key] = {pieces, slot};
+    if (key < groups && t.ranks != nullptr) t.ranks[key] = rank;
     if (count == 0) return;
     t.segments[segment] = {key, range.begin, range.end, rank, steps_before};
     write_pieces(t.tiles + tile, key, range, LoraGroupedTables::kTileRows, -1);

@@ -128,43 +128,52 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
 //     S = keep_scale * sum of Z     over splits, hi + lo / kLoScale    [m, max_rank], by row
 //     T = s_g S                     in X's type, as hi and lo          [m, width] each, by position
 //
-// Or T alone from a saved S. Only the columns of a row's own rank are read and written.
+// Or T alone from a saved S. Only the columns of a row's own rank are read and written. A backward
+// wants dS and s_g S, in one launch.
+template <class T>
+struct LoraGroupedReduced {
+  const float* z;      // [splits, m, z_pitch], by position; null if S is given
+  float* s;            // [m, max_rank], written; may be null
+  const float* saved;  // [m, max_rank]; may be null
+  T* t[2];             // [m, t_pitch], hi and lo; lo may be null
+  float keep_scale;
+};
 template <class T>
 struct LoraGroupedReduceParams {
-  const float* z;        // [splits, m, z_pitch], by position; null if S is given
-  float* s;              // [m, max_rank], written; may be null
-  const float* saved;    // [m, max_rank]; may be null
-  const float* scaling;  // [groups]
-  T* t[2];               // [m, t_pitch], hi and lo; lo may be null
+  LoraGroupedReduced<T> of[2];  // one for each blockIdx.y; the second may be missing
+  const float* scaling;         // [groups]
   int64_t t_pitch;
   int m, splits, terms, z_pitch, max_rank;
-  float keep_scale;
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
   const int* order;
+
+  unsigned count() const { return of[1].t[0] != nullptr ? 2 : 1; }
 };
 
-// One block per tile of positions, one thread per element of T.
+// Grid: tiles of positions, what is reduced. One thread per element of T.
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_grouped_reduce(const __grid_constant__ LoraGroupedReduceParams<T> p) {
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
+  const LoraGroupedReduced<T>& reduced = p.of[blockIdx.y];
   const int rank = rank_of(p.factors, piece.adapter, p.max_rank), width = whole_chunks(rank);
   for (int i = static_cast<int>(threadIdx.x); i < piece.count * rank; i += 256) {
     const int at = piece.begin + i / rank, row = PositionedRows{p.order, p.m}(at);
     const int64_t position = at, column = i % rank;
     const int64_t in_s = static_cast<int64_t>(row) * p.max_rank + column;
     float s = 0.f;
-    if (p.saved != nullptr) {
-      s = p.saved[in_s];
+    if (reduced.saved != nullptr) {
+      s = reduced.saved[in_s];
     } else {
-      s = p.keep_scale * sum_of_splits<T>(p.z + position * p.z_pitch + column, p.splits,
-                                          static_cast<int64_t>(p.m) * p.z_pitch, p.terms, width);
-      if (p.s != nullptr) p.s[in_s] = s;
+      const float* z = reduced.z + position * p.z_pitch + column;
+      s = reduced.keep_scale *
+          sum_of_splits<T>(z, p.splits, static_cast<int64_t>(p.m) * p.z_pitch, p.terms, width);
+      if (reduced.s != nullptr) reduced.s[in_s] = s;
     }
     const float t = p.scaling[piece.adapter] * s;
-    p.t[0][position * p.t_pitch + column] = high_half<T>(t);
-    if (p.t[1] != nullptr) p.t[1][position * p.t_pitch + column] = low_half<T>(t);
+    reduced.t[0][position * p.t_pitch + column] = high_half<T>(t);
+    if (reduced.t[1] != nullptr) reduced.t[1][position * p.t_pitch + column] = low_half<T>(t);
   }
 }
 

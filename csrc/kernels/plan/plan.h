@@ -62,7 +62,7 @@ struct FusedShrink {
 // Of the tables of kernels/lora_grouped.h; kernels/sequence/grouped_params.h asserts them.
 constexpr int64_t kGroupedTileRows = 64, kGroupedRowTileRows = 128, kGroupedChunk = 256;
 constexpr int64_t kGroupedEntryBytes = 40, kGroupedSegmentBytes = 20, kGroupedPieceBytes = 16,
-                  kGroupedSumBytes = 8;
+                  kGroupedSumBytes = 8, kGroupedEntries = 96;  // of a launch that writes them
 
 // Tables of many adapters.
 struct Tables {
@@ -77,6 +77,7 @@ struct Tables {
   // Byte offsets:
   int64_t entries = kNone, gradient_entries = kNone, order = kNone, counts = kNone;
   int64_t segments = kNone, first = kNone, tiles = kNone, pieces = kNone, sums = kNone;
+  int64_t ranks = kNone;  // of a pool
 };
 
 // The skinny kernels and lora_gemm: sequence/linear_sequence.h and sequence/grouped_sequence.h.

@@ -47,8 +47,8 @@ class TiledLaunches {
       launches_.push_back(
           {"lora_split", (adapters ? factors_ * (kFloat + 2 * e_) : 0.0) + s_bytes});
     shrink();
-    if (plan_.z != kNone) launches_.push_back({"lora_reduce", z_ + t_});
-    if (p_.groups && s) launches_.push_back({"lora_reduce S", s_bytes});
+    const double reduced = (plan_.z != kNone ? z_ + t_ : 0.0) + (p_.groups ? s_bytes : 0.0);
+    if (reduced > 0) launches_.push_back({"lora_reduce", reduced});
     if (plan_.gemm) gemm();
     if (plan_.has_wgrad()) wgrad();
     if (plan_.g_a != kNone || plan_.g_b != kNone)
@@ -68,7 +68,8 @@ class TiledLaunches {
   // Also all factors and gradients but those of the first adapter, read and written once.
   void tables(const Groups& groups) {
     const double others = static_cast<double>(p_.adapters() - 1) * (p_.backward ? 2 : 1);
-    const int64_t count = (groups.indexed ? 3 : 1) + (groups.listed ? (p_.backward ? 2 : 1) : 0);
+    const int64_t entries = groups.listed ? groups.count * (p_.backward ? 2 : 1) : 0;
+    const int64_t count = (groups.indexed ? 3 : 1) + blocks_of(entries, kGroupedEntries);
     launches_.push_back({"tables", others * (p_.float_adapters ? kFloat : e_) * factors_, 0, 1, 1,
                          count, kHostLaunchUs * static_cast<double>(count)});
   }

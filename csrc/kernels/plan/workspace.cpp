@@ -19,9 +19,12 @@ struct Workspace {
 void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
   const Groups& groups = *p.groups;
   const bool gradients = p.backward && (p.need_dlora_a || p.need_dlora_b);
-  if (groups.listed) tables.entries = workspace.take(groups.count, kGroupedEntryBytes);
-  if (groups.listed && gradients)
-    tables.gradient_entries = workspace.take(groups.count, kGroupedEntryBytes);
+  if (groups.listed) {
+    tables.entries = workspace.take(groups.count * (gradients ? 2 : 1), kGroupedEntryBytes);
+    if (gradients) tables.gradient_entries = tables.entries + groups.count * kGroupedEntryBytes;
+  } else {
+    tables.ranks = workspace.take(groups.count, 4);
+  }
   if (groups.indexed) {
     tables.order = workspace.take(p.m, 4);
     tables.counts = workspace.take(blocks_of(p.m, kGroupedChunk) * (groups.count + 1), 4);

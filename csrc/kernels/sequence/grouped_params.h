@@ -11,7 +11,8 @@ namespace lora_ext::kernel {
 
 static_assert(LoraGroupedTables::kTileRows == plan::kGroupedTileRows &&
               LoraGroupedTables::kRowTileRows == plan::kGroupedRowTileRows &&
-              LoraGroupedSegmentsParams::kChunk == plan::kGroupedChunk);
+              LoraGroupedSegmentsParams::kChunk == plan::kGroupedChunk &&
+              LoraGroupedEntriesParams::kMax == plan::kGroupedEntries);
 static_assert(sizeof(LoraGroupedEntry) == plan::kGroupedEntryBytes &&
               sizeof(LoraGroupedSegment) == plan::kGroupedSegmentBytes &&
               sizeof(LoraGroupedPiece) == plan::kGroupedPieceBytes &&
@@ -28,7 +29,11 @@ class LoraGroupedParams {
     return at<LoraGroupedEntry>(tables_.gradient_entries);
   }
 
-  LoraGroupedSegmentsParams segments() const { return {o_.rows, factors(), tables()}; }
+  LoraGroupedSegmentsParams segments() const {
+    LoraGroupedFactors factors = o_.factors.pool;
+    factors.entries = entries();
+    return {o_.rows, factors, tables()};
+  }
 
   // Z = drop(X) A_g^T
   LoraGroupedShrinkParams<T> shrink() const {
@@ -42,17 +47,18 @@ class LoraGroupedParams {
   }
 
   // S and T from Z
-  LoraGroupedReduceParams<T> reduce(float* s) const {
-    LoraGroupedReduceParams<T> params = reduce_to(plan_.t);
-    params.s = s, params.keep_scale = o_.mask.keep_scale;
+  LoraGroupedReduceParams<T> reduce(const LoraGroupedForward& f) const {
+    LoraGroupedReduceParams<T> params = reduce_of();
+    params.of[0] = reduced_to(plan_.t);
+    params.of[0].s = f.s, params.of[0].keep_scale = o_.mask.keep_scale;
     return params;
   }
-  // T = dS from Z
-  LoraGroupedReduceParams<T> reduce() const { return reduce_to(plan_.t); }
-  // s S from S
-  LoraGroupedReduceParams<T> reduce_saved(const float* s) const {
-    LoraGroupedReduceParams<T> params = reduce_to(plan_.s);
-    params.saved = s;
+  // T = dS from Z, and s S from S
+  LoraGroupedReduceParams<T> reduce(const LoraGroupedBackward& g) const {
+    LoraGroupedReduceParams<T> params = reduce_of();
+    LoraGroupedReduced<T>* next = params.of;
+    if (plan_.t != plan::kNone) *next++ = reduced_to(plan_.t);
+    if (plan_.s != plan::kNone) *next = reduced_to(plan_.s), next->saved = g.s;
     return params;
   }
 
@@ -108,15 +114,14 @@ class LoraGroupedParams {
   V* at(int64_t offset) const {
     return offset == plan::kNone ? nullptr : reinterpret_cast<V*>(o_.workspace + offset);
   }
-  LoraGroupedFactors factors() const {
-    LoraGroupedFactors factors = o_.factors.pool;
-    factors.entries = entries();
-    return factors;
-  }
+  // A pool may have no ranks; those of the tables are written for each.
+  LoraGroupedFactors factors() const { return with_ranks(o_.factors.pool, entries()); }
   LoraGroupedFactors gradients(const LoraGroupedBackward& g) const {
-    LoraGroupedFactors gradients = g.gradients.pool;
-    gradients.entries = gradient_entries();
-    return gradients;
+    return with_ranks(g.gradients.pool, gradient_entries());
+  }
+  LoraGroupedFactors with_ranks(LoraGroupedFactors pool, const LoraGroupedEntry* entries) const {
+    pool.entries = entries, pool.ranks = at<int>(tables_.ranks);
+    return pool;
   }
   LoraGroupedTables tables() const {
     LoraGroupedTables tables{};
@@ -125,6 +130,7 @@ class LoraGroupedParams {
     tables.tiles = at<LoraGroupedPiece>(tables_.tiles);
     tables.pieces = at<LoraGroupedPiece>(tables_.pieces);
     tables.sums = at<LoraGroupedSum>(tables_.sums), tables.counts = at<int>(tables_.counts);
+    tables.ranks = at<int>(tables_.ranks);
     tables.piece_rows = tables_.piece_rows, tables.tile_count = tables_.tile_count;
     tables.piece_count = tables_.piece_count;
     return tables;
@@ -139,14 +145,20 @@ class LoraGroupedParams {
     params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;
   }
-  LoraGroupedReduceParams<T> reduce_to(int64_t t) const {
+  LoraGroupedReduced<T> reduced_to(int64_t t) const {
+    T* hi = at<T>(t);
+    return {at<float>(plan_.z),
+            nullptr,
+            nullptr,
+            {hi, plan_.terms == 2 ? hi + plan_.width : nullptr},
+            1.f};
+  }
+  LoraGroupedReduceParams<T> reduce_of() const {
     LoraGroupedReduceParams<T> params{};
-    params.z = at<float>(plan_.z), params.scaling = o_.scaling;
-    params.t[0] = at<T>(t), params.t[1] = plan_.terms == 2 ? at<T>(t) + plan_.width : nullptr;
-    params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
+    params.scaling = o_.scaling, params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
     params.splits = plan_.shrink.splits, params.terms = plan_.terms;
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
-    params.keep_scale = 1.f, params.factors = factors();
+    params.factors = factors();
     params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
     return params;
   }

@@ -3,8 +3,8 @@
 //
 //     few rows   entries -> decode: S, T, Y
 //     forward    entries -> count, scan, place -> shrink: Z -> reduce: S, T -> gemm: Y
-//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS; reduce: s S
-//                -> gemm: dX -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
+//     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS, and s S -> gemm: dX
+//                -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
 //
 // Without a list there are no entries to write; without an index, count and place are left out. In
 // a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and dX.
@@ -15,16 +15,18 @@
 
 namespace lora_ext::kernel {
 
-// The table of a list's matrices; none for a pool.
+// The tables of lists of matrices, one after the other; none for pools.
 template <class T, class Launch>
-void write_entries(const LoraGroupedMatrices& matrices, int groups, LoraGroupedEntry* to,
-                   Launch& launch) {
+void write_entries(std::initializer_list<const LoraGroupedEntry*> lists, int groups,
+                   LoraGroupedEntry* to, Launch& launch) {
   if (to == nullptr) return;
   using Params = LoraGroupedEntriesParams;
-  for (int first = 0; first < groups; first += Params::kMax) {
+  const int count = static_cast<int>(lists.size()) * groups;
+  for (int first = 0; first < count; first += Params::kMax) {
     Params params{};
-    params.count = std::min(groups - first, Params::kMax), params.to = to + first;
-    std::copy_n(matrices.list + first, params.count, params.entries);
+    params.count = std::min(count - first, Params::kMax), params.to = to + first;
+    for (int i = 0; i < params.count; ++i)
+      params.entries[i] = lists.begin()[(first + i) / groups][(first + i) % groups];
     launch(lora_grouped_entries<T>, dim3(1), Params::kMax, 0, params);
   }
 }
@@ -37,24 +39,21 @@ class LoraGroupedSequence {
       : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
 
   void forward(const LoraGroupedForward& f) {
-    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
+    write_entries<T>({o_.factors.list}, o_.rows.groups, params_.entries(), launch_);
     segments();
     shrink<false>(params_.shrink(), o_.dropout);
-    reduce(params_.reduce(f.s));
+    reduce(params_.reduce(f));
     gemm<false, false>(params_.gemm(f));
   }
 
   void backward(const LoraGroupedBackward& g) {
     const bool wants_wgrad = g.need_da || g.need_db;
-    write_entries<T>(o_.factors, o_.rows.groups, params_.entries(), launch_);
-    if (wants_wgrad)
-      write_entries<T>(g.gradients, o_.rows.groups, params_.gradient_entries(), launch_);
+    wants_wgrad ? write_entries<T>({o_.factors.list, g.gradients.list}, o_.rows.groups,
+                                   params_.entries(), launch_)
+                : write_entries<T>({o_.factors.list}, o_.rows.groups, params_.entries(), launch_);
     segments();
-    if (g.dx != nullptr || g.need_da) {
-      shrink<true>(params_.shrink(g), false);
-      reduce(params_.reduce());
-    }
-    if (g.need_db) reduce(params_.reduce_saved(g.s));
+    if (g.dx != nullptr || g.need_da) shrink<true>(params_.shrink(g), false);
+    reduce(params_.reduce(g));
     if (g.dx != nullptr)
       o_.dropout ? gemm<true, true>(params_.gemm(g)) : gemm<true, false>(params_.gemm(g));
     if (wants_wgrad) wgrad(g);
@@ -92,8 +91,8 @@ class LoraGroupedSequence {
   }
 
   void reduce(const LoraGroupedReduceParams<T>& params) {
-    launch_(lora_grouped_reduce<T>, dim3(static_cast<unsigned>(plan_.tables->tile_count)), 256, 0,
-            params);
+    launch_(lora_grouped_reduce<T>,
+            dim3(static_cast<unsigned>(plan_.tables->tile_count), params.count()), 256, 0, params);
   }
 
   template <bool kMNMajor, bool kMasked>
@@ -140,7 +139,7 @@ void decode_lora_grouped(const plan::Decode& plan, const LoraGroupedForward& f, 
   auto* entries = plan.entries == plan::kNone
                       ? nullptr
                       : reinterpret_cast<LoraGroupedEntry*>(f.workspace + plan.entries);
-  write_entries<T>(f.factors, f.rows.groups, entries, launch);
+  write_entries<T>({f.factors.list}, f.rows.groups, entries, launch);
   launch_lora_decode<T, F>(plan, lora_decode_params<T>(plan, f, entries), f.counts == nullptr,
                            launch);
 }

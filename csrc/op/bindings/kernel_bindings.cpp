@@ -62,6 +62,7 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
                       {"tiles", tables.tiles},
                       {"pieces", tables.pieces},
                       {"sums", tables.sums},
+                      {"ranks", tables.ranks},
                       {"piece_rows", tables.piece_rows},
                       {"tile_count", tables.tile_count},
                       {"piece_count", tables.piece_count},

@@ -1,7 +1,6 @@
 #include "op/launch/launch_parts.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <limits>
@@ -24,13 +23,6 @@ Factors with_rows(at::TensorList factors) {
     out.push_back(factor.stride(-1) == 1 ? factor : factor.contiguous());
   }
   return out;
-}
-
-// If ranks is not given, every slot of a pool has the full rank.
-at::Tensor ranks_of(const Update& update) {
-  const Grouping& many = *update.grouping;
-  if (many.ranks) return many.ranks->contiguous();
-  return at::full({update.adapters()}, update.rank(), many.scaling.options().dtype(at::kInt));
 }
 
 const int32_t* numbers_at(const at::Tensor& numbers) {
@@ -152,8 +144,9 @@ GroupedMatrices::GroupedMatrices(const Update& update, at::TensorList a, at::Ten
     pool.a_stride = a[0].defined() ? a[0].stride(0) : 0;
     pool.b_stride = b[0].defined() ? b[0].stride(0) : 0;
     pool.a_pitch = pitch(a[0]), pool.b_pitch = pitch(b[0]);
-    ranks_ = ranks_of(update);
-    pool.ranks = ranks_.const_data_ptr<int32_t>();
+    const Grouping& many = *update.grouping;
+    if (many.ranks) ranks_ = many.ranks->contiguous();
+    pool.ranks = numbers_at(ranks_);
     return;
   }
   entries_.reserve(a.size());

@@ -234,3 +234,21 @@ assert [each["call"] for each in calls] == ["cudaLaunchKernelEx"] * launched, ca
 assert {kernel_of(each) for each in calls} == {"dequantize4bit", "dequantize8bit"}
 assert {each["device"] for each in calls} == {1} and current_device() == 0 and last_error() == 0
 """
+
+# Operands of an op of many adapters, and both directions.
+MANY = """
+there = torch.device("cuda", 1)
+def operands(rows, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    x, w = [torch.randn(size, 136, dtype=dtype).to(there) for size in (rows, 264)]
+    a, b = [torch.randn(4, *shape, dtype=dtype).to(there) for shape in ((16, 136), (264, 16))]
+    scaling, index = torch.full((4,), 2.0).to(there), (torch.arange(rows) % 4).int().to(there)
+    return x, w, None, [a], [b], scaling, index
+
+def forward(given):
+    return torch.ops.lora_ext.lora_grouped_forward(*given)
+
+def backward(given, y, s):
+    wanted = [True, False], [True], [True]
+    return torch.ops.lora_ext.lora_grouped_backward(y, s, *wanted, *given)
+"""

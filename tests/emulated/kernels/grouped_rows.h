@@ -104,6 +104,7 @@ struct GroupedTables {
   GlobalBuffer<LoraGroupedPiece> pieces{
       size(lora_ext::plan::Tables::pieces_of(m, groups, piece_rows)), "pieces"};
   GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
+  GlobalBuffer<int> ranks{size(groups), "ranks of the tables"};
 
   GroupedTables(const GroupedRows& rows, int piece_rows_)
       : m(rows.m), groups(rows.groups), piece_rows(piece_rows_), indexed(rows.indexed) {}
@@ -116,6 +117,7 @@ struct GroupedTables {
             pieces.data(),
             sums.data(),
             indexed ? counts.data() : nullptr,
+            nullptr,
             piece_rows,
             static_cast<int>(tiles.size()),
             static_cast<int>(pieces.size())};

@@ -51,7 +51,8 @@ void run_segments(const Case& run) {
     p.factors.entries = entries.data();
     write_entries(stream, list, entries.data());
   } else {
-    p.factors.ranks = ranks.data();
+    p.tables.ranks = got.ranks.data();
+    if (!alike || random() % 2) p.factors.ranks = ranks.data();
   }
   const auto launch = [&](int blocks, void (*kernel)(Params)) {
     stream.launch({.grid = dim3(static_cast<unsigned>(blocks)),
@@ -77,6 +78,8 @@ void run_segments(const Case& run) {
     if (sum.pieces != wanted.pieces || (sum.pieces > 1 && sum.slot != wanted.slot))
       differ("sums[%d]: expected %d from %d on, but got %d from %d on", g, wanted.pieces,
              wanted.slot, sum.pieces, sum.slot);
+    if (p.tables.ranks != nullptr && got.ranks[g] != rows.rank(g))
+      differ("ranks[%d]: expected %d, but got %d", g, rows.rank(g), got.ranks[g]);
     if (sum.pieces > 1 && sum.slot + sum.pieces > lora_ext::plan::Tables::slots_of(m, piece_rows))
       differ("sums[%d] has more slots than there are", g);
   }

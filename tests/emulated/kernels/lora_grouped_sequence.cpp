@@ -19,7 +19,8 @@ class GroupedTest {
   const Size size_;
   const int m_ = size_.m, n_ = size_.n, k_ = size_.k;
   const int groups_ = draw_groups(size_.name), rank_ = draw_rank();
-  GroupedRows rows_{m_, groups_, rank_, random_};
+  const bool alike_ = draw(4) == 0;  // a pool without ranks
+  GroupedRows rows_{m_, groups_, rank_, random_, alike_};
   const Numbers numbers_ = draw(2) ? Numbers::Integers : Numbers::Reals;
   const bool dropout_ = draw(2);
   const plan::Card card_ = draw_card();
@@ -54,7 +55,7 @@ class GroupedTest {
   // More groups than one launch writes entries for; or as many as fill 256 bytes with their counts,
   // except for the count of rows without an adapter.
   int draw_groups(const std::string& size) {
-    if (size == "many") return draw(2) == 0 ? 64 : 2 * m_;
+    if (size == "many") return draw(2) == 0 ? 64 : 3 * m_;
     return 1 + draw(size == "long" ? 2 : 6);
   }
   int draw_rank() {
@@ -88,6 +89,7 @@ class GroupedTest {
     o.m = m_, o.n = n_, o.k = k_, o.rows = rows_.parameters(), o.scaling = scaling_->data();
     o.factors = {factors_.pool.parameters(), factors_.pool.list()};
     o.factors.pool.entries = nullptr, o.float_adapters = kSplit;
+    if (alike_) o.factors.pool.ranks = nullptr;
     o.x = x_.data(), o.x_pitch = x_.pitch(), o.weight = w_.data(), o.weight_pitch = w_.pitch();
     o.dropout = dropout_, o.mask = mask_.parameters(), o.workspace = workspace;
     if (!dropout_) o.mask.keep_scale = 1;
@@ -182,6 +184,7 @@ class GroupedTest {
       g.dy = dy_.data(), g.dy_pitch = dy_.pitch(), g.s = s_.data();
       g.dx = p.need_dx ? dx.data() : nullptr;
       g.gradients = {to->pool.parameters(), to->pool.list()}, g.gradients.pool.entries = nullptr;
+      g.gradients.pool.ranks = nullptr;  // those of the factors count
       g.need_da = p.need_dlora_a, g.need_db = p.need_dlora_b;
       emulator::Stream stream;
       grouped_backward<T>(stream, plan, g);
@@ -227,6 +230,7 @@ class GroupedTest {
     tell(direction + (decode != nullptr ? ", decode" : plan.hybrid() ? ", hybrid" : ", kernels"));
     const int64_t entries = decode != nullptr ? decode->entries : plan.tiled()->tables->entries;
     if (entries != plan::kNone) tell(direction + ", a list");
+    if (entries == plan::kNone && alike_) tell(direction + ", a pool without ranks");
   }
 };
 

@@ -31,15 +31,18 @@ GROUPED = [
         "grouped_s_without_keep_scale",
         "S is not scaled by 1 / (1 - p)",
         "drop(X) has no scale of its own: it is S that gets it",
-        ("params.s = s, params.keep_scale = o_.mask.keep_scale;", "params.s = s;"),
+        (
+            "params.of[0].s = f.s, params.of[0].keep_scale = o_.mask.keep_scale;",
+            "params.of[0].s = f.s;",
+        ),
     ),
     of_params(
         "grouped_ds_from_saved_scale",
         "the scaled S is made where dS lies",
         "dB's sums and dA's take different columns",
         (
-            "LoraGroupedReduceParams<T> params = reduce_to(plan_.s);",
-            "LoraGroupedReduceParams<T> params = reduce_to(plan_.t);",
+            "*next = reduced_to(plan_.s), next->saved = g.s;",
+            "*next = reduced_to(plan_.t), next->saved = g.s;",
         ),
     ),
     of_partial_sums(
@@ -64,7 +67,10 @@ GROUPED = [
         "grouped_gradients_of_entries_of_factors",
         "gradients of a list go where the factors lie",
         "the factors are overwritten",
-        ("gradients.entries = gradient_entries();", "gradients.entries = entries();"),
+        (
+            "with_ranks(g.gradients.pool, gradient_entries())",
+            "with_ranks(g.gradients.pool, entries())",
+        ),
     ),
     of_params(
         "grouped_lo_beside_rank",
@@ -79,7 +85,22 @@ GROUPED = [
         "grouped_entries_of_the_first_launch_again",
         "each launch writes the first entries of the list",
         "adapters past those are not their own",
-        ("std::copy_n(matrices.list + first,", "std::copy_n(matrices.list,"),
+        (
+            "lists.begin()[(first + i) / groups][(first + i) % groups]",
+            "lists.begin()[i / groups][i % groups]",
+        ),
+    ),
+    of_sequence(
+        "grouped_gradients_in_the_table_of_factors",
+        "the table of gradients has the factors again",
+        "gradients would overwrite the factors",
+        ("{o_.factors.list, g.gradients.list}", "{o_.factors.list, o_.factors.list}"),
+    ),
+    of_params(
+        "grouped_ranks_of_the_pool",
+        "the kernels read the ranks that a pool was given",
+        "it may have none, and then the tables' are the largest",
+        ("pool.entries = entries, pool.ranks = at<int>(tables_.ranks);", "pool.entries = entries;"),
     ),
     of_sequence(
         "grouped_place_before_scan",
@@ -95,8 +116,8 @@ GROUPED = [
         "the grid of the reduce has a tile for each 64 rows",
         "a tile has rows of one adapter, so that there may be one more for each",
         (
-            "dim3(static_cast<unsigned>(plan_.tables->tile_count)), 256, 0",
-            "dim3(blocks_of(o_.m, 64)), 256, 0",
+            "dim3(static_cast<unsigned>(plan_.tables->tile_count), params.count())",
+            "dim3(blocks_of(o_.m, 64), params.count())",
         ),
     ),
     of_tables(
