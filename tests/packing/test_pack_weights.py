@@ -123,7 +123,10 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypa
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
     packing = pack_weights(model, (4, 64))
     assert "panels of float32 at 4 rows (0.50 of what" in str(packing)
+    forward, backward = (F32, 24, 40, not transposed), (F32, 40, 24, transposed)
     for rows, panels in ((4, "float32"), (3, "float32"), (64, "none"), (20, "none")):
+        for kind in (forward, backward):
+            assert _C.cpu_panels_of(*kind, rows) == (F32 if panels == "float32" else None)
         for own, asked in zip(products(model)[rows], plain[panels][rows], strict=True):
             assert torch.equal(own, asked), (rows, panels)
     assert all(
@@ -134,6 +137,41 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypa
     for rows in (4, 64):
         for own, ruled in zip(products(model)[rows], plain["auto"][rows], strict=True):
             assert torch.equal(own, ruled)
+
+
+def test_measured_panels_are_of_their_kind_and_the_nearest_rows(request):
+    """Nearest by the ratio of rows; by the rule 4 rows have no panels."""
+    if F32 not in _C.cpu_panel_candidates(F32):
+        pytest.skip("no panels of floats here")
+    kind, few, many = (F32, 26, 42, True), (1, 3, 4, 15), (17, 20, 64, 1000)
+    ruled = {rows: _C.cpu_panels_of(*kind, rows) for rows in (*few, *many)}
+    _C.set_measured_panels(*kind, [(4, F32), (64, None)])
+
+    def found(*other):
+        return {rows: _C.cpu_panels_of(*(other or kind), rows) for rows in ruled}
+
+    try:
+        measured = dict.fromkeys(few, F32) | dict.fromkeys(many, None)
+        assert found() == measured and ruled[4] is None
+        # A half's few rows are by panels where it is converted anyway; not of a transposed weight.
+        for other in ((BF16, 26, 42, True), (F32, 42, 42, True), (F32, 26, 26, True)):
+            assert found(*other)[4] is None
+        assert found(F32, 26, 42, False) == ruled
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert found()[4] is None
+        for name, of_many in (("none", None), ("float32", F32)):
+            _C.set_cpu_panels(name)
+            assert found()[4] is None and found()[64] == of_many
+        _C.set_cpu_panels("auto")
+        assert found() == measured
+        request.getfixturevalue("deterministic")
+        assert found() == ruled
+        torch.use_deterministic_algorithms(False)
+        assert found() == measured
+    finally:
+        _C.set_cpu_panels("auto")
+        _C.set_measured_panels(*kind, [])
+    assert found() == ruled
 
 
 def products(model, panels=None):
