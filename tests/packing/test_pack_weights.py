@@ -119,11 +119,12 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypa
     ratios |= {(backward, rows): 1.0 for backward in (False, True) for rows in (4, 64)}
     found = {4: F32, 64: None}
     monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, backward: (found[rows], 0.5))
-    model = layer(fan_in_fan_out=transposed)
+    # Deep enough that the bits of panels and of torch's products differ.
+    model = LoRALinear(1000, 1040, r=4, fan_in_fan_out=transposed)
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
     packing = pack_weights(model, (4, 64))
     assert "panels of float32 at 4 rows (0.50 of what" in str(packing)
-    forward, backward = (F32, 24, 40, not transposed), (F32, 40, 24, transposed)
+    forward, backward = (F32, 1000, 1040, not transposed), (F32, 1040, 1000, transposed)
     for rows, panels in ((4, "float32"), (3, "float32"), (64, "none"), (20, "none")):
         for kind in (forward, backward):
             assert _C.cpu_panels_of(*kind, rows) == (F32 if panels == "float32" else None)
@@ -180,11 +181,9 @@ def products(model, panels=None):
     weight = model.weight.detach()
     kept = weight if model.fan_in_fan_out else weight.t()
     for rows in (3, 4, 20, 64):
-        x, grad = (
-            torch.randn(rows, 24, generator=seeded()),
-            torch.randn(rows, 40, generator=seeded()),
-        )
-        own = torch.empty(rows, 40), torch.empty(rows, 24)
+        x = torch.randn(rows, model.in_features, generator=seeded())
+        grad = torch.randn(rows, model.out_features, generator=seeded())
+        own = torch.empty_like(grad), torch.empty_like(x)
         named = None if panels == "auto" else panels
         _C.cpu_product(x, kept, None, own[0], named)
         _C.cpu_product(grad, kept.t(), None, own[1], named)
