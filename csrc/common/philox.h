@@ -42,7 +42,7 @@ struct Multiply {
   }
 };
 
-// Kernels multiply by an instruction of their own (kernels/tile/mask.h).
+// Some kernels multiply by an instruction of their own (kernels/tile/mask.h).
 template <class Multiplier = Multiply>
 LORA_EXT_HOST_DEVICE Words draw(uint64_t seed, uint64_t row, uint32_t group,
                                 const Multiplier& multiply = {}) {

@@ -74,10 +74,9 @@ struct Tables {
   static constexpr int64_t slots_of(int64_t m, int64_t rows) { return 2 * (m / rows); }
   int piece_rows;  // rows of one partial sum of the gradients
   int tile_count, piece_count, slots;
-  // Byte offsets:
-  int64_t entries = kNone, gradient_entries = kNone, order = kNone, counts = kNone;
-  int64_t segments = kNone, first = kNone, tiles = kNone, pieces = kNone, sums = kNone;
-  int64_t ranks = kNone;  // of a pool
+  int64_t entries = kNone, gradient_entries = kNone, order = kNone;  // byte offsets
+  int64_t counts = kNone, ranks = kNone, segments = kNone, first = kNone;
+  int64_t tiles = kNone, pieces = kNone, sums = kNone;
 };
 
 // The skinny kernels and lora_gemm: sequence/linear_sequence.h and sequence/grouped_sequence.h.

@@ -24,7 +24,6 @@ constexpr Generation kGenerations[] = {
     {120, 170, {170, 1.0, 1600}},    // RTX 5090
 };
 
-constexpr double kFloat = 4;  // bytes
 // What skinny products reach of mma.sync's rate, with columns in whole tiles of 64; with dropout,
 // its draws.
 constexpr double kSkinnyShare = 0.5, kMaskedShare = 0.33;

@@ -25,7 +25,6 @@ Launch library_product(const Card& card, Dtype dtype, const char* name, int64_t 
 // float32 adapters there are passes over x and y in float32, a block of rows at a time, counted
 // here together and with all gradients.
 void add_library_launches(Launches& launches, const Card& card, const Problem& p) {
-  constexpr double kFloat = 4;  // bytes
   const double e = element_bytes(p), x = area(p.m, p.k), y = area(p.m, p.n);
   const double s = (e + kFloat) * area(p.m, p.rank);
   const auto product = [&](const char* name, int64_t m, int64_t n, int64_t k, bool onto = false) {

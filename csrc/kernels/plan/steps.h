@@ -9,6 +9,7 @@
 namespace lora_ext::plan {
 
 constexpr int64_t kStep = 64;  // depth of one step of all main loops
+constexpr int kFloat = 4;      // bytes
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t rounded_up(int64_t count, int64_t size) { return blocks_of(count, size) * size; }

@@ -4,8 +4,6 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kFloat = 4;  // bytes
-
 struct Workspace {
   static constexpr int64_t kAlignBytes = 256;
   int64_t bytes = 0;
@@ -18,13 +16,11 @@ struct Workspace {
 
 void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
   const Groups& groups = *p.groups;
-  const bool gradients = p.backward && (p.need_dlora_a || p.need_dlora_b);
-  if (groups.listed) {
-    tables.entries = workspace.take(groups.count * (gradients ? 2 : 1), kGroupedEntryBytes);
-    if (gradients) tables.gradient_entries = tables.entries + groups.count * kGroupedEntryBytes;
-  } else {
-    tables.ranks = workspace.take(groups.count, 4);
-  }
+  const int64_t lists = p.backward && (p.need_dlora_a || p.need_dlora_b) ? 2 : 1;
+  if (groups.listed) tables.entries = workspace.take(lists * groups.count, kGroupedEntryBytes);
+  if (groups.listed && lists == 2)
+    tables.gradient_entries = tables.entries + groups.count * kGroupedEntryBytes;
+  if (!groups.listed) tables.ranks = workspace.take(groups.count, 4);
   if (groups.indexed) {
     tables.order = workspace.take(p.m, 4);
     tables.counts = workspace.take(blocks_of(p.m, kGroupedChunk) * (groups.count + 1), 4);
