@@ -1,0 +1,198 @@
+"""Models with packed weights on a CPU: `warmup`, `explain`, `pack=`, and what ends a pack."""
+
+import copy
+
+import pytest
+import torch
+from helpers import BF16, F32, max_error
+from pack_helpers import packable
+from peft_helpers import HEIGHT, WIDTH, accelerated, exact_model, make_ids, net, plain_copy, step
+from torch import nn
+
+import lora_ext
+from lora_ext import LoRAConfig
+from lora_ext.autotune import session
+from lora_ext.nn import LoRALinear
+from lora_ext.packing import pack, pack_weights
+
+pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
+
+
+def own_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
+    return lora_ext.apply_lora(model, LoRAConfig("all-linear", r=4, alpha=8))
+
+
+def test_warmup_packs_a_model_on_the_cpu(ratios):
+    model = own_model()
+    said = []
+    found = lora_ext.warmup(model, rows=(2, 64), progress=said.append)
+    assert found.packing is not None and str(found) == str(found.packing)
+    assert len(said) == 4
+    assert repr([found]) == f"[Warmup(Packing(4 packs, {found.packing.nbytes / 2**20:.3g} MiB))]"
+    kinds = [(kind.kind.in_features, kind.packed) for kind in found.packing.kinds]
+    assert sorted(kinds) == [(24, 1), (24, 1), (40, 1), (40, 1)]
+    assert lora_ext.warmup(model, rows=2, pack_budget=0, progress=False).packing.nbytes == 0
+    assert all(layer.path == "fused" for layer in lora_ext.explain(model))
+
+
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_is_packed_if_asked(ratios, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session._C, "with_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(session, "indexed", lambda device: asked.append(device) or 1 / 0)
+    monkeypatch.setattr(session, "_device_of", lambda model: torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError):
+        lora_ext.warmup(own_model(), rows=64, progress=False)
+    assert asked == [torch.device("cuda")]
+    assert lora_ext.warmup(own_model(), rows=64, device="cpu", progress=False).packing.nbytes
+
+
+def test_explain_says_what_a_pack_costs_and_wins(ratios):
+    ratios[False, 1] = 1.4
+    model = own_model()
+    lora_ext.warmup(model, rows=(1, 64), progress=False)
+    few, many = lora_ext.explain(model, 1)[0], lora_ext.explain(model, 64)[0]
+    assert few.path == "fused" and "packed, the product takes 1.40 of its time" in few.reason
+    assert many.path == "packed" and "measured at 0.50 of the plain product's time" in many.reason
+    assert "MiB" in many.reason
+    explained = lora_ext.explain(model, 64)
+    assert explained.packed_bytes == 2 * 2 * 24 * 40 * 4
+    assert str(explained).splitlines()[-1] == "packed weights: 0.0146 MiB"
+
+
+@pytest.mark.parametrize("make", ["own", "peft"])
+def test_pack_in_one_word(ratios, make):
+    if make == "own":
+        torch.manual_seed(0)
+        bare = nn.Sequential(nn.Linear(24, 40))
+        model = lora_ext.apply_lora(bare, LoRAConfig("all-linear", r=4), pack=(3, 64))
+        rows = (3, 64)
+    else:
+        model = lora_ext.accelerate(net(), pack=True)
+        rows = pack.DECODE_AND_TRAINING
+    packs = {m.packed for m in model.modules() if getattr(m, "packed", None) is not None}
+    assert len(packs) == (1 if make == "own" else 3)
+    for each in packs:
+        assert tuple(n for n, _ in each.wins.forward) == rows
+
+
+@pytest.mark.parametrize("words", ["yes", 0, (), (4, 0), 1.5, (2.5,)], ids=str)
+def test_pack_takes_a_bool_or_rows(words):
+    with pytest.raises((TypeError, ValueError), match="lora_ext: expected"):
+        lora_ext.accelerate(net(), pack=words)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_accelerated_model_gives_the_same_from_packs(ratios, dtype):
+    """Linear, a Linear without bias and a Conv1D, whose weight is [in, out]."""
+    if not packable(dtype):
+        pytest.skip("oneDNN does not pack bfloat16 on this processor")
+    model = accelerated(net(dtype=dtype))
+    plain, exact = copy.deepcopy(model), exact_model(model)
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    paths = {layer.name[-4:]: layer.path for layer in lora_ext.explain(model)}
+    assert paths == {"mbed": paths["mbed"], "l.up": "packed", "gate": "packed", "down": "packed"}
+    ids = make_ids()
+    found, unpacked, wanted = (step(each, ids, dtype=dtype) for each in (model, plain, exact))
+    assert found.keys() == unpacked.keys() == wanted.keys() and len(found) > 6
+    for name, right in wanted.items():
+        floor = torch.finfo(dtype).eps * right.abs().max().item()
+        assert max_error(found[name], right) <= 2 * max_error(unpacked[name], right) + floor, name
+
+
+def test_state_dicts_and_copies_know_nothing_of_packs(ratios):
+    model = accelerated(net())
+    before = model.state_dict()
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    other = copy.deepcopy(model)
+    layer = other.base_model.model.up
+    assert layer.packed is None or not layer.packed.is_packed
+    assert {each.path for each in lora_ext.explain(other) if "embed" not in each.name} == {"fused"}
+    torch.testing.assert_close(other(make_ids()), model(make_ids()))
+    assert plain_copy(model).base_model.model.up.__dict__.get("packed") is None
+
+
+CHANGES = {
+    "merged and unmerged": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
+    "merged safely": lambda model: (model.merge_adapter(safe_merge=True), model.unmerge_adapter()),
+    "written to": lambda model: model.base_model.model.up.base_layer.weight.mul_(2.0),
+    "other data": lambda model: setattr(
+        model.base_model.model.up.base_layer.weight, "data", torch.randn(HEIGHT, WIDTH)
+    ),
+    "another parameter": lambda model: setattr(
+        model.base_model.model.up.base_layer,
+        "weight",
+        nn.Parameter(torch.randn(HEIGHT, WIDTH), requires_grad=False),
+    ),
+    "loaded": lambda model: model.load_state_dict(
+        {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    ),
+    "another base": lambda model: setattr(
+        model.base_model.model.up, "base_layer", nn.Linear(WIDTH, HEIGHT).requires_grad_(False)
+    ),
+    "cast and back": lambda model: model.to(BF16).to(F32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
+    ratios, monkeypatch, change, fast
+):
+    model = accelerated(net())
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    layer = model.base_model.model.up
+    assert layer.packed.is_packed
+    with torch.no_grad():
+        CHANGES[change](model)
+    plain = plain_copy(model)
+    if not fast:
+        monkeypatch.setattr("lora_ext.peft.linear.fast_path_forward", lambda layer, x: None)
+    x = torch.randn(54, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), plain.base_model.model.up(x))
+    assert layer.packed is None or not layer.packed.is_packed
+    assert layer.path(54)[0] == "fused"
+
+
+def test_hot_swapped_factors_are_never_packed(ratios):
+    """Factors change from call to call, also by `.data`, which no version counts."""
+    model = accelerated(net()).eval()
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    layer = model.base_model.model.up
+    x = torch.randn(54, WIDTH)
+    with torch.no_grad():
+        before = layer(x)
+        layer.lora_A["a"].weight.data.mul_(2.0)
+        after = layer(x)
+    torch.testing.assert_close(after, plain_copy(model).base_model.model.up(x))
+    assert not torch.equal(before, after)
+
+
+def test_rows_with_a_bias_of_their_own_go_beside_a_conv1d_that_is_packed(ratios):
+    """The base alone, whose weight is [in, out] and here square."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LoRALinear(24, 24, fan_in_fan_out=True, r=4, lora_bias=True))
+    with torch.no_grad():
+        for parameter in model[0].lora_b.parameters():
+            parameter.normal_()
+    x, names = torch.randn(64, 24), ["default"] * 64
+    with torch.no_grad(), lora_ext.use_adapters(model, names):
+        plain = model(x)
+        pack_weights(model, (64,))
+        assert model[0].packed.transposed
+        torch.testing.assert_close(model(x), plain)
+
+
+def test_rows_of_many_adapters_use_packs(ratios):
+    model = accelerated(net("three"))
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    plain = plain_copy(model).eval()
+    names = ["a", "b", "c", "__base__", "a", "b"]
+    with torch.no_grad():
+        found = model.eval()(make_ids(), adapter_names=names)
+        torch.testing.assert_close(found, plain(make_ids(), adapter_names=names))
