@@ -47,7 +47,8 @@ struct LoraGroupedSegmentsParams {
   LoraGroupedTables tables;
 
   __device__ __forceinline__ int chunks() const { return (rows.m + kChunk - 1) / kChunk; }
-  // The other kernels read the ranks of a pool from the tables: there are always some.
+  // In a pool without ranks every adapter has the largest. Only these kernels read a pool's own
+  // ranks; the others read the copy in the tables.
   __device__ __forceinline__ int rank(int adapter) const {
     const bool all_alike = factors.entries == nullptr && factors.ranks == nullptr;
     return all_alike ? rows.max_rank : rank_of(factors, adapter, rows.max_rank);

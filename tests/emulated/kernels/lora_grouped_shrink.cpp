@@ -79,7 +79,7 @@ void run_shrink(const Case& run) {
   reduce.max_rank = max_rank, reduce.factors = shrink.factors, reduce.tiles = shrink.tiles,
   reduce.order = shrink.order;
   LoraGroupedReduceParams<T> from_saved = reduce;
-  // Both of one launch: a T that nobody asks for, and that of the saved S.
+  // Two in one launch: T from Z again, and T from the saved S.
   from_saved.of[0].s = nullptr, from_saved.of[0].t[0] = beside.data();
   from_saved.of[1] = {nullptr, nullptr, s.data(), {again.data(), nullptr}, 1.f};
 
