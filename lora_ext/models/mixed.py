@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import LoRALayer
-from ..nn.row_adapters import RowAdapters, given_to
+from ..nn.row_adapters import RowAdapters, entered
 from ..peft.per_row_modules import per_row_modules
 
 
@@ -68,12 +68,16 @@ def use_adapters(
         )
     distinct, index = _checked(names, index, repeats)
     _check_known(distinct, layers)
-    index = index.detach().to(_device_of(layers[0]), copy=True)
-    rows = RowAdapters(distinct, index, _slots(own, distinct, index), repeats)
-    with ExitStack() as stack:
-        stack.enter_context(given_to(layers, rows, others))
-        if others:
-            stack.enter_context(_names_in_forwards(others, rows))
+    if others and index.dim() != 1:
+        raise ValueError(
+            "lora_ext.use_adapters: expected an index of samples [batch], since PEFT's "
+            f"{type(others[0]).__name__} cannot give tokens of one sample different adapters, but "
+            f"got {list(index.shape)}"
+        )
+    with torch.inference_mode(False):  # a training step in the block saves it for backward
+        index = index.detach().to(_device_of(layers[0]), copy=True)
+        slots = _slots(own, distinct, index)
+    with entered(RowAdapters(distinct, index, layers, others, slots, repeats)):
         yield model
 
 
@@ -153,20 +157,3 @@ def _slots(layers: Sequence[LoRALayer], names: Sequence[str], index: Tensor) -> 
         return None
     table = torch.tensor([-1, *(pool.names[name] for name in names)], dtype=torch.int32)
     return table.to(index.device)[index + 1]
-
-
-@contextmanager
-def _names_in_forwards(others: Sequence[Any], rows: RowAdapters) -> Iterator[None]:
-    """Within the block PEFT's own forwards get the names: modules to save, convolutions etc."""
-    from ..peft.mixed_batch import BASE_NAME, names_in_forwards
-
-    names = rows.sample_names(BASE_NAME)
-    if names is None:
-        kind = type(others[0]).__name__
-        raise ValueError(
-            "lora_ext.use_adapters: expected an index of samples [batch], since PEFT's "
-            f"{kind} cannot give tokens of one sample different adapters, but got "
-            f"{list(rows.index.shape)}"
-        )
-    with names_in_forwards(others, names, rows):
-        yield

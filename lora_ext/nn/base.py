@@ -34,7 +34,7 @@ class LoRALayer(NamedAdapters):
 
     merged_weight: Tensor | None
     merged_bias: Tensor | None
-    # Set on the instance while a block of `use_adapters` is open.
+    # Set on the instance by `use_adapters`; a graph guards what is declared.
     row_adapters: Any = None
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
@@ -178,7 +178,7 @@ class LoRALayer(NamedAdapters):
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The open block of `use_adapters` that applies to a forward now, or None."""
-        return None if self.row_adapters is None else current_row_adapters(self)
+        return current_row_adapters(self)
 
     @property
     def added_adapters(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class LoRALinear(FromLinear, nn.Linear):
         return Base(self.weight, self.bias, self.fan_in_fan_out)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.__dict__.get("row_adapters") is not None:
+        if self.row_adapters is not None:
             rows = self.adapters_of_rows()
             if rows is not None:
                 return self.mixed(input, rows)

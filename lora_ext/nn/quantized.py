@@ -138,7 +138,7 @@ class LoRAQuantizedLinear(FromLinear):
     # What a forward computes.
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.__dict__.get("row_adapters") is not None:
+        if self.row_adapters is not None:
             rows = self.adapters_of_rows()
             if rows is not None:
                 return self.mixed(x, rows)

@@ -1,8 +1,12 @@
-"""The open blocks of `lora_ext.use_adapters`, and which of them applies to a layer.
+"""Which adapters the rows of a forward have: the open blocks of `lora_ext.use_adapters`.
 
-Each asyncio task has the blocks that it entered itself, in a `contextvars.ContextVar`. A layer
-holds the block that was entered last, by any task, and checks in the context which one applies. A
-graph of torch.compile cannot read the context and uses the block that the layer holds.
+- The scope is a `contextvars.ContextVar`: the blocks that this thread or asyncio task has entered.
+  An eager forward takes the innermost one that has its layer.
+- A graph of torch.compile cannot read it. It takes the block that the layer's attribute
+  `row_adapters` holds, on which it has guards, and an op of the graph raises an error where the
+  scope has another one.
+- What `torch.utils.checkpoint` repeats in a backward has the scope of its first run.
+- Whatever else repeats a forward has a scope of which nothing is known: an error.
 """
 
 from __future__ import annotations
@@ -12,36 +16,39 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from ..torch_state import is_traced
-from . import recompute
 from .row_index import RowIndex
 
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
 
-# Attribute of the layers: the open block that was entered last, `CLOSED`, or absent.
+# Attribute of the layers: the open block that was entered last in any context; after a block in which
+# gradients were recorded `CLOSED`, else None.
 _HELD = "row_adapters"
-# The block that was entered last in this context; its `outer` is the enclosing block.
-_INNERMOST: ContextVar[RowAdapters | None] = ContextVar("lora_ext_row_adapters", default=None)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
-# Blocks by id, as long as something holds them: a checkpointed part holds one after it was left.
-_BLOCKS: weakref.WeakValueDictionary[int, RowAdapters] = weakref.WeakValueDictionary()
+_IS_BOUND = "lora_ext_is_bound"
+# PEFT's name for the base alone.
+BASE_NAME = "__base__"
 
 
 class RowAdapters(RowIndex):
-    """The adapters of one block, as long as it is open.
+    """The adapters of one block.
 
     Attributes:
+        layers: those whose rows have the adapters of the block.
+        others: modules of PEFT, whose own forwards get a name for each sample.
         is_pefts: whether it was given as PEFT's adapter_names; errors are then those of PEFT.
     """
 
@@ -49,20 +56,18 @@ class RowAdapters(RowIndex):
         self,
         names: Sequence[str],
         index: Tensor,
+        layers: Sequence[nn.Module],
+        others: Sequence[nn.Module] = (),
         slots: Tensor | None = None,
         repeats: int = 1,
         is_pefts: bool = False,
     ) -> None:
         super().__init__(names, index, slots, repeats)
-        self.is_pefts = is_pefts
-        self.is_open = True
-        self.thread = _thread()
+        self.layers, self.others, self.is_pefts = layers, others, is_pefts
+        self.modules = {id(module) for module in (*layers, *others)}
+        self.is_open = False
         self.records_gradients = torch.is_grad_enabled()
-        # id of each layer of the block -> the block that the layer held before.
-        self.below: dict[int, Any] = {}
-        # The enclosing block in its context, and whether other contexts also have open blocks.
-        self.outer: RowAdapters | None = None
-        self.overlaps = False
+        self.thread = _thread()
         # The name of an adapter that was removed in the meantime: another adapter may have its slot
         # or its name.
         self.gone: str | None = None
@@ -81,157 +86,306 @@ class RowAdapters(RowIndex):
                 "backwards that use it"
             )
 
+    def in_graph(self, index: Tensor) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return index
+        return _checked_in_graph(index)
+
 
 class _Closed:
-    """The value that layers hold after a block in which gradients were recorded."""
-
-    is_open = False
+    """The value that layers hold after a block of which a backward may repeat forwards."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
 CLOSED = _Closed()
+# All open blocks, in the order in which they were entered.
+_OPEN: list[RowAdapters] = []
+# Blocks as long as something holds them: a checkpointed part holds one after it was left.
+_BLOCKS: weakref.WeakSet[RowAdapters] = weakref.WeakSet()
+
+
+class _Scope(NamedTuple):
+    """Attributes:
+    blocks: the innermost is the last.
+    task: the graph task of autograd in which the scope began, -1 outside of a backward.
+    is_repeated: whether a forward is repeated: blocks count that were left since.
+    """
+
+    blocks: tuple[RowAdapters, ...] = ()
+    task: int = -1
+    is_repeated: bool = False
+
+    def there(self) -> tuple[RowAdapters, ...]:
+        """The blocks that count."""
+        if self.is_repeated:
+            return self.blocks
+        return tuple(rows for rows in self.blocks if rows.is_open)
+
+    def of(self, module: nn.Module) -> RowAdapters | None:
+        """The innermost block that has a module."""
+        for rows in reversed(self.blocks):
+            if id(module) in rows.modules and (rows.is_open or self.is_repeated):
+                return rows
+        return None
+
+
+_SCOPE: ContextVar[_Scope] = ContextVar("lora_ext_row_adapters", default=_Scope())
 
 
 def current_row_adapters(layer: Any) -> RowAdapters | None:
-    """The adapters that apply to the running forward of a layer.
-
-    A forward that activation checkpointing repeats has the adapters of the original forward,
-    whichever block is open now.
-
-    Args:
-        layer: a layer that holds a block or `CLOSED`.
+    """The block whose adapters the rows of a running forward have, None for the active ones.
 
     Raises:
-        RuntimeError: the block belongs to another thread or, in a generator, to another context, or
-            is not the innermost one where the forward is called, or has lost an adapter, or a
-            backward repeats a forward for which nothing was stored.
+        RuntimeError: it is not known: another thread has the block open, or a generator in another
+            context or that is suspended; a backward repeats a forward in another way than
+            `torch.utils.checkpoint`. Or the block has lost an adapter.
     """
     held = layer.row_adapters
-    if is_traced():
-        if not held.is_open:
-            return None
-        if not held.overlaps:
-            held.check_there()
-            return held
-        torch._dynamo.graph_break(  # a graph cannot read the context
-            "blocks of lora_ext.use_adapters overlap, each of another task; without fullgraph=True "
-            "each task has its own adapters"
-        )
-    if _current_graph_task() != -1:
-        return recompute.adapters_of_repeated()
-    if held.is_open and held.thread != _thread():
-        raise RuntimeError(
-            "lora_ext.use_adapters: expected a forward in the thread that opened the block, but "
-            "another thread runs the model; give each thread a model of its own, or run them in "
-            "turn"
-        )
-    rows = of_context(layer)
-    if held is not rows:
-        _check_context(held, layer)
-    if rows is None:
+    if held is None:
         return None
-    if rows.opener is not None and _open(rows.outer, layer) and not _is_running(rows.opener):
-        raise _not_nested("a forward is called while a generator that is suspended has one open")
-    rows.check_there()
-    if rows.records_gradients:
-        recompute.remember(rows)
+    if is_traced():
+        if held is CLOSED:
+            return None
+        held.check_there()
+        return held
+    scope, task = _SCOPE.get(), _current_graph_task()
+    if task not in (-1, scope.task):
+        raise RuntimeError(
+            "lora_ext.use_adapters: expected to know the adapters of a forward that a backward "
+            "repeats, but not torch.utils.checkpoint repeats it, or its first run was before the "
+            "first block; use torch.utils.checkpoint, or enter the block in the function that is "
+            "repeated"
+        )
+    rows = scope.of(layer)
+    if _OPEN and not scope.is_repeated:
+        _check_context(scope, rows, layer)
+    if rows is not None:
+        rows.check_there()
+        rows.records_gradients = rows.records_gradients or torch.is_grad_enabled()
     return rows
 
 
 def forget(layer: nn.Module, name: str) -> None:
     """Marks an adapter of the layer as removed in the blocks that use it."""
-    for reference in _BLOCKS.valuerefs():
-        rows = reference()
-        if rows is not None and name in rows.names and id(layer) in rows.below:
+    for rows in list(_BLOCKS):
+        if name in rows.names and id(layer) in rows.modules:
             rows.gone = name
 
 
-def of_context(layer: nn.Module) -> RowAdapters | None:
-    """The block that applies to a layer in this context."""
-    return _open(_INNERMOST.get(), layer)
-
-
-def _open(rows: RowAdapters | None, layer: nn.Module) -> RowAdapters | None:
-    """The innermost of a block and its enclosing blocks that is open for a layer."""
-    while rows is not None and not (rows.is_open and id(layer) in rows.below):
-        rows = rows.outer
-    return rows
-
-
 @contextmanager
-def given_to(
-    layers: Sequence[nn.Module], rows: RowAdapters, others: Sequence[nn.Module] = ()
-) -> Iterator[None]:
-    """Within the block the layers use the adapters of `rows`; blocks of one task are nested.
-
-    Args:
-        others: modules for which `of_context` also finds the block.
+def entered(rows: RowAdapters) -> Iterator[None]:
+    """Within the block its layers use the adapters of `rows`; blocks of one task are nested.
 
     Raises:
         RuntimeError: another thread has a block open on one of the layers; when the block is left:
             one that was entered later is still open.
     """
-    for layer in layers:
-        held = layer.__dict__.get(_HELD)
-        if held is not None and held.is_open and held.thread != rows.thread:
+    before = _SCOPE.get()
+    around = before.there()
+    for other in _OPEN:
+        if other.thread != rows.thread and other not in around and _overlap(other, rows):
             raise RuntimeError(
                 "lora_ext.use_adapters: expected a model that no other thread is using, but "
                 "another has a block open; give each thread a model of its own, or run them in turn"
             )
-        rows.below[id(layer)] = held
-        if held is not None and held.is_open and held is not of_context(layer):
-            rows.overlaps = True
-    rows.below |= {id(module): None for module in others}
-    rows.outer, rows.opener = _INNERMOST.get(), _opener()
-    _BLOCKS[id(rows)] = rows
+    scope = _Scope((*around, rows), _current_graph_task(), before.is_repeated)
+    rows.opener = _opener()
+    _bind_checkpoints()
+    _BLOCKS.add(rows)
     try:
-        for layer in layers:
-            layer.__dict__[_HELD] = rows
-        _INNERMOST.set(rows)
-        yield
+        _OPEN.append(rows)
+        rows.is_open = True
+        _SCOPE.set(scope)
+        _hold(rows.layers, rows)
+        with _names_given(rows):
+            yield
     finally:
-        is_innermost = _leave(rows)
         rows.is_open, rows.opener = False, None
-        rows.records_gradients = rows.records_gradients or torch.is_grad_enabled()
-        for layer in layers:
-            _give_back(layer)
-    if not is_innermost:
+        _OPEN.remove(rows)
+        now = _SCOPE.get()
+        later = now.blocks[now.blocks.index(rows) + 1 :] if rows in now.blocks else ()
+        is_nested = not any(other.is_open and _overlap(other, rows) for other in later)
+        left = now._replace(blocks=tuple(other for other in now.blocks if other is not rows))
+        _SCOPE.set(before if now is scope else left)
+        closed = CLOSED if rows.records_gradients or torch.is_grad_enabled() else None
+        for layer in rows.layers:
+            if layer.__dict__.get(_HELD) is rows:
+                _hold([layer], _last_open(layer) or closed)
+    if not is_nested:
         raise _not_nested("one is left before another that was entered later")
 
 
-def _leave(rows: RowAdapters) -> bool:
-    """Removes a block from this context; False if a nested one is still open for its layers."""
-    inner = _INNERMOST.get()
-    if inner is rows:
-        _INNERMOST.set(rows.outer)
-        return True
-    overlaps = False
-    while inner is not None and inner is not rows:
-        overlaps |= inner.is_open and not rows.below.keys().isdisjoint(inner.below)
-        inner = inner.outer
-    return inner is None or not overlaps  # None: it was entered in another context
+def _hold(layers: Sequence[nn.Module], rows: Any) -> None:
+    for layer in layers:
+        if rows is None:
+            layer.__dict__.pop(_HELD, None)
+        else:
+            layer.__dict__[_HELD] = rows
 
 
-def _check_context(held: Any, layer: nn.Module) -> None:
-    """Raises RuntimeError in a generator that continues in another context than the one in which it
-    opened a block: before Python 3.12 asyncio.wait_for makes a context for each step."""
-    known = set()
-    rows = _INNERMOST.get()
-    while rows is not None:
-        known.add(id(rows))
-        rows = rows.outer
-    lost = set()
-    while isinstance(held, RowAdapters):
-        if held.is_open and held.opener is not None and id(held) not in known:
-            lost.add(id(held.opener))
-        held = held.below.get(id(layer))
-    frame: FrameType | None = sys._getframe(1) if lost else None
-    while frame is not None:
-        if id(frame) in lost:
+def _last_open(layer: nn.Module) -> RowAdapters | None:
+    return next((rows for rows in reversed(_OPEN) if id(layer) in rows.modules), None)
+
+
+def _overlap(one: RowAdapters, other: RowAdapters) -> bool:
+    return not one.modules.isdisjoint(other.modules)
+
+
+# ---- PEFT's own forwards ----
+
+
+@contextmanager
+def _names_given(rows: RowAdapters) -> Iterator[None]:
+    """Within the block PEFT's own forwards get adapter_names in the same way as from PEFT."""
+    with ExitStack() as stack:
+        names = rows.sample_names(BASE_NAME) if rows.others else None
+        for module in rows.others:
+            hook = partial(_add_adapter_names, names=names, rows=rows)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _add_adapter_names(
+    module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters
+) -> Any:
+    if not is_traced() and _SCOPE.get().of(module) is not rows:
+        return None
+    repeats = rows.repeats
+    if repeats > 1 and args and len(args[0]) == len(names) * repeats:
+        names = [name for name in names for _ in range(repeats)]
+    return args, {**kwargs, "adapter_names": names}
+
+
+# ---- what a backward repeats ----
+
+
+def _bind_checkpoints() -> None:
+    """From now on what `torch.utils.checkpoint` repeats has the scope of its first run.
+
+    Both kinds of checkpoint keep the function that they repeat: `CheckpointFunction.apply` gets it,
+    which also runs it first, and the constructor of `_CheckpointFrame`. They are private: in a torch
+    that lacks one, `current_row_adapters` raises its error in backward.
+    """
+    function: Any = getattr(checkpoint, "CheckpointFunction", None)
+    frame: Any = getattr(checkpoint, "_CheckpointFrame", None)
+    if function is not None and not hasattr(function.apply, _IS_BOUND):
+        apply = function.apply.__func__
+
+        def apply_bound(cls: Any, run: Any, *args: Any) -> Any:
+            return apply(cls, _bound(run, runs_first=True), *args)
+
+        setattr(apply_bound, _IS_BOUND, True)
+        function.apply = classmethod(apply_bound)
+    if frame is not None and not hasattr(frame.__init__, _IS_BOUND):
+        init = frame.__init__
+
+        def init_bound(self: Any, recompute: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, _bound(recompute, runs_first=False), *args, **kwargs)
+
+        setattr(init_bound, _IS_BOUND, True)
+        frame.__init__ = init_bound
+
+
+def _bound(function: Callable[..., Any], runs_first: bool) -> Callable[..., Any]:
+    """A function that a checkpoint repeats, in the scope of now.
+
+    Args:
+        runs_first: whether it also runs for the first time, where nothing is to be changed.
+    """
+    blocks = _SCOPE.get().there()
+
+    def repeat(*args: Any, **kwargs: Any) -> Any:
+        task = _current_graph_task()
+        if runs_first and task == -1:
+            return function(*args, **kwargs)
+        before = _SCOPE.get()
+        _SCOPE.set(_Scope(blocks, task, is_repeated=True))
+        try:
+            with _held(blocks):
+                return function(*args, **kwargs)
+        finally:
+            _SCOPE.set(before)
+
+    return repeat
+
+
+@contextmanager
+def _held(blocks: Sequence[RowAdapters]) -> Iterator[None]:
+    """Within the block graphs and PEFT's own forwards, too, use these blocks and no open ones."""
+    others = tuple(_OPEN)
+    if blocks == others:
+        yield
+        return
+    before = [
+        (layer, layer.__dict__.get(_HELD)) for rows in (*others, *blocks) for layer in rows.layers
+    ]
+    try:
+        for rows in others:
+            _hold(rows.layers, CLOSED)
+        with ExitStack() as stack:
+            for rows in blocks:
+                _hold(rows.layers, rows)
+                if not rows.is_open:
+                    stack.enter_context(_names_given(rows))
+            yield
+    finally:
+        for layer, held in reversed(before):
+            _hold([layer], held)
+
+
+# ---- what runs in another context ----
+
+
+@torch.library.custom_op("lora_ext::rows_of_block", mutates_args=())
+def _checked_in_graph(index: Tensor) -> Tensor:
+    """A copy of the index of a block, made where a graph runs.
+
+    Raises:
+        RuntimeError: the block is not one of the scope, in which the graph runs.
+    """
+    capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()  # of a copy
+    if _current_graph_task() == -1 and not capturing:
+        known = (own for rows in _SCOPE.get().there() for own in (rows.index, rows.slots))
+        if all(own is None or own.data_ptr() != index.data_ptr() for own in known):
+            raise RuntimeError(
+                "lora_ext.use_adapters: expected a compiled model in the task or thread whose block "
+                "was entered last, but another one runs it; graphs cannot have the adapters of "
+                "several tasks: enter and leave the block around each forward, with no await "
+                "between, or do not compile the model"
+            )
+    return index.clone()
+
+
+@_checked_in_graph.register_fake
+def _(index: Tensor) -> Tensor:
+    return torch.empty_like(index)
+
+
+def _check_context(scope: _Scope, rows: RowAdapters | None, layer: nn.Module) -> None:
+    """Raises RuntimeError where other blocks are open than a forward's, and it may want theirs.
+
+    A generator that has opened a block may go on in another context (before Python 3.12
+    asyncio.wait_for makes one for each step), or be suspended: its frame then has no caller.
+    """
+    here = _thread()
+    for other in _OPEN:
+        if id(layer) not in other.modules or other in scope.blocks:
+            continue
+        if other.thread != here:
+            if rows is None:
+                raise RuntimeError(
+                    "lora_ext.use_adapters: expected a forward in the thread that opened the block, "
+                    "but another thread runs the model; give each thread a model of its own, or run "
+                    "them in turn"
+                )
+        elif other.opener is not None and other.opener.f_back is not None:
             raise _not_nested("a generator goes on in another task or context than its block's")
-        frame = frame.f_back
+    if rows is not None and rows.opener is not None and rows.opener.f_back is None:
+        around = scope._replace(blocks=tuple(own for own in scope.blocks if own is not rows))
+        if around.of(layer) is not None:
+            raise _not_nested("a forward is called while a generator that is suspended has one open")
 
 
 def _opener() -> FrameType | None:
@@ -248,31 +402,9 @@ def _opener() -> FrameType | None:
     return None
 
 
-def _is_running(wanted: FrameType) -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None
-
-
 def _not_nested(what: str) -> RuntimeError:
     return RuntimeError(
         f"lora_ext.use_adapters: expected blocks of one task that are nested, but {what}; in "
         "generators that take turns, open the block around each forward, or run each generator in "
         "an asyncio task of its own"
     )
-
-
-def _give_back(layer: nn.Module) -> None:
-    """Sets the layer's block to the open one that was entered last."""
-    held = layer.__dict__.get(_HELD)
-    leaves_graphs = False
-    while isinstance(held, RowAdapters) and not held.is_open:
-        leaves_graphs = leaves_graphs or held.records_gradients
-        held = held.below.get(id(layer))
-    if held is None and leaves_graphs:
-        held = CLOSED
-    if held is None:
-        layer.__dict__.pop(_HELD, None)
-    else:
-        layer.__dict__[_HELD] = held

@@ -8,7 +8,7 @@ has. Each such tensor is made once for a block, and shared by all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ..torch_state import is_traced
 
 # No adapter has this number: the op raises an error.
 _NO_NAME = 2**31 - 1
+# Tensors that a block keeps: more than one forward needs, few beside a generation's lengths.
+_KEPT = 32
 
 
 class RowIndex:
@@ -53,14 +55,28 @@ class RowIndex:
             ValueError: the rows do not correspond to the block's samples.
         """
         if is_traced():
-            return self._chosen(self._expanded(self.index, lead, device), names)
+            return self._chosen(self._expanded(self.in_graph(self.index), lead, device), names)
         if len(lead) > 1:
             self._tokens = lead[1]
         key = (lead, device, None if len(names) == len(self.names) else tuple(names), self._tokens)
         found = self._made.get(key)
         if found is None:
-            found = self._chosen(self._expanded(self.index, lead, device), names)
-            self._made[key] = found
+            found = self._keep(
+                key, lambda: self._chosen(self._expanded(self.index, lead, device), names)
+            )
+        return found
+
+    def in_graph(self, index: Tensor) -> Tensor:
+        """The index or the slots as an operand of a graph that is being traced."""
+        return index
+
+    def _keep(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that later forwards take, too; the oldest one goes."""
+        with torch.inference_mode(False):  # a forward of a training step may be the next
+            found = make()
+        if len(self._made) >= _KEPT:
+            self._made.pop(next(iter(self._made)), None)
+        self._made[key] = found
         return found
 
     def index_for(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -111,13 +127,14 @@ class RowIndex:
         """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""
         assert self.slots is not None
         if is_traced():
-            return self._expanded(self.slots, lead, device)
+            return self._expanded(self.in_graph(self.slots), lead, device)
         if len(lead) > 1:
             self._tokens = lead[1]
         key = (lead, device, "slots", self._tokens)
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = self._expanded(self.slots, lead, device)
+            slots = self.slots
+            found = self._keep(key, lambda: self._expanded(slots, lead, device))
         return found
 
     def scaling_of(self, scalings: tuple[Any, ...], device: torch.device) -> Any:
@@ -131,8 +148,9 @@ class RowIndex:
         key = (scalings, device)
         found = self._made.get(key)
         if found is None:
-            found = torch.tensor(scalings, dtype=torch.float32, device=device)
-            self._made[key] = found
+            found = self._keep(
+                key, lambda: torch.tensor(scalings, dtype=torch.float32, device=device)
+            )
         return found
 
     def sample_names(self, nobody: str) -> list[str] | None:

@@ -51,10 +51,8 @@ class Chain(NamedTuple):
     @property
     def dropout(self) -> float:
         """The probability of dropout in experts for a forward now, 0 outside training."""
-        if not self.targets[0].wrapper.training:
-            return 0.0
-        states = [target.wrapper.__dict__ for target in self.targets]
-        return max(state.get(EXPERT_DROPOUT, 0.0) for state in states)
+        outermost = self.targets[0].wrapper  # all have the same
+        return getattr(outermost, EXPERT_DROPOUT, 0.0) if outermost.training else 0.0
 
 
 def chain_of(outermost: Any, names: Sequence[str] | None = None) -> Chain:

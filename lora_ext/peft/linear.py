@@ -49,7 +49,7 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.__dict__.get("row_adapters") is not None:
+        if self.row_adapters is not None:
             rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)

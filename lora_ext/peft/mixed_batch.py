@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
 from ..nn.quantized_base import mixed_linear_on
-from ..nn.row_adapters import RowAdapters, forget, given_to, of_context
+from ..nn.row_adapters import BASE_NAME, RowAdapters, entered, forget
 from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
-from ..torch_state import is_plain, is_traced
+from ..torch_state import is_plain
 from .operands import fast_path_updates, operand_of, update_of
 from .per_row_modules import per_row_modules
 from .reasons import (
@@ -40,14 +39,13 @@ from .reasons import (
 )
 from .variants import row_reason
 
-BASE_NAME = "__base__"
 _BY_ROW = "each row its own adapter"
 
 
 class ByRow:
     """A mix-in placed before a class of PEFT whose rows can have different adapters."""
 
-    row_adapters: Any = None  # set while a block is open, as in lora_ext.nn.LoRALayer
+    row_adapters: Any = None  # as in lora_ext.nn.LoRALayer
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         forget(self, adapter_name)
@@ -212,31 +210,6 @@ def known_names(layer: Any) -> set[str]:
 
 
 @contextmanager
-def names_in_forwards(
-    modules: Sequence[Any], names: Sequence[str], rows: RowAdapters
-) -> Iterator[None]:
-    """Within the block of `rows`, PEFT's own forwards get adapter_names in the same way as from
-    PEFT."""
-    with ExitStack() as stack:
-        for module in modules:
-            hook = partial(_add_adapter_names, names=list(names), rows=rows)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
-
-
-def _add_adapter_names(
-    module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters
-) -> Any:
-    if not is_traced() and of_context(module) is not rows:
-        return None
-    repeats = rows.repeats
-    if repeats > 1 and args and len(args[0]) == len(names) * repeats:
-        names = [name for name in names for _ in range(repeats)]
-    return args, {**kwargs, "adapter_names": names}
-
-
-@contextmanager
 def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     """The adapter_names of one call of a model, checked as PEFT checks them.
 
@@ -264,18 +237,17 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
         for given, is_inside in ((names, False), (original, True)):
             own = [layer for layer in fast if (id(layer) in inside) == is_inside]
             rest = [module for module in others if (id(module) in inside) == is_inside]
-            rows = rows_of_names(given, own, is_pefts=True)
-            stack.enter_context(given_to(own, rows, rest))
-            stack.enter_context(names_in_forwards(rest, given, rows))
+            stack.enter_context(entered(_rows_of(given, own, rest)))
         yield
 
 
-def rows_of_names(names: Sequence[str], layers: Sequence[Any], is_pefts: bool) -> RowAdapters:
+def _rows_of(names: Sequence[str], layers: Sequence[Any], others: Sequence[Any]) -> RowAdapters:
     distinct = list(dict.fromkeys(name for name in names if name != BASE_NAME))
     places = {name: place for place, name in enumerate(distinct)} | {BASE_NAME: -1}
     device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
-    index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
-    return RowAdapters(distinct, index, is_pefts=is_pefts)
+    with torch.inference_mode(False):
+        index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
+    return RowAdapters(distinct, index, layers, others, is_pefts=True)
 
 
 def _encoder_of(model: Any) -> Any:

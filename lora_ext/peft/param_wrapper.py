@@ -34,8 +34,11 @@ class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
     on a wrapper, `lora_ext.decelerate` restores PEFT's.
     """
 
+    # Set on the instance by `accelerate(model, expert_dropout=p)`; a graph guards what is declared.
+    expert_dropout: float = 0.0
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.__dict__.get("row_adapters") is not None:
+        if self.row_adapters is not None:
             rows = current_row_adapters(self)
             if rows is not None and not self._disable_adapters:
                 return mixed_wrappers.forward(self, x, rows, args, kwargs)

@@ -60,18 +60,64 @@ def test_a_task_has_the_block_in_which_it_was_made(subject):
     assert all(torch.equal(y, run(subject, NAMES, x)["y"]) for y in asyncio.run(parent()))
 
 
-def test_tasks_of_a_compiled_model(forget_graphs, counter, subject):
-    """A graph cannot ask whose the adapters are: tasks that overlap leave it, or it says so."""
-    x, every = batch(subject), [NAMES, ["b"] * 6]
-    compiled = torch.compile(subject.model, backend=counter)
-    for names, found in zip(
-        every, asyncio.run(in_tasks(subject, lambda: compiled(x), every)), strict=True
-    ):
-        assert all(torch.equal(y, run(subject, names, x)["y"]) for y in found)
-    torch._dynamo.reset()
-    whole = torch.compile(subject.model, backend=counter, fullgraph=True)
-    with pytest.raises(Exception, match="use_adapters overlap, each of another task"):
-        asyncio.run(in_tasks(subject, lambda: whole(x), every))
+def child_in_a_block(subject, forward):
+    """A task that was made in a block enters one of its own; then its parent goes on."""
+
+    async def child():
+        with lora_ext.use_adapters(subject.model, ["b"] * 6):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    async def parent():
+        with lora_ext.use_adapters(subject.model, NAMES):
+            other = asyncio.create_task(child())
+            await asyncio.sleep(0)
+            try:
+                return forward()
+            finally:
+                await other
+
+    return asyncio.run(parent())
+
+
+def another_thread(subject, forward):
+    with lora_ext.use_adapters(subject.model, NAMES), ThreadPoolExecutor(1) as thread:
+        return thread.submit(forward).result()
+
+
+def tasks_in_turn(subject, forward):
+    return asyncio.run(in_tasks(subject, forward, [NAMES, ["b"] * 6]))
+
+
+def a_task_without_a_block(subject, forward):
+    return asyncio.run(in_tasks(subject, forward, [None, NAMES]))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
+@pytest.mark.parametrize("before", [False, True], ids=["", "compiled before"])
+@pytest.mark.parametrize(
+    "elsewhere", [tasks_in_turn, a_task_without_a_block, child_in_a_block, another_thread]
+)
+def test_a_compiled_model_in_another_task_or_thread_is_refused(
+    forget_graphs, counter, subject, elsewhere, before, fullgraph
+):
+    """A graph cannot ask whose the adapters are: it says so."""
+    x = batch(subject)
+    compiled = torch.compile(subject.model, backend=counter, fullgraph=fullgraph)
+    if before:
+        compiled(x)
+    with lora_ext.use_adapters(subject.model, NAMES):
+        assert torch.equal(compiled(x), run(subject, NAMES, x)["y"])
+    with pytest.raises(RuntimeError, match="a compiled model in the task or thread whose block"):
+        elsewhere(subject, lambda: compiled(x))
+
+
+def test_a_thread_that_has_the_context_of_the_block_is_in_it(subject):
+    """As of asyncio.to_thread."""
+    x = batch(subject)
+    with lora_ext.use_adapters(subject.model, NAMES), ThreadPoolExecutor(1) as thread:
+        y = thread.submit(contextvars.copy_context().run, subject, x).result()
+    assert torch.equal(y, run(subject, NAMES, x)["y"])
 
 
 def test_generators_that_take_turns_are_refused(subject):

@@ -92,15 +92,110 @@ def repeated(subject):
 
 
 @each_within
-def test_another_checkpoint_repeats_with_the_adapters_of_its_forward(subject, within):
+def test_another_checkpoint_needs_the_block_in_what_it_repeats(subject, within):
     x = batch(subject)
-    step(subject, x, [(NAMES, subject)])  # so that the layer had a block before
+
+    def opened(x):
+        with lora_ext.use_adapters(subject.model, NAMES):
+            return subject(x)
+
+    found, exact = (
+        step(subject, x, [(None, forward)], within)
+        for forward in (repeated(opened).apply, opened)
+    )
+    assert_equal_steps(found, exact, 1e-10)
     for names in (NAMES, None):
+        with pytest.raises(RuntimeError, match="to know the adapters of a forward"):
+            step(subject, x, [(names, repeated(subject).apply)], within)
+
+
+@pytest.mark.parametrize("records", [False, True], ids=["entered under no_grad", ""])
+@pytest.mark.parametrize("within", [None, ["c"] * 6], ids=["after", "in another"])
+@each_checkpoint
+@every_kind
+def test_blocks_in_what_a_checkpoint_repeats(kind, reentrant, within, records):
+    """One, two of the same names and two of others, and one around them that was entered where no
+    gradients were recorded."""
+    subject = kind.make("linear", "three", F64)
+
+    def opened(x, every):
+        y = subject(x)
+        for names in every:
+            with lora_ext.use_adapters(subject.model, names):
+                y = torch.tanh(y) + subject(x)
+        return y
+
+    def outside(x, forward):
+        with torch.set_grad_enabled(records):
+            block = lora_ext.use_adapters(subject.model, ["b"] * 6)
+            block.__enter__()
+        try:
+            return forward(x)
+        finally:
+            block.__exit__(None, None, None)
+
+    for every in ([NAMES], [NAMES, NAMES], [NAMES, NAMES[::-1]], []):
+
+        def part(x, every=every):
+            return opened(x, every)
+
+        def kept(x, part=part):
+            return checkpoint(part, x, use_reentrant=reentrant)
+
         found, exact = (
-            step(subject, x, [(names, forward)], within)
-            for forward in (repeated(subject).apply, subject)
+            step(subject, batch(subject), [(None, lambda x, f=f: outside(x, f))], within)
+            for f in (kept, part)
         )
         assert_equal_steps(found, exact, 1e-10)
+
+
+@pytest.mark.parametrize("within", [None, NAMES[::-1]], ids=["after", "in another"])
+@each_checkpoint
+@every_kind
+def test_a_checkpoint_around_a_compiled_layer(forget_graphs, counter, kind, reentrant, within):
+    subject = kind.make("linear", "three", F64)
+    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
+
+    def kept(x):
+        return checkpoint(lambda x: torch.tanh(compiled(x)), x, use_reentrant=reentrant)
+
+    for calls in ([NAMES, ["c"] * 6], [None, NAMES]):
+        found, exact = (
+            step(subject, batch(subject), [(names, forward) for names in calls], within)
+            for forward in (kept, lambda x: torch.tanh(subject(x)))
+        )
+        assert_equal_steps(found, exact, 1e-10)
+
+
+def test_hooks_of_others_within_a_checkpoint(subject):
+    """As torch.autograd.graph.save_on_cpu, within what the checkpoint repeats and around it."""
+
+    def saved(forward):
+        def call(x):
+            with torch.autograd.graph.save_on_cpu():
+                return torch.tanh(forward(x))
+
+        return call
+
+    def kept(forward):
+        return lambda x: checkpoint(forward, x, use_reentrant=False)
+
+    for through in (kept(saved(subject)), saved(kept(subject))):
+        found, exact = (
+            step(subject, batch(subject), [(NAMES, forward)], ["c"] * 6)
+            for forward in (through, lambda x: torch.tanh(subject(x)))
+        )
+        assert_equal_steps(found, exact, 1e-10)
+
+
+def test_what_is_saved_is_read_outside_of_a_backward(subject):
+    """The node of a checkpoint gives its tensors to whoever asks, by running its part again."""
+    x = batch(subject).requires_grad_()
+    for names in (NAMES, ["c"] * 6):
+        with lora_ext.use_adapters(subject.model, names):
+            y = checkpoint(lambda x: torch.tanh(subject(x)), x, use_reentrant=False)
+        with lora_ext.use_adapters(subject.model, ["b"] * 6):
+            assert torch.equal(y.grad_fn._saved_result, y)
 
 
 @each_within
