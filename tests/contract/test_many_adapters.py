@@ -13,6 +13,7 @@ from torch import nn
 import lora_ext
 from contract.cases import assert_close, cases, every_kind
 from lora_ext.nn.row_adapters import RowAdapters
+from lora_ext.nn.row_index import _KEPT
 
 NAMES = ["a", None, "c", "b", "a", "c"]
 ABC = ["a", "b", "c"]
@@ -213,14 +214,18 @@ def test_repeats(kind, layer, adapters):
 # ---- compiled ----
 
 
-@cases(["linear", "conv1d", "subclass", "embedding", "net"], ["three"])
+@pytest.mark.parametrize("before", [False, True], ids=["", "called before"])
+@cases(["linear", "conv1d", "conv2d", "subclass", "embedding", "net"], ["three"])
 def test_another_index_does_not_recompile_sglang_28371(
-    forget_graphs, counter, kind, layer, adapters
+    forget_graphs, counter, kind, layer, adapters, before
 ):
-    """A graph must not bake in which adapters were in the batch that it was made of."""
+    """A graph must not bake in which adapters were in the batch that it was made of, nor that there
+    was none."""
     subject = kind.make(layer, adapters, F64)
     x = batch(subject)
     compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
+    if before:
+        compiled(x)
     seen = []
     for index in ([0, -1, 2, 1, 0, 2], [1, 1, 1, 1, 1, 1], [-1] * 6, [2, 0, 1, 2, 0, 1]):
         rows = torch.tensor(index, dtype=torch.int32)
@@ -232,15 +237,56 @@ def test_another_index_does_not_recompile_sglang_28371(
         found = differentiated(subject, x, mixed)
         assert_equal_steps(found, run_alone(subject, ABC, x, rows), 1e-10)
         seen.append(counter.frame_count)
-    assert seen == [1, 1, 1, 1]
+    assert seen == [1 + before] * 4
     assert_close(compiled(x), subject(x))
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2 + before
 
 
 def test_inference_leaves_no_trace(subject):
     with torch.no_grad(), lora_ext.use_adapters(subject.model, NAMES):
         subject(batch(subject))
     assert "row_adapters" not in subject.layers[0].__dict__
+
+
+def test_a_step_after_inference_of_the_same_shape(subject):
+    """What a block keeps is not made of inference mode: backward could not save it."""
+    x = batch(subject)
+    wanted = run(subject, NAMES, x)
+    for outer in (torch.inference_mode(), torch.enable_grad()):
+        with outer:
+            block = lora_ext.use_adapters(subject.model, NAMES)
+            block.__enter__()
+        with torch.inference_mode():
+            subject(x)
+        found = differentiated(subject, x, subject)
+        block.__exit__(None, None, None)
+        assert_equal_steps(found, wanted, 0.0)
+
+
+def test_a_block_keeps_the_tensors_of_a_few_lengths(subject):
+    """Generating without a cache gives a longer x each time."""
+    x = torch.randn(2, 50, *batch(subject).shape[2:], dtype=F64)
+    with lora_ext.use_adapters(subject.model, ["a", "b"]) as model:
+        for length in range(1, 51):
+            model(x[:, :length])
+        kept = subject.layers[0].row_adapters._made
+        assert len(kept) <= _KEPT
+        y = model(x[:, :1])
+    assert_close(y, run(subject, ["a", "b"], x[:, :1])["y"])
+
+
+@every_kind
+def test_removing_an_adapter_of_another_model(kind):
+    """Of the same name."""
+    mine, other = kind.make("linear", "three", F64), kind.make("linear", "three", F64)
+    x = batch(mine)
+    with (
+        lora_ext.use_adapters(other.model, NAMES),
+        lora_ext.use_adapters(mine.model, NAMES),
+    ):
+        wanted = mine(x)
+        other.layers[0].delete_adapter("a")
+        assert torch.equal(mine(x), wanted)
 
 
 def test_a_replaced_factor_is_seen_within_the_block(subject):

@@ -173,7 +173,8 @@ def test_hooks_of_others_within_a_checkpoint(subject):
     def saved(forward):
         def call(x):
             with torch.autograd.graph.save_on_cpu():
-                return torch.tanh(forward(x))
+                y = forward(x)
+            return torch.tanh(y)
 
         return call
 

@@ -1,7 +1,9 @@
 """PEFT's adapter_names on accelerated models: the same results, one call, and in training too."""
 
+import contextlib
 import contextvars
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from peft.tuners.lora import Conv2d
 from peft.tuners.lora.model import LoraModel
 from peft_helpers import accelerated, make_ids, net, peft_model, plain_copy, randomize, tiny_llama
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.peft.operands import fast_path_updates, update_of
@@ -149,8 +152,13 @@ def test_modules_to_save_and_layers_that_are_pefts(training):
             self.conv, self.mix = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
             self.head = nn.Linear(8, 4)
 
-        def forward(self, x):
-            return self.head(self.mix(self.conv(x).mean((2, 3))))
+        def part(self, x):
+            return self.head(self.mix(self.conv(x).mean((2, 3)))).tanh()
+
+        def forward(self, x, reentrant=None):
+            if reentrant is None:
+                return self.part(x)
+            return checkpoint(self.part, x, use_reentrant=reentrant)
 
     torch.manual_seed(0)
     words = {"r": 2, "modules_to_save": ["head"]}
@@ -165,8 +173,20 @@ def test_modules_to_save_and_layers_that_are_pefts(training):
     fast = accelerated(model).train(training)
     assert isinstance(fast.base_model.model.conv, Conv2d)
     torch.testing.assert_close(fast(x, adapter_names=names), wanted, rtol=1e-10, atol=1e-10)
+    own = ["a", "b", None, "b"]
+    steps = []  # backward comes after the block
+    for reentrant, is_pefts in itertools.product((None, False, True), (False, True)):
+        fast.zero_grad()
+        x.requires_grad_()
+        with contextlib.nullcontext() if is_pefts else lora_ext.use_adapters(fast, own):
+            words = {"adapter_names": names} if is_pefts else {}
+            y = fast(x, reentrant=reentrant, **words)
+        y.square().sum().backward()
+        steps.append({n: p.grad for n, p in fast.named_parameters() if p.grad is not None})
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], rtol=1e-10, atol=1e-10)
     task, block = contextvars.copy_context(), lora_ext.use_adapters(fast, ["b", "a", "a", None])
-    with lora_ext.use_adapters(fast, ["a", "b", None, "b"]):
+    with lora_ext.use_adapters(fast, own):
         task.run(block.__enter__)  # another's, which overlaps
         torch.testing.assert_close(fast(x), wanted, rtol=1e-10, atol=1e-10)
         task.run(block.__exit__, None, None, None)
