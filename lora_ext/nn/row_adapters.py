@@ -160,7 +160,7 @@ def current_row_adapters(layer: Any) -> RowAdapters | None:
         )
     rows = scope.of(layer)
     if _OPEN and not scope.is_repeated:
-        _check_context(scope, rows, layer)
+        _check_context(scope, rows, layer, held)
     if rows is not None:
         rows.check_there()
         rows.records_gradients = rows.records_gradients or torch.is_grad_enabled()
@@ -363,28 +363,28 @@ def _(index: Tensor) -> Tensor:
     return torch.empty_like(index)
 
 
-def _check_context(scope: _Scope, rows: RowAdapters | None, layer: nn.Module) -> None:
+def _check_context(
+    scope: _Scope, rows: RowAdapters | None, layer: nn.Module, held: RowAdapters | _Closed
+) -> None:
     """Raises RuntimeError where other blocks are open than a forward's, and it may want theirs.
 
     A generator that has opened a block may go on in another context (before Python 3.12
     asyncio.wait_for makes one for each step), or be suspended: its frame then has no caller.
     """
-    here = _thread()
+    if rows is None and isinstance(held, RowAdapters) and held.thread != _thread():
+        raise RuntimeError(  # also in a replica of nn.DataParallel
+            "lora_ext.use_adapters: expected a forward in the thread that opened the block, but "
+            "another thread runs the model; give each thread a model of its own, or run them in "
+            "turn"
+        )
     for other in _OPEN:
-        if id(layer) not in other.modules or other in scope.blocks:
-            continue
-        if other.thread != here:
-            if rows is None:
-                raise RuntimeError(
-                    "lora_ext.use_adapters: expected a forward in the thread that opened the block, "
-                    "but another thread runs the model; give each thread a model of its own, or run "
-                    "them in turn"
-                )
-        elif other.opener is not None and other.opener.f_back is not None:
+        is_running = other.opener is not None and other.opener.f_back is not None
+        is_mine = id(layer) not in other.modules or other in scope.blocks
+        if is_running and not is_mine and other.thread == _thread():
             raise _not_nested("a generator goes on in another task or context than its block's")
     if rows is not None and rows.opener is not None and rows.opener.f_back is None:
-        around = scope._replace(blocks=tuple(own for own in scope.blocks if own is not rows))
-        if around.of(layer) is not None:
+        blocks = scope.blocks[: scope.blocks.index(rows)]
+        if scope._replace(blocks=blocks).of(layer) is not None:
             raise _not_nested("a forward is called while a generator that is suspended has one open")
 
 

@@ -122,6 +122,17 @@ def test_a_qwen3_moe_of_peft_trains():
 # ---- PEFT's verbs ----
 
 
+def test_a_compiled_model_has_the_probability_of_now(forget_graphs, counter):
+    model = accelerated(small())
+    compiled = torch.compile(model.base_model.model.train(), backend=counter, fullgraph=True)
+    operands = make_routes(9)
+    without = compiled(*operands)
+    lora_ext.accelerate(model, expert_dropout=P)
+    assert not torch.allclose(compiled(*operands), without)
+    lora_ext.accelerate(model, expert_dropout=0)
+    assert torch.equal(compiled(*operands), without)
+
+
 def test_the_probability_stays_and_goes():
     model = accelerated(small())
     wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper)]
