@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
@@ -35,6 +37,11 @@ def is_onnx_export() -> bool:
 def is_traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace is tracing the call."""
     return _is_compiling() or _tracing_state() is not None
+
+
+def outside_inference() -> AbstractContextManager:
+    """Tensors that are made within the block can be saved for backward, in inference mode, too."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

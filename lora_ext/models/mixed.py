@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..nn import LoRALayer
 from ..nn.row_adapters import RowAdapters, entered
 from ..peft.per_row_modules import per_row_modules
+from ..torch_state import outside_inference
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def use_adapters(
             f"{type(others[0]).__name__} cannot give tokens of one sample different adapters, but "
             f"got {list(index.shape)}"
         )
-    with torch.inference_mode(False):  # a training step in the block saves it for backward
+    with outside_inference():  # a training step in the block saves it for backward
         index = index.detach().to(_device_of(layers[0]), copy=True)
         slots = _slots(own, distinct, index)
     with entered(RowAdapters(distinct, index, layers, others, slots, repeats)):

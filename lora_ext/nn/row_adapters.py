@@ -33,8 +33,8 @@ from .row_index import RowIndex
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
 
-# Attribute of the layers: the open block that was entered last in any context; after a block in which
-# gradients were recorded `CLOSED`, else None.
+# Attribute of the layers: the open block that was entered last in any context; `CLOSED` after a
+# block in which gradients were recorded, else None.
 _HELD = "row_adapters"
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _CONTEXTLIB = contextlib.contextmanager.__code__.co_filename
@@ -131,7 +131,8 @@ class _Scope(NamedTuple):
         return None
 
 
-_SCOPE: ContextVar[_Scope] = ContextVar("lora_ext_row_adapters", default=_Scope())
+_NO_SCOPE = _Scope()
+_SCOPE: ContextVar[_Scope] = ContextVar("lora_ext_row_adapters", default=_NO_SCOPE)
 
 
 def current_row_adapters(layer: Any) -> RowAdapters | None:
@@ -212,7 +213,8 @@ def entered(rows: RowAdapters) -> Iterator[None]:
         closed = CLOSED if rows.records_gradients or torch.is_grad_enabled() else None
         for layer in rows.layers:
             if layer.__dict__.get(_HELD) is rows:
-                _hold([layer], _last_open(layer) or closed)
+                still = (other for other in reversed(_OPEN) if id(layer) in other.modules)
+                _hold([layer], next(still, closed))
     if not is_nested:
         raise _not_nested("one is left before another that was entered later")
 
@@ -223,10 +225,6 @@ def _hold(layers: Sequence[nn.Module], rows: Any) -> None:
             layer.__dict__.pop(_HELD, None)
         else:
             layer.__dict__[_HELD] = rows
-
-
-def _last_open(layer: nn.Module) -> RowAdapters | None:
-    return next((rows for rows in reversed(_OPEN) if id(layer) in rows.modules), None)
 
 
 def _overlap(one: RowAdapters, other: RowAdapters) -> bool:
@@ -240,7 +238,7 @@ def _overlap(one: RowAdapters, other: RowAdapters) -> bool:
 def _names_given(rows: RowAdapters) -> Iterator[None]:
     """Within the block PEFT's own forwards get adapter_names in the same way as from PEFT."""
     with ExitStack() as stack:
-        names = rows.sample_names(BASE_NAME) if rows.others else None
+        names = rows.sample_names(BASE_NAME) or [] if rows.others else []
         for module in rows.others:
             hook = partial(_add_adapter_names, names=names, rows=rows)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -264,9 +262,9 @@ def _add_adapter_names(
 def _bind_checkpoints() -> None:
     """From now on what `torch.utils.checkpoint` repeats has the scope of its first run.
 
-    Both kinds of checkpoint keep the function that they repeat: `CheckpointFunction.apply` gets it,
-    which also runs it first, and the constructor of `_CheckpointFrame`. They are private: in a torch
-    that lacks one, `current_row_adapters` raises its error in backward.
+    The two kinds of checkpoint keep the function that they repeat: `CheckpointFunction.apply`,
+    which also runs it first, and the constructor of `_CheckpointFrame`. They are private: where a
+    torch lacks them, `current_row_adapters` raises its error in backward.
     """
     function: Any = getattr(checkpoint, "CheckpointFunction", None)
     frame: Any = getattr(checkpoint, "_CheckpointFrame", None)
@@ -340,20 +338,15 @@ def _held(blocks: Sequence[RowAdapters]) -> Iterator[None]:
 
 @torch.library.custom_op("lora_ext::rows_of_block", mutates_args=())
 def _checked_in_graph(index: Tensor) -> Tensor:
-    """A copy of the index of a block, made where a graph runs.
-
-    Raises:
-        RuntimeError: the block is not one of the scope, in which the graph runs.
-    """
+    """A copy of a block's index; RuntimeError if the graph runs where the block is not in scope."""
     capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()  # of a copy
     if _current_graph_task() == -1 and not capturing:
         known = (own for rows in _SCOPE.get().there() for own in (rows.index, rows.slots))
         if all(own is None or own.data_ptr() != index.data_ptr() for own in known):
             raise RuntimeError(
-                "lora_ext.use_adapters: expected a compiled model in the task or thread whose block "
-                "was entered last, but another one runs it; graphs cannot have the adapters of "
-                "several tasks: enter and leave the block around each forward, with no await "
-                "between, or do not compile the model"
+                "lora_ext.use_adapters: expected a compiled model in the task or thread whose "
+                "block was entered last, but another one runs it; enter and leave the block around "
+                "each forward, with no await between, or do not compile the model"
             )
     return index.clone()
 
@@ -385,7 +378,7 @@ def _check_context(
     if rows is not None and rows.opener is not None and rows.opener.f_back is None:
         blocks = scope.blocks[: scope.blocks.index(rows)]
         if scope._replace(blocks=blocks).of(layer) is not None:
-            raise _not_nested("a forward is called while a generator that is suspended has one open")
+            raise _not_nested("a forward is called while a suspended generator has one open")
 
 
 def _opener() -> FrameType | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_state import is_traced
+from ..torch_state import is_traced, outside_inference
 
 # No adapter has this number: the op raises an error.
 _NO_NAME = 2**31 - 1
@@ -72,7 +72,7 @@ class RowIndex:
 
     def _keep(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that later forwards take, too; the oldest one goes."""
-        with torch.inference_mode(False):  # a forward of a training step may be the next
+        with outside_inference():  # a forward of a training step may be the next
             found = make()
         if len(self._made) >= _KEPT:
             self._made.pop(next(iter(self._made)), None)

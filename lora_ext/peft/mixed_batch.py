@@ -22,7 +22,7 @@ from ..nn.quantized_base import mixed_linear_on
 from ..nn.row_adapters import BASE_NAME, RowAdapters, entered, forget
 from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
-from ..torch_state import is_plain
+from ..torch_state import is_plain, outside_inference
 from .operands import fast_path_updates, operand_of, update_of
 from .per_row_modules import per_row_modules
 from .reasons import (
@@ -245,7 +245,7 @@ def _rows_of(names: Sequence[str], layers: Sequence[Any], others: Sequence[Any])
     distinct = list(dict.fromkeys(name for name in names if name != BASE_NAME))
     places = {name: place for place, name in enumerate(distinct)} | {BASE_NAME: -1}
     device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
-    with torch.inference_mode(False):
+    with outside_inference():
         index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
     return RowAdapters(distinct, index, layers, others, is_pefts=True)
 

@@ -133,7 +133,7 @@ def test_generators_that_take_turns_are_refused(subject):
     first, second = stream(NAMES), stream(["b"] * 6)
     assert torch.equal(next(first), run(subject, NAMES, x)["y"])
     assert torch.equal(next(second), run(subject, ["b"] * 6, x)["y"])
-    with pytest.raises(RuntimeError, match="a generator that is suspended has one open"):
+    with pytest.raises(RuntimeError, match="a suspended generator has one open"):
         next(first)
     second.close()
     with opened(NAMES), opened(["b"] * 6):

@@ -100,8 +100,7 @@ def test_another_checkpoint_needs_the_block_in_what_it_repeats(subject, within):
             return subject(x)
 
     found, exact = (
-        step(subject, x, [(None, forward)], within)
-        for forward in (repeated(opened).apply, opened)
+        step(subject, x, [(None, forward)], within) for forward in (repeated(opened).apply, opened)
     )
     assert_equal_steps(found, exact, 1e-10)
     for names in (NAMES, None):
