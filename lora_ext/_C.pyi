@@ -68,6 +68,13 @@ def cpu_product(
 def cpu_panel_candidates(x_dtype: torch.dtype) -> list[torch.dtype]:
     """The dtypes of panels with which x can be multiplied on this processor, fast or not."""
 
+def cpu_panel_rule(
+    x_dtype: torch.dtype, features: set[str]
+) -> tuple[torch.dtype | None, list[torch.dtype]]:
+    """(what `cpu_panels` would say, what `cpu_panel_candidates` would) on a processor with these
+    features: "intel", "amx", "avx512_fp16", "avx512_bf16", and "float32" and "bfloat16" where the
+    library multiplies panels of them."""
+
 def set_measured_panels(
     x_dtype: torch.dtype,
     depth: int,

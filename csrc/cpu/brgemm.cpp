@@ -41,18 +41,6 @@ bool is_available(Dtype dtype) {
   }
 }
 
-bool has_float() {
-  static const bool available = is_available(Dtype::kFloat32);
-  return available;
-}
-
-bool has_bfloat16() {
-  static const bool available = is_available(Dtype::kBFloat16);
-  return available;
-}
-
-bool has_amx() { return amx_kernels() != nullptr; }
-
 #if defined(__x86_64__)
 bool is_intel() { return __builtin_cpu_is("intel") != 0; }
 // Not every compiler's __builtin_cpu_supports knows the name of AVX512_FP16.
@@ -68,20 +56,17 @@ bool has_float16() { return false; }
 bool has_dot_bfloat16() { return false; }
 #endif
 
-// The dtype of the panels where they are faster than torch's linear. With AMX that is several times
-// as fast on halves as floats are. On other processors:
-//
-// float32   Not on Intel's: there torch's product is MKL's, and faster than panels by more than the
-//           passes around it cost (a Xeon: panels take 1.0 to 1.3 of it, with passes 1.0 to 1.1).
-// float16   Where there is no AVX512_FP16: on a Zen 4 torch's linear took 4.7 times float32's.
-// bfloat16  In bfloat16 where AVX512_BF16 has twice the products of floats (a Zen 4). Intel's
-//           cores run it at less than half of that rate if they have no AMX, or hide it: torch's
-//           linear on 2048 rows of 1024 x 1024 took 25.6 ms, panels of floats 16.
-std::optional<Dtype> faster_panels(Dtype x) {
-  if (x == Dtype::kFloat32) return is_intel() || !has_float() ? std::nullopt : std::optional(x);
-  if (has_amx() || (x == Dtype::kFloat16 && has_float16())) return {};
-  if (x == Dtype::kBFloat16 && has_dot_bfloat16() && !is_intel() && has_bfloat16()) return x;
-  return has_float() ? std::optional(Dtype::kFloat32) : std::nullopt;
+const Processor& this_processor() {
+  static const Processor found = [] {
+    const bool has_amx = amx_kernels() != nullptr;
+    return Processor{is_intel(),
+                     has_amx,
+                     has_float16(),
+                     has_dot_bfloat16(),
+                     is_available(Dtype::kFloat32),
+                     !has_amx && is_available(Dtype::kBFloat16)};
+  }();
+  return found;
 }
 
 bool has_panels() {
@@ -115,12 +100,34 @@ bool rows_are_alike(Dtype dtype) {
 
 }  // namespace
 
+bool is_offered(const Processor& processor, Dtype panel, Dtype x) {
+  if (x != Dtype::kFloat32 && x != Dtype::kBFloat16 && x != Dtype::kFloat16) return false;
+  if (panel == Dtype::kFloat32) return processor.float_products;
+  return panel == Dtype::kBFloat16 && x == panel && processor.bfloat16_products &&
+         !processor.has_amx;
+}
+
+// The dtype of the panels where they are faster than torch's linear. With AMX that is several times
+// as fast on halves as floats are. On other processors:
+//
+// float32   Not on Intel's: there torch's product is MKL's, and faster than panels by more than the
+//           passes around it cost (a Xeon: panels take 1.0 to 1.3 of it, with passes 1.0 to 1.1).
+// float16   Where there is no AVX512_FP16: on a Zen 4 torch's linear took 4.7 times float32's.
+// bfloat16  In bfloat16 where AVX512_BF16 has twice the products of floats (a Zen 4). Intel's
+//           cores run it at less than half of that rate if they have no AMX, or hide it: torch's
+//           linear on 2048 rows of 1024 x 1024 took 25.6 ms, panels of floats 16.
+std::optional<Dtype> faster_panels(const Processor& processor, Dtype x) {
+  const auto if_offered = [&](Dtype panel) {
+    return is_offered(processor, panel, x) ? std::optional(panel) : std::nullopt;
+  };
+  if (x == Dtype::kFloat32) return processor.is_intel ? std::nullopt : if_offered(x);
+  if (processor.has_amx || (x == Dtype::kFloat16 && processor.has_float16)) return {};
+  if (processor.has_dot_bfloat16 && !processor.is_intel && if_offered(x)) return x;
+  return if_offered(Dtype::kFloat32);
+}
+
 bool has_panels_of(Dtype panel, Dtype x) {
-  const bool is_half_or_float =
-      x == Dtype::kFloat32 || x == Dtype::kBFloat16 || x == Dtype::kFloat16;
-  if (!is_half_or_float || !has_panels()) return false;
-  if (panel == Dtype::kBFloat16) return x == panel && has_bfloat16();
-  return panel == Dtype::kFloat32 && has_float();
+  return has_panels() && is_offered(this_processor(), panel, x);
 }
 
 bool panels_are_auto() { return asked().load() == Panels::kAuto; }
@@ -140,22 +147,19 @@ std::optional<Dtype> panel_dtype(Dtype x) {
     case Panels::kAuto:
       break;
   }
-  if (x == Dtype::kFloat64) return {};
-  static const std::optional<Dtype> of_float = faster_panels(Dtype::kFloat32);
-  static const std::optional<Dtype> of_bfloat16 = faster_panels(Dtype::kBFloat16);
-  static const std::optional<Dtype> of_float16 = faster_panels(Dtype::kFloat16);
-  return x == Dtype::kFloat32 ? of_float : x == Dtype::kBFloat16 ? of_bfloat16 : of_float16;
+  return faster_panels(this_processor(), x);
 }
 
 std::optional<Dtype> batch_invariant_panel_dtype(Dtype x) {
   if (asked().load() == Panels::kNone || !has_panels() || x == Dtype::kFloat64) return {};
-  if (x != Dtype::kFloat32 && has_amx()) return {};
+  if (x != Dtype::kFloat32 && this_processor().has_amx) return {};
   const std::optional<Dtype> faster = panel_dtype(x);
   if (faster == Dtype::kBFloat16) {
     static const bool alike = rows_are_alike<at::BFloat16>(Dtype::kBFloat16);
     return alike ? faster : std::nullopt;
   }
-  static const bool alike = has_float() && rows_are_alike<float>(Dtype::kFloat32);
+  static const bool alike =
+      this_processor().float_products && rows_are_alike<float>(Dtype::kFloat32);
   return alike ? std::optional(Dtype::kFloat32) : std::nullopt;
 }
 

@@ -11,6 +11,18 @@
 
 namespace lora_ext::cpu {
 
+// What the rules ask of a processor; the last two: of the library's microkernels there.
+struct Processor {
+  bool is_intel, has_amx, has_float16, has_dot_bfloat16;
+  bool float_products, bfloat16_products;
+};
+
+// Whether a product of x may go by panels of this dtype, fast or not. With AMX none is of bfloat16:
+// there the library's kernels read a row of an odd depth beyond its end, or are not for it at all.
+bool is_offered(const Processor& processor, Dtype panel, Dtype x);
+// The panels that are taken without a measurement, or nullopt: torch's product.
+std::optional<Dtype> faster_panels(const Processor& processor, Dtype x);
+
 // The dtype of A and B with which x of this dtype is multiplied, or nullopt: by torch's linear.
 // float: A is converted, too. The answer depends on the processor, on what the library offers there
 // (tried once), on torch.backends.mkldnn and on set_panels.
@@ -19,7 +31,7 @@ std::optional<Dtype> panel_dtype(Dtype x);
 // Products of any number of rows are compared once.
 std::optional<Dtype> batch_invariant_panel_dtype(Dtype x);
 
-// Whether P of dtype x can be multiplied in panels of this dtype, fast or not.
+// `is_offered` on this processor, with torch.backends.mkldnn on and an instruction set in use.
 bool has_panels_of(Dtype panel, Dtype x);
 // Whether set_panels asked for nothing else.
 bool panels_are_auto();

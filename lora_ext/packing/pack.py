@@ -3,6 +3,7 @@ the weights where that is faster still."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from .. import _C
 from ..packed_weight import MOST_TIME, PackedWeight, Wins, prepack
 from .layers import Kind, Weight, packable_layers, weights_of
 from .report import Packed, Packing, Panels
-from .trial import panels_of, ratio_of
+from .trial import panels_of, ratio_of, wrong_products
 
 # A trial alternates between weights of this many bytes, if the model has them: more than a core's
 # share of the last-level cache.
@@ -141,11 +142,17 @@ def _measured(
     bias = None if bias is None else bias.detach().to(kind.dtype)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         keep_panels(kind, backward, [])
-        panels = tuple((rows, *panels_of(packs, kind, rows, backward)) for rows in counts)
-        if any(ratio < 1.0 for _, _, ratio in panels):  # otherwise the rule is the fastest
+        differ = [wrong_products(packs, bias, kind, rows, backward) for rows in counts]
+        wrong = tuple(dict.fromkeys(name for names in differ for name in names))
+        panels = tuple((rows, *panels_of(packs, kind, rows, backward, wrong)) for rows in counts)
+        # Otherwise the rule is the fastest.
+        if wrong or any(ratio < 1.0 for _, _, ratio in panels):
             keep_panels(kind, backward, [(rows, panel) for rows, panel, _ in panels])
-        timed = tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
-    return Panels(kind, backward, panels), timed
+        if "pack" in wrong:
+            timed = tuple((rows, 0.0, math.inf) for rows in counts)
+        else:
+            timed = tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
+    return Panels(kind, backward, panels, wrong), timed
 
 
 def keep_panels(

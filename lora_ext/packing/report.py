@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class Packed:
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
         ratios = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in self.ratios)
+        if math.inf in dict(self.ratios).values():
+            return f"{self.kind}, {direction}: left as they are: a pack's values differ"
         done = f"{self.packed} of {self.count} packed" if self.packed else "left as they are"
         size = f", {self.nbytes / 2**20:.3g} MiB" if self.nbytes else ""
         return f"{self.kind}, {direction}: {ratios} of the plain product; {done}{size}"
@@ -46,11 +49,13 @@ class Panels:
         kind, backward: as in `Packed`.
         fastest: (rows, dtype of the panels or None for torch's product, its time over that of the
             product which is taken without a measurement).
+        wrong: what is not taken since its values differ from torch's: panels by name, or "pack".
     """
 
     kind: Kind
     backward: bool
     fastest: tuple[tuple[int, torch.dtype | None, float], ...]
+    wrong: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         direction = "backward" if self.backward else "forward"
@@ -59,7 +64,11 @@ class Panels:
             + (f" ({ratio:.2f} of what is taken without measurement)" if ratio < 1.0 else "")
             for rows, panels, ratio in self.fastest
         )
-        return f"{self.kind}, {direction}: fastest is {', '.join(each)}"
+        wrong = "; not taken, since values differ from torch's: " + ", ".join(
+            name if name == "pack" else f"panels of {name}" for name in self.wrong
+        )
+        fastest = f"{self.kind}, {direction}: fastest is {', '.join(each)}"
+        return fastest + wrong * bool(self.wrong)
 
 
 @dataclass(frozen=True, repr=False)

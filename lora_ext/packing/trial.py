@@ -3,6 +3,7 @@ packed weights."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,54 @@ _LONG_ROUND = 0.2  # seconds; of rounds this long fewer are enough
 # A product has to be faster in this many of four rounds; otherwise it counts as slower.
 _WINS = 3
 _SECONDS_OF_ROUND = 0.02  # at least, so that a round is not one call of some microseconds
+_ROWS_COMPARED = 4  # at each end of a product
+_EXACT_BYTES = 2**26  # of the weight in float64, at a time
 
 Product = Callable[[int], Tensor]
+
+
+def wrong_products(
+    packs: Sequence[PackedWeight], bias: Tensor | None, kind: Kind, rows: int, backward: bool
+) -> list[str]:
+    """The products that must not be timed since their values differ: the candidates' dtypes by
+    name, and "pack". They are compared at the first and last rows, all columns, with float64: an
+    error may be 4 times that of torch's product, and at the largest value a unit of the dtype and
+    what float32's sums of this depth may lose.
+
+    Args:
+        packs, bias, kind, rows, backward: as in `ratio_of`; of the first pack.
+    """
+    x, plain = _operands(packs[:1], kind, rows, backward)
+    bias = None if backward else bias
+    exact = _exact(_ends(x), plain[0], bias)
+    is_finite = exact.isfinite()
+
+    def error(y: Tensor) -> float:
+        return (_ends(y).double() - exact)[is_finite].abs().max().item() if is_finite.any() else 0.0
+
+    bound = 4 * error(_product(x, plain[0], bias, "none"))
+    of_sums = 4 * torch.finfo(torch.float32).eps * math.sqrt(len(plain[0]))
+    most = exact.where(is_finite, 0.0).abs().max().item()
+    bound += (torch.finfo(kind.dtype).eps + of_sums) * most
+    products: dict[str, Callable[[], Tensor]] = {
+        name: partial(_product, x, plain[0], bias, name)
+        for name in map(_name, _C.cpu_panel_candidates(kind.dtype))
+    }
+    packed = packs[0].copies[backward]
+    if packed is not None:
+        products["pack"] = partial(packed_linear, x, packed, bias)
+    return [name for name, product in products.items() if not error(product()) <= bound]
+
+
+def _ends(rows: Tensor) -> Tensor:
+    most = min(_ROWS_COMPARED, len(rows))
+    return torch.cat([rows[:most], rows[len(rows) - most :]])
+
+
+def _exact(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    columns = max(1, _EXACT_BYTES // (8 * len(matrix)))
+    parts = [x.double() @ part.double() for part in matrix.split(columns, dim=1)]
+    return torch.cat(parts, dim=1) + (0.0 if bias is None else bias)
 
 
 def ratio_of(
@@ -54,28 +101,32 @@ def ratio_of(
 
 
 def panels_of(
-    packs: Sequence[PackedWeight], kind: Kind, rows: int, backward: bool
+    packs: Sequence[PackedWeight], kind: Kind, rows: int, backward: bool, wrong: Sequence[str] = ()
 ) -> tuple[torch.dtype | None, float]:
     """(dtype of the panels with which the plain product is fastest, or None: torch's; its time over
     that of the product which is taken now).
 
     Args:
         packs, kind, rows, backward: as in `ratio_of`; packs are not used, but their weights.
+        wrong: panels that are neither timed nor taken, as `wrong_products` names them.
     """
     x, plain = _operands(packs, kind, rows, backward)
     depth, cols = plain[0].shape
     by_rule = _C.cpu_panels_of(kind.dtype, depth, cols, backward == kind.transposed, rows)
+    if _name(by_rule) in wrong:
+        by_rule = None
     best, least = by_rule, 1.0
     for panels in (None, *_C.cpu_panel_candidates(kind.dtype)):
-        if panels != by_rule:
-            first, second = (
-                partial(_turn, x, plain, "none" if each is None else str(each)[6:])
-                for each in (by_rule, panels)
-            )
+        if panels != by_rule and _name(panels) not in wrong:
+            first, second = (partial(_turn, x, plain, _name(each)) for each in (by_rule, panels))
             _, ratio = _compared(first, second, len(packs))
             if ratio <= min(least, MOST_TIME):
                 best, least = panels, ratio
     return best, least
+
+
+def _name(panels: torch.dtype | None) -> str:
+    return "none" if panels is None else str(panels)[6:]
 
 
 def _turn(x: Tensor, matrices: list[Tensor], panels: str, i: int) -> Tensor:

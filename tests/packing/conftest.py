@@ -14,7 +14,7 @@ def ratios(monkeypatch):
         "ratio_of",
         lambda packs, bias, kind, rows, backward: (100.0, found.get((backward, rows), 0.5)),
     )
-    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, backward: (None, 1.0))
+    monkeypatch.setattr(pack, "panels_of", lambda *operands: (None, 1.0))
     return found
 
 

@@ -1,14 +1,16 @@
 """`lora_ext.warmup` on a CPU: which panels a product takes once they were measured."""
 
+from itertools import chain, combinations
+
 import pytest
 import torch
-from helpers import BF16, F32
+from helpers import BF16, F16, F32, F64, max_error
 from pack_helpers import packable
 
 import lora_ext
 from lora_ext import _C
 from lora_ext.nn import LoRALinear
-from lora_ext.packing import pack, pack_weights
+from lora_ext.packing import pack, pack_weights, trial
 from lora_ext.packing.trial import panels_of
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
@@ -22,7 +24,7 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypa
         pytest.skip("no panels of floats here")
     ratios |= {(backward, rows): 1.0 for backward in (False, True) for rows in (4, 64)}
     found = {4: F32, 64: None}
-    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, backward: (found[rows], 0.5))
+    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, *_: (found[rows], 0.5))
     # Deep enough that the bits of panels and of torch's products differ.
     model = LoRALinear(1000, 1040, r=4, fan_in_fan_out=transposed)
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
@@ -97,6 +99,125 @@ def products(model, panels=None):
 
 def seeded():
     return torch.Generator().manual_seed(1)
+
+
+FEATURES = ("intel", "amx", "avx512_fp16", "avx512_bf16", "float32", "bfloat16")
+SOME = {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("features", "of_float", "of_bfloat16", "of_float16"),
+    [
+        (SOME | {"intel", "amx", "avx512_fp16", "avx512_bf16"}, None, None, None),
+        (SOME | {"intel", "avx512_fp16", "avx512_bf16"}, None, F32, None),
+        (SOME | {"intel"}, None, F32, F32),
+        (SOME | {"avx512_bf16"}, F32, BF16, F32),
+        ({"float32"}, F32, F32, F32),
+        (set(), None, None, None),
+    ],
+    ids=["AMX", "Intel, AVX512_BF16", "Intel", "AMD, AVX512_BF16", "AMD, AVX2", "no microkernels"],
+)
+def test_the_panels_of_a_processor(features, of_float, of_bfloat16, of_float16):
+    wanted = {F32: of_float, BF16: of_bfloat16, F16: of_float16, F64: None}
+    assert {x: _C.cpu_panel_rule(x, features)[0] for x in wanted} == wanted
+
+
+def test_no_processor_is_offered_panels_that_fail_on_it():
+    """Of bfloat16 with AMX, or without the library's products; the rule takes what is offered."""
+    for each in chain(*(combinations(FEATURES, n) for n in range(len(FEATURES) + 1))):
+        features = set(each)
+        of_halves = [F32] if "float32" in features else []
+        pairs = "bfloat16" in features and "amx" not in features
+        offered = {F32: of_halves, F16: of_halves, BF16: of_halves + [BF16] * pairs, F64: []}
+        for x, wanted in offered.items():
+            rule, candidates = _C.cpu_panel_rule(x, features)
+            assert candidates == wanted and rule in (None, *wanted), (features, x)
+    if "amx" in _C.available_cpu_isas():
+        assert BF16 not in _C.cpu_panel_candidates(BF16)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Trials of two rounds, each of one call."""
+    monkeypatch.setattr(trial, "_SECONDS_OF_ROUND", 0.0)
+    monkeypatch.setattr(trial, "_ROUNDS", 2)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 65), (65, 3), (1281, 129), (129, 1281)], ids=str)
+def test_what_is_offered_is_right_at_odd_sizes(dtype, shape, quick):
+    """Each product that a trial times, in both directions and layouts, and a layer after it."""
+    within, out = shape
+    for transposed in (False, True):
+        torch.manual_seed(0)
+        model = LoRALinear(within, out, dtype=dtype, fan_in_fan_out=transposed, r=3)
+        torch.nn.init.normal_(model.lora_b.default)
+        exact = LoRALinear(within, out, dtype=F64, fan_in_fan_out=transposed, r=3)
+        exact.load_state_dict(model.state_dict())
+        weights = model.weight.detach().t() if transposed else model.weight.detach()
+        packs = [lora_ext.prepack(model.weight, backward=True, transposed=transposed)]
+        kind = pack.Kind(out, within, dtype, transposed, False)
+        for rows in (1, 9):
+            x, grad = torch.randn(rows, within).to(dtype), torch.randn(rows, out).to(dtype)
+            for p, q, backward in ((x, weights.t(), False), (grad, weights, True)):
+                assert not trial.wrong_products(packs, None, kind, rows, backward)
+                for panels in (None, "none", *map(str, _C.cpu_panel_candidates(dtype))):
+                    y = torch.empty(rows, q.shape[1], dtype=dtype)
+                    _C.cpu_product(p, q, None, y, panels and panels.removeprefix("torch."))
+                    wanted = p.double() @ q.double()
+                    bound = 2 * torch.finfo(dtype).eps * wanted.abs().max().item()
+                    assert max_error(y, wanted) <= bound + 1e-5, (panels, rows, backward)
+        assert not any(each.wrong for each in pack_weights(model, (1, 9)).panels)
+        for rows in (1, 9):
+            x, grad = torch.randn(rows, within).to(dtype), torch.randn(rows, out).to(dtype)
+            found = [each(x.to(each.weight.dtype).requires_grad_()) for each in (model, exact)]
+            assert max_error(*found) <= 16 * torch.finfo(dtype).eps * found[1].abs().max()
+
+
+@pytest.mark.parametrize("fault", [float("nan"), 1.0])
+@pytest.mark.parametrize("wrong", ["float32", "pack"])
+def test_a_product_with_other_values_is_not_taken_and_named(wrong, fault, quick, monkeypatch):
+    """One column of the last row, forward, of 9 rows; though it is faster."""
+    if wrong != "pack" and F32 not in _C.cpu_panel_candidates(F32):
+        pytest.skip("no panels of floats here")
+    product, packed_linear = trial._product, trial.packed_linear
+
+    def spoiled(y):
+        if y.shape == (9, 40):
+            y[-1, 17] += fault
+        return y
+
+    def panels_spoiled(x, matrix, bias, panels=None):
+        y = product(x, matrix, bias, panels)
+        return spoiled(y) if wrong == panels else y
+
+    def pack_spoiled(*args):
+        y = packed_linear(*args)
+        return spoiled(y) if wrong == "pack" else y
+
+    monkeypatch.setattr(trial, "_product", panels_spoiled)
+    monkeypatch.setattr(trial, "packed_linear", pack_spoiled)
+    monkeypatch.setattr(trial, "_compared", lambda first, second, count: (100.0, 0.5))
+    model = LoRALinear(24, 40, r=4)
+    packing = pack_weights(model, (1, 9))
+    forward, backward = packing.panels
+    assert (forward.wrong, backward.wrong) == ((wrong,), ())
+    text = str(packing)
+    if wrong == "pack":
+        assert "left as they are: a pack's values differ" in text and "torch's: pack" in text
+        assert model.packed.copies[0] is None and model.packed.copies[1] is not None
+    else:
+        assert {panels for _, panels, _ in forward.fastest} == {None}
+        assert "values differ from torch's: panels of float32" in text
+        assert _C.cpu_panels_of(F32, 24, 40, True, 9) is None
+        assert model.packed.copies[0] is not None
+
+
+def test_weights_that_are_not_finite_are_no_fault(quick):
+    model = LoRALinear(24, 40, r=4)
+    with torch.no_grad():
+        model.weight[3, 5], model.weight[7, 2] = float("nan"), float("inf")
+    assert not any(each.wrong for each in pack_weights(model, (1, 9)).panels)
 
 
 def test_which_panels_are_timed():

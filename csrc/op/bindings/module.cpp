@@ -2,6 +2,8 @@
 // library `lora_ext` (ops.cpp), reached as torch.ops.lora_ext.
 #include <torch/csrc/utils/pybind.h>
 
+#include <set>
+
 #include "common/rows.h"
 #include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
@@ -76,6 +78,24 @@ PYBIND11_MODULE(_C, m) {
         return found;
       },
       py::arg("x_dtype"));
+  m.def(
+      "cpu_panel_rule",
+      [](const at::ScalarType& dtype, const std::set<std::string>& features) {
+        const auto has = [&](const char* name) { return features.count(name) != 0; };
+        const cpu::Processor processor{has("intel"),       has("amx"),     has("avx512_fp16"),
+                                       has("avx512_bf16"), has("float32"), has("bfloat16")};
+        const lora_ext::Dtype x = lora_ext::dtype_of(dtype);
+        std::vector<at::ScalarType> offered;
+        for (const auto panel : {lora_ext::Dtype::kFloat32, lora_ext::Dtype::kBFloat16}) {
+          if (cpu::is_offered(processor, panel, x)) {
+            offered.push_back(lora_ext::scalar_type_of(panel));
+          }
+        }
+        const auto rule = cpu::faster_panels(processor, x);
+        return std::make_pair(rule ? std::optional(lora_ext::scalar_type_of(*rule)) : std::nullopt,
+                              offered);
+      },
+      py::arg("x_dtype"), py::arg("features"));
   m.def(
       "set_measured_panels",
       [](const at::ScalarType& x, int64_t depth, int64_t cols, bool transposed,
