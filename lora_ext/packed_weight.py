@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -80,6 +83,8 @@ class PackedWeight:
         self._identity = _identity(weight) if self.is_packed else None
         self._storage = StorageWeakRef(weight.untyped_storage()) if self.is_packed else None
         self._checksum = _checksum(weight) if self.is_packed else None
+        if self.is_packed:
+            _packs.add(self)
 
     @property
     def matrix(self) -> Tensor:
@@ -105,6 +110,11 @@ class PackedWeight:
         """Frees the packed copies; later calls use the plain weight."""
         self._packed = self._packed_t = self._checksum = None
         self.reason = reason
+
+    def drop_if_written(self) -> None:
+        """Drops the pack if `verify` would raise."""
+        if self._checksum is not None and self._checksum != _checksum(self.weight):
+            self.drop(_CHANGED)
 
     def verify(self) -> None:
         """Compares a sampled checksum of the weight with that of the pack.
@@ -181,6 +191,35 @@ class PackedWeight:
     def __repr__(self) -> str:
         state = f"packed, {self.nbytes} bytes" if self.is_packed else f"unpacked: {self.reason}"
         return f"PackedWeight({list(self.matrix.shape)}, {self.weight.dtype}, {state})"
+
+
+# Those that are packed: layers over one weight may each have their own.
+_packs: WeakSet[PackedWeight] = WeakSet()
+
+
+def writes_weight(method: Callable[..., None], always: bool = True) -> Any:
+    """The method of a PEFT layer, which writes to the data of its base's parameters, and so changes
+    no version: drops the packs of these, whichever layers have them.
+
+    Args:
+        method: PEFT's.
+        always: False: only if the values were changed.
+    """
+
+    @functools.wraps(method)  # callers inspect merge's signature
+    def writing(layer: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(layer, *args, **kwargs)
+        finally:
+            parameters = layer.get_base_layer().parameters(recurse=False) if _packs else ()
+            storages = {StorageWeakRef(each.untyped_storage()) for each in parameters}
+            for pack in [pack for pack in _packs if pack._storage in storages]:
+                if always:
+                    pack.drop(_CHANGED)
+                else:
+                    pack.drop_if_written()
+
+    return writing
 
 
 class Base(NamedTuple):

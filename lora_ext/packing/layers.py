@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 @dataclass
 class Weight:
-    """One parameter, with the layers that use it; tied layers share one."""
+    """One parameter, with the layers that use it in one layout; tied layers share one."""
 
     parameter: Tensor
     kind: Kind
@@ -54,7 +54,7 @@ def packable_layers(model: nn.Module) -> list[Packable]:
 
 def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
     """(weights that oneDNN can pack, reasons why others cannot be packed)."""
-    found: dict[int, Weight] = {}
+    found: dict[tuple[int, bool], Weight] = {}
     reasons: dict[str, None] = {}
     for layer in packable_layers(model):
         base = layer.packable()
@@ -68,5 +68,6 @@ def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
         rows, cols = weight.shape
         n, k = (cols, rows) if base.transposed else (rows, cols)
         kind = Kind(n, k, weight.dtype, base.transposed, base.bias is not None)
-        found.setdefault(id(weight), Weight(weight, kind, base.bias, [])).layers.append(layer)
+        one = Weight(weight, kind, base.bias, [])
+        found.setdefault((id(weight), base.transposed), one).layers.append(layer)
     return list(found.values()), list(reasons)

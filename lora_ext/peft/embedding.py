@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..nn.row_adapters import current_row_adapters
 from ..nn.updates import Update
+from ..packed_weight import writes_weight
 from . import mixed_batch
 from .reasons import ADDED, BASE, PEFT, ForwardPath, active_names, adapters_state, embedding_reason
 from .row_blocks import combine
@@ -36,6 +37,9 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
             if path.name == ADDED:
                 return _added(self, x, path)
         return peft_layers.Embedding.forward(self, x, *args, **kwargs)  # by name, as in linear.py
+
+    merge = writes_weight(peft_layers.Embedding.merge)
+    unmerge = writes_weight(peft_layers.Embedding.unmerge)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward is computed, and why."""

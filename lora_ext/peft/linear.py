@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..nn.kernel_path import kernel_path
 from ..nn.quantized_base import linear_on
 from ..nn.row_adapters import current_row_adapters
 from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
-from ..packed_weight import Base, Packable
+from ..packed_weight import Base, Packable, writes_weight
 from ..quantized.base import QuantizedBase
 from . import mixed_batch
 from .fast_path import fast_path_forward
@@ -70,16 +69,9 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
             return None
         return Base(base.weight, base.bias, type(base) is not nn.Linear)
 
-    # PEFT writes to the weight's data, which does not change its version. Callers inspect merge's
-    # signature: diffusers checks whether it has adapter_names.
-    @functools.wraps(peft_layers.Linear.merge)
-    def merge(self, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.packed = None
-        peft_layers.Linear.merge(self, *args, **kwargs)
-
-    def unmerge(self) -> None:
-        self.packed = None
-        peft_layers.Linear.unmerge(self)
+    merge = writes_weight(peft_layers.Linear.merge)
+    unmerge = writes_weight(peft_layers.Linear.unmerge)
+    update_layer = writes_weight(peft_layers.Linear.update_layer, always=False)
 
     def path(self, rows: int | None = None) -> tuple[str, str]:
         """How the next forward on an x in the base's dtype is computed, and why."""

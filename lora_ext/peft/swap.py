@@ -11,6 +11,7 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
+from ..packing.layers import packable_layers
 from . import expert_dropout, mixed_batch
 from .embedding import Embedding
 from .linear import Linear
@@ -35,6 +36,9 @@ class LoraModel(peft_model.LoraModel):
         if isinstance(self, LoraModel):  # false in a bound method that outlived `decelerate`
             swap(model)
             expert_dropout.put_on_new(model)
+            for layer in packable_layers(model):  # an initialization may write to the weight's data
+                if layer.packed is not None:
+                    layer.packed.drop_if_written()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

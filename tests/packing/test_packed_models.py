@@ -1,13 +1,26 @@
 """Models with packed weights on a CPU: `warmup`, `explain`, `pack=`, and what ends a pack."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from helpers import BF16, F32, max_error
 from pack_helpers import packable
-from peft_helpers import HEIGHT, WIDTH, accelerated, exact_model, make_ids, net, plain_copy, step
+from peft import LoraConfig, get_peft_model
+from peft_helpers import (
+    HEIGHT,
+    WIDTH,
+    accelerated,
+    exact_model,
+    make_ids,
+    net,
+    plain_copy,
+    randomize,
+    step,
+)
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from lora_ext import LoRAConfig
@@ -116,6 +129,14 @@ def test_state_dicts_and_copies_know_nothing_of_packs(ratios):
     assert plain_copy(model).base_model.model.up.__dict__.get("packed") is None
 
 
+def begin_olora(layer):
+    """The adapter anew, in PEFT's words; before 0.20 each field was an argument."""
+    words = {"config": LoraConfig(init_lora_weights="olora")}
+    if "config" not in inspect.signature(layer.update_layer).parameters:
+        words = {"lora_dropout": 0.0, "init_lora_weights": "olora", "use_rslora": False}
+    layer.update_layer("a", r=4, lora_alpha=6, **words)
+
+
 CHANGES = {
     "merged and unmerged": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
     "merged safely": lambda model: (model.merge_adapter(safe_merge=True), model.unmerge_adapter()),
@@ -134,6 +155,10 @@ CHANGES = {
     "another base": lambda model: setattr(
         model.base_model.model.up, "base_layer", nn.Linear(WIDTH, HEIGHT).requires_grad_(False)
     ),
+    "OLoRA": lambda model: model.add_adapter(
+        "olora", LoraConfig(target_modules=["up"], init_lora_weights="olora")
+    ),
+    "OLoRA of the layer": lambda model: begin_olora(model.base_model.model.up),
     "cast and back": lambda model: model.to(BF16).to(F32),
 }
 
@@ -157,6 +182,47 @@ def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
         torch.testing.assert_close(layer(x), plain.base_model.model.up(x))
     assert layer.packed is None or not layer.packed.is_packed
     assert layer.path(54)[0] == "fused"
+
+
+def test_a_further_adapter_leaves_packs(ratios):
+    """Of an initialization that changes no weight."""
+    model = accelerated(net())
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    model.add_adapter("other", LoraConfig(target_modules=["up", "down"]))
+    assert all(getattr(model.base_model.model, name).packed.is_packed for name in ("up", "down"))
+
+
+class Tied(nn.Module):
+    """An embedding and three layers over its weight; one layer has it as [in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.gate = nn.Embedding(24, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+        self.down = Conv1D(24, 24)
+        self.up.weight = self.gate.weight = self.down.weight = self.embed.weight
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("writer", ["embed", "up", "gate", "down"])
+def test_packs_of_a_tied_weight_go_with_whoever_merges(ratios, writer):
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["embed", "up", "gate", "down"], fan_in_fan_out=True)
+    model = randomize(get_peft_model(Tied(), config))
+    model = lora_ext.accelerate(model)
+    layers = model.base_model.model
+    x = torch.randn(54, 24)
+
+    def outputs(model):
+        layers = model.base_model.model
+        with torch.no_grad():
+            return [getattr(layers, name)(x) for name in ("up", "gate", "down")]
+
+    for change in (lambda: None, getattr(layers, writer).merge, getattr(layers, writer).unmerge):
+        lora_ext.warmup(model, rows=(54,), progress=False)
+        assert layers.up.packed is layers.gate.packed and layers.up.packed.is_packed
+        assert layers.down.packed.transposed and not layers.up.packed.transposed
+        change()
+        torch.testing.assert_close(outputs(model), outputs(plain_copy(model)))
 
 
 def test_hot_swapped_factors_are_never_packed(ratios):
