@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class PackedWeight:
     call `drop` after such a write, or `verify` to compare a checksum.
 
     Attributes:
-        weight: the original tensor, never a copy.
+        weight: the original tensor, never a copy; None once a layer that had it has another, and
+            nobody else does.
         transposed: the weight is stored as ``[in_features, out_features]``, as in Conv1D.
         wins: where the pack is faster, if this was measured (`lora_ext.warmup`); otherwise the pack
             is used in all cases except a single row in float32.
@@ -74,7 +75,7 @@ class PackedWeight:
         transposed: bool = False,
         wins: Wins | None = None,
     ) -> None:
-        self.weight = weight
+        self._weight: Any = weight
         self.reason = reason
         self.transposed = transposed
         self.wins = wins
@@ -85,6 +86,16 @@ class PackedWeight:
         self._checksum = _checksum(weight) if self.is_packed else None
         if self.is_packed:
             _packs.add(self)
+
+    @property
+    def weight(self) -> Any:
+        held = self._weight
+        return held() if type(held) is ref else held
+
+    def of_layer(self) -> PackedWeight:
+        """This pack, which no longer keeps the weight, as its layer does that."""
+        self._weight = ref(self.weight)
+        return self
 
     @property
     def matrix(self) -> Tensor:
@@ -98,8 +109,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed copies, 0 when not packed (oneDNN may pad a few more)."""
-        copies = (self._packed is not None) + (self._packed_t is not None)
-        return copies * self.weight.numel() * self.weight.element_size()
+        return sum(each.numel() * each.dtype.itemsize for each in self.copies if each is not None)
 
     @property
     def copies(self) -> tuple[Tensor | None, Tensor | None]:
@@ -113,7 +123,8 @@ class PackedWeight:
 
     def drop_if_written(self) -> None:
         """Drops the pack if `verify` would raise."""
-        if self._checksum is not None and self._checksum != _checksum(self.weight):
+        is_known = self._checksum is not None and self.weight is not None
+        if is_known and self._checksum != _checksum(self.weight):
             self.drop(_CHANGED)
 
     def verify(self) -> None:
@@ -189,6 +200,8 @@ class PackedWeight:
         return PackedWeight, (self.weight, None, None, reason, self.transposed)
 
     def __repr__(self) -> str:
+        if self.weight is None:
+            return "PackedWeight(of a weight that is gone)"
         state = f"packed, {self.nbytes} bytes" if self.is_packed else f"unpacked: {self.reason}"
         return f"PackedWeight({list(self.matrix.shape)}, {self.weight.dtype}, {state})"
 
@@ -242,6 +255,17 @@ class Packable:
     def packable(self) -> Base | None:
         """The weight that can be packed; None if a pack would not be used."""
         raise NotImplementedError
+
+    def pack_of(self, weight: Tensor) -> PackedWeight | None:
+        """The pack if it is of this weight. Otherwise it is freed when its own weight is gone, as
+        in FSDP, and kept where a call alone has another, as in torch.func.functional_call."""
+        packed = self.packed
+        if packed is None:
+            return None
+        own = packed.weight
+        if own is None:
+            self.packed = None
+        return packed if own is weight and packed.is_packed else None
 
 
 def prepack(

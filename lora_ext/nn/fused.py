@@ -61,8 +61,6 @@ class FusedLoRALayer(Packable, LoRALayer):
 
     def _operand(self) -> Tensor | PackedWeight:
         """The base's weight as ``[out, in]``, or its pack."""
-        if self.packed is not None and self.packed.weight is not self.weight:
-            self.packed = None  # the packed weight was replaced by another, as in FSDP
         weight, _ = self.base_operands()
         if not is_plain(weight) and type(weight).__module__.startswith("torchao."):
             raise TypeError(
@@ -70,9 +68,7 @@ class FusedLoRALayer(Packable, LoRALayer):
                 f"made, but torchao put a {type(weight).__name__} in its place; call "
                 "torchao.quantization.quantize_ before apply_lora"
             )
-        if weight is self.weight and self.packed is not None and self.packed.is_packed:
-            return self.packed
-        return self.matrix(weight)
+        return self.pack_of(weight) or self.matrix(weight)
 
     def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
         """The layer on x ``[..., in]``, each row with the adapter that the block selects for it."""
@@ -154,7 +150,8 @@ class FusedLoRALayer(Packable, LoRALayer):
         """
         transposed = getattr(self, "fan_in_fan_out", False)
         if self.matrix(self.weight) is self.weight or transposed:
-            self.packed = prepack(self.weight, backward=backward, transposed=transposed)
+            packed = prepack(self.weight, backward=backward, transposed=transposed)
+            self.packed = packed.of_layer()
         else:
             reason = "the weight is no matrix"
             self.packed = PackedWeight(self.weight, None, None, reason)

@@ -201,7 +201,7 @@ def _packed(
                 wins[backward] = ratios
         kinds.append(Packed(kind, backward, ratios, done, len(groups[kind]), nbytes))
     for weight, (forward, backward) in asked.values():
-        pack = _pack(weight, bool(forward), bool(backward))
+        pack = _pack(weight, bool(forward), bool(backward)).of_layer()
         pack.wins = Wins(forward, backward)
         for layer in weight.layers:
             layer.packed = pack

@@ -93,10 +93,6 @@ def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
         or "forward" in second.__dict__
     ):
         return None
-    packed = state.get("packed")
-    if packed is not None:
-        if packed.weight is weight:
-            weight = packed
-        else:
-            state["packed"] = None
+    if state.get("packed") is not None:
+        weight = layer.pack_of(weight) or weight
     return weight, lora_a, lora_b, kept.get("bias"), scaling, p

@@ -61,12 +61,8 @@ def fast_path_updates(layer: Any, names: Sequence[str]) -> list[Update] | None:
 
 def operand_of(layer: Any) -> Tensor | PackedWeight:
     """The weight ``[out, in]`` of a layer's base, or its pack."""
-    base, packed = layer._modules["base_layer"], layer.__dict__.get("packed")
-    if packed is not None:
-        if packed.weight is base.weight and packed.is_packed:
-            return packed
-        layer.packed = None  # it was dropped, or belongs to another weight
-    return matrix_of(base)
+    base = layer._modules["base_layer"]
+    return layer.pack_of(base.weight) or matrix_of(base)
 
 
 def matrix_of(base: Any) -> Tensor:

@@ -165,18 +165,25 @@ def test_a_saved_adapter_is_loaded_as_it_was(kind, layer, adapters, tmp_path):
     assert_close(model.holding(model.model.double())(x), source(x))
 
 
+def packs_of(model):
+    packs = [getattr(module, "packed", None) for module in model.modules()]
+    return [pack for pack in packs if pack is not None and pack.is_packed]
+
+
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @cases(EVERYTHING, ["one", "three", "lora_bias"])
 def test_functional_call_uses_what_it_is_given(kind, layer, adapters, dtype):
-    """And neither a packed weight nor a copy of the factors."""
+    """And neither a packed weight, which waits for the next call, nor a copy of the factors."""
     subject = kind.make(layer, adapters, dtype)
     subject.model.eval()
     subject.pack()
+    packs = packs_of(subject.model)
     reference, x = subject.in_float64(), subject.x(64, dtype)
     others = {name: torch.randn_like(p) for name, p in subject.model.named_parameters()}
     wide = {name: value.double() for name, value in others.items()}
     found = functional_call(subject.model, others, (x,))
     wanted = functional_call(reference, wide, (as_float64(x),))
+    assert packs_of(subject.model) == packs
     tolerance = 1e-10 if dtype == F64 else 1e-4
     assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 

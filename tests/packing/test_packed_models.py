@@ -20,6 +20,7 @@ from peft_helpers import (
     step,
 )
 from torch import nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
@@ -182,6 +183,19 @@ def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
         torch.testing.assert_close(layer(x), plain.base_model.model.up(x))
     assert layer.packed is None or not layer.packed.is_packed
     assert layer.path(54)[0] == "fused"
+
+
+@pytest.mark.parametrize("kind", [torch.clone, nn.Parameter])
+def test_another_weight_of_one_call_leaves_the_pack(ratios, kind):
+    model = accelerated(net())
+    lora_ext.warmup(model, rows=(54,), progress=False)
+    up = model.base_model.model.up
+    pack, other, x = up.packed, kind(torch.randn(HEIGHT, WIDTH)), torch.randn(54, WIDTH)
+    with torch.no_grad():
+        found = functional_call(up, {"base_layer.weight": other.requires_grad_(False)}, (x,))
+        plain = up(x) + x @ (other - up.base_layer.weight).t()
+    torch.testing.assert_close(found, plain)
+    assert up.packed is pack and pack.is_packed and up.path(54)[0] == "packed"
 
 
 def test_a_further_adapter_leaves_packs(ratios):
