@@ -7,10 +7,10 @@ in blocks that all have `ROW_BLOCK` rows (csrc/op/route/equal_blocks.cpp).
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextvars import ContextVar
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +28,32 @@ class _Process:
     mode = False
 
 
-class _Block(NamedTuple):
-    mode: bool
-    outer: _Block | None
+class _Block:
+    """A `with` block that is open.
+
+    Attributes:
+        mode: inside of it.
+        where: the thread and task that opened it.
+        opened: the blocks of that thread, of which it is one.
+        is_closed: whether it was closed elsewhere: by the task that closes an asynchronous
+            generator which was left, whose context is a copy.
+    """
+
+    __slots__ = ("is_closed", "mode", "opened", "where")
+
+    def __init__(self, mode: bool, opened: list[_Block]) -> None:
+        self.mode, self.opened, self.where, self.is_closed = mode, opened, _here(), False
 
 
-_innermost: ContextVar[_Block | None] = ContextVar("lora_ext_batch_invariant", default=None)
+def _here() -> tuple[int, object]:
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return threading.get_ident(), task
+
+
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("lora_ext_batch_invariant", default=())
 # torch.compile cannot read a ContextVar, but it guards on this object.
 _thread = threading.local()
 
@@ -79,14 +99,18 @@ class batch_invariant:
             )
         self._mode = True if mode is None else mode
         self._before = None
+        self._entered: list[_Block] = []
         if mode is not None:
             self._before, _Process.mode = _Process.mode, mode
 
     def __enter__(self) -> None:
         if self._before is not None:  # used as a block, so the call's setting is undone
             _Process.mode, self._before = self._before, None
-        _innermost.set(_Block(self._mode, _innermost.get()))
-        _open_in_thread().append(self._mode)
+        opened = _open_in_thread()
+        block = _Block(self._mode, opened)
+        self._entered.append(block)
+        _blocks.set((*_blocks.get(), block))
+        opened.append(block)
         _thread.mode = self._mode
 
     def __exit__(
@@ -95,15 +119,18 @@ class batch_invariant:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        block = _innermost.get()
-        _innermost.set(block and block.outer)
-        opened = _open_in_thread()  # also counts blocks of other tasks
-        if self._mode in opened:
-            del opened[len(opened) - 1 - opened[::-1].index(self._mode)]
-        _thread.mode = opened[-1] if opened else None
+        blocks = _blocks.get()
+        own = (block for block in reversed(self._entered) if block in blocks)
+        block = next(own, self._entered[-1])
+        self._entered.remove(block)
+        block.is_closed = block.where != _here()
+        _blocks.set(tuple(each for each in blocks if each is not block))
+        block.opened.remove(block)
+        opened = _open_in_thread()  # also of other tasks
+        _thread.mode = opened[-1].mode if opened else None
 
 
-def _open_in_thread() -> list[bool]:
+def _open_in_thread() -> list[_Block]:
     if not hasattr(_thread, "opened"):
         _thread.opened = []
     return _thread.opened
@@ -114,8 +141,10 @@ def is_on() -> bool:
     if _is_compiling():
         mode = getattr(_thread, "mode", None)
     else:
-        block = _innermost.get()
-        mode = None if block is None else block.mode
+        blocks = _blocks.get()
+        mode = None
+        if blocks:
+            mode = next((each.mode for each in reversed(blocks) if not each.is_closed), None)
     return _Process.mode if mode is None else mode
 
 

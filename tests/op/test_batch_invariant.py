@@ -4,9 +4,11 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 """
 
 import asyncio
+import gc
 import threading
 from dataclasses import replace
 
+import op_calls
 import pytest
 import torch
 import torch.nn as nn
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from quantized_helpers import quantized_rows
 
 import lora_ext
-from lora_ext import _C, LoRAConfig, batch_invariant
+from lora_ext import _C, LoRAConfig, batch_invariant, invariance
 from lora_ext.invariance import is_on
 
 ROWS = 2048
@@ -90,6 +92,37 @@ def test_it_computes_the_same(isa, pair, rows):
         torch.testing.assert_close(one, other, rtol=bound, atol=2 * bound)
 
 
+@pytest.mark.parametrize("pair", [(F64, F64), (F32, F32), (BF16, F32)], ids=pair_id)
+def test_rows_at_an_offset_have_their_own_mask(isa, pair):
+    """Where blocks or panels make y and dX: a part whose mask begins at its first row."""
+    problem = make_problem(120, 70, 90, 9, pair)
+    seed = torch.tensor(1)
+
+    def of(first: int):
+        x = problem.x[first:].clone().requires_grad_()
+        rest = (problem.bias, problem.scaling, 0.4, seed, first, 0, False, None, None, 32)
+        y = op_calls.lora_linear(x, problem.weight, problem.lora_a, problem.lora_b, *rest)
+        return y, torch.autograd.grad(y, x, problem.grad[first:])[0]
+
+    whole, part = of(0), of(41)
+    for own, one in zip(whole, part, strict=True):
+        assert torch.equal(own[41:], one)
+
+
+def test_each_layout_of_a_weight_is_tried_once():
+    """torch's products may differ with it: before the first call of a kind one block is tried."""
+    problem = make_problem(40, 37, 53, 3, (F64, F64))
+    wide = torch.zeros(53, 40, dtype=F64)[:, :37].copy_(problem.weight)
+
+    def trials(weight):
+        with batch_invariant(), torch.autograd.profiler.profile() as profile:
+            both(replace(problem, weight=weight), 0, 40)
+        return [event.name for event in profile.function_events].count("aten::sin_")
+
+    for weight in (problem.weight, problem.weight.t().contiguous().t(), wide):
+        assert trials(weight) > 0 and trials(weight) == 0
+
+
 def test_dx_follows_the_forward_in_any_thread():
     problem = make_problem(ROWS, 256, 384, 16, (F32, F32))
     found = []
@@ -160,6 +193,57 @@ def test_blocks_of_tasks_overlap():
 
     assert asyncio.run(all_of_them()) == [[True] * 2, [False] * 5, [True] * 4]
     assert not is_on()
+
+
+def test_the_block_of_an_async_generator_ends_with_it_alone():
+    """It shares its caller's context, and is closed by a task of its own where it was left."""
+
+    async def numbers(mode=True):
+        with batch_invariant(mode):
+            yield 0
+            yield 1
+
+    async def turns():
+        gc.collect()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def left() -> list[bool]:
+        async for _ in numbers():
+            break
+        await turns()
+        seen = [is_on()]
+        with batch_invariant():
+            async for _ in numbers(False):
+                break
+            await turns()
+            seen.append(is_on())
+        return [*seen, is_on()]
+
+    async def closed(in_a_task: bool) -> list[bool]:
+        other = numbers()
+        await other.__anext__()
+        with batch_invariant(False):
+            with batch_invariant():
+                closing = other.aclose()
+                await (asyncio.create_task(closing) if in_a_task else closing)
+                seen = [is_on()]
+            seen.append(is_on())
+        return [*seen, is_on()]
+
+    async def child() -> bool:
+        await turns()
+        return is_on()
+
+    async def outlived() -> list[bool]:
+        with batch_invariant():
+            task = asyncio.create_task(child())
+        return [await task, is_on()]
+
+    assert asyncio.run(left()) == [False, True, False]
+    assert asyncio.run(closed(False)) == asyncio.run(closed(True)) == [True, False, False]
+    assert asyncio.run(outlived()) == [True, False]
+    assert not is_on() and not getattr(invariance._thread, "mode", None)
 
 
 @pytest.mark.slow

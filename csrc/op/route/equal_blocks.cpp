@@ -62,21 +62,29 @@ void check_rows_are_alike(const at::Tensor& rows, const Base& base, int64_t bloc
       " they do not on this processor; call it outside of the block, or in another dtype");
 }
 
-// What selects the kernels of a block: forward or backward, sizes, dtypes, number of threads, and
-// the instruction set of our kernels.
-using Kind = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, at::ScalarType, at::ScalarType,
-                        int, std::string>;
+// What selects the kernels of a block: forward or backward, sizes, the weight's strides, whether
+// there is a bias, dtypes, number of threads, and the instruction set of our kernels.
+using Kind = std::tuple<bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                        at::ScalarType, at::ScalarType, int, std::string>;
 
 // Calls run() before the first call of each kind.
 template <class Run>
-void once_for(bool is_forward, const at::Tensor& x, const Update& update, int64_t block,
-              const Run& run) {
+void once_for(bool is_forward, const at::Tensor& x, const Base& base, const Update& update,
+              int64_t block, const Run& run) {
   static std::mutex mutex;
   static std::set<Kind> tried;
-  const Kind kind{
-      is_forward,        block,           update.in_features(),     update.out_features(),
-      update.rank(),     x.scalar_type(), update.a().scalar_type(), at::get_num_threads(),
-      cpu::current_isa()};
+  const Kind kind{is_forward,
+                  block,
+                  update.in_features(),
+                  update.out_features(),
+                  update.rank(),
+                  base.weight.stride(0),
+                  base.weight.stride(1),
+                  base.bias.has_value(),
+                  x.scalar_type(),
+                  update.a().scalar_type(),
+                  at::get_num_threads(),
+                  cpu::current_isa()};
   {
     const std::lock_guard<std::mutex> lock(mutex);
     if (tried.count(kind) != 0) return;
@@ -87,7 +95,7 @@ void once_for(bool is_forward, const at::Tensor& x, const Update& update, int64_
 }
 
 void try_forward(ForwardArgs args, int64_t block) {
-  once_for(true, args.x, args.update, block, [&] {
+  once_for(true, args.x, args.base, args.update, block, [&] {
     args.x = equal_rows(block, args.x);
     args.update = waves_like(args.update);
     args.need_s = true;
@@ -98,7 +106,7 @@ void try_forward(ForwardArgs args, int64_t block) {
 }
 
 void try_backward(BackwardArgs args, int64_t block) {
-  once_for(false, args.x, args.update, block, [&] {
+  once_for(false, args.x, args.base, args.update, block, [&] {
     args.grad = equal_rows(block, args.grad);
     args.update = waves_like(args.update);
     check_rows_are_alike(backward(args).dx, args.base, block);
