@@ -9,6 +9,7 @@ from .errors import AdapterError, shown
 from .peft_config import AdapterConfig
 
 _SECONDS = 10.0
+_MOST_CHARACTERS = 1 << 14  # which the package compiles in a fraction of a second
 
 
 def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]:
@@ -17,7 +18,8 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
     The `regex` package matches, since a backtracking match in `re` cannot be ended.
 
     Raises:
-        AdapterError: a key is not a valid expression, or matching takes more than ten seconds.
+        AdapterError: a key is not a valid expression or too long, or matching takes more than ten
+            seconds.
     """
     if not config.alpha_pattern:
         return dict.fromkeys(paths, config.alpha)
@@ -32,6 +34,11 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
     found: dict[str, float] = {}
     waiting = list(paths)
     for key, alpha in config.alpha_pattern.items():
+        if len(key) > _MOST_CHARACTERS:
+            raise AdapterError(
+                f"expected expressions of at most {_MOST_CHARACTERS} characters in alpha_pattern, "
+                f"but {shown(key)} has {len(key)}"
+            )
         try:
             pattern = regex.compile(rf"(.*\.)?({key})$")
             hits = {path for path in waiting if pattern.match(path, timeout=_left(end))}

@@ -9,7 +9,7 @@ from ..models.config import BIASES
 from ..nn.adapter_spec import MAX_RANK
 from .errors import AdapterError, shown
 
-_MAX_SAVED = 1024
+_MOST_NAMES = 1024
 
 
 class Fields:
@@ -49,12 +49,12 @@ class Fields:
             raise AdapterError(f"expected {name} to be a list of names, but got {shown(value)}")
         return tuple(value)
 
-    def saved(self) -> tuple[str, ...]:
-        names = self.names("modules_to_save")
-        if len(names) > _MAX_SAVED or not all(names):
+    def few_names(self, name: str) -> tuple[str, ...]:
+        names = self.names(name)
+        if len(names) > _MOST_NAMES or not all(names):
             raise AdapterError(
-                f"expected at most {_MAX_SAVED} names in modules_to_save, none of them empty, but "
-                f"got {len(names)}"
+                f"expected at most {_MOST_NAMES} names in {name}, none of them empty, but got "
+                f"{len(names)}"
             )
         return names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from .errors import AdapterError, shown
@@ -38,8 +39,8 @@ def parse_json(data: bytes, max_depth: int) -> Any:
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise AdapterError(f"expected each key once, but got {shown(twice)} twice")
     return table
 

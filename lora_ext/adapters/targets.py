@@ -16,7 +16,6 @@ from ..nn import LoRALayer
 from ..nn.experts import is_experts
 from ..quantized.stacks import parameter_names
 from .errors import some
-from .parameters import is_named
 from .peft_config import AdapterConfig
 
 
@@ -97,8 +96,8 @@ def warn_of_other_parameters(
         f"{p}.{n}" for p, module in base_modules(model).items() for n in parameter_names(module)
     }
     adapted = {*adapted, *(f"{path}.weight" for path in adapted)}
-    others = {each for each in every if is_named(each, names)} - adapted
-    others |= {name for name in names if not any(is_named(each, [name]) for each in every)}
+    others = set(_named(every, names)) - adapted
+    others |= set(names).difference(ending for each in every for ending in _endings(each))
     if others:
         warnings.warn(
             f"lora_ext.load_adapter: target_parameters names {some(others)} too, for which the "
@@ -110,11 +109,11 @@ def warn_of_other_parameters(
 def _named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
     """The paths that are one of the names, or end with a dot and a name."""
     wanted = frozenset(names)
-    return [
-        path
-        for path in paths
-        if path in wanted or any(path[i + 1 :] in wanted for i, c in enumerate(path) if c == ".")
-    ]
+    return [path for path in paths if not wanted.isdisjoint(_endings(path))]
+
+
+def _endings(path: str) -> list[str]:
+    return [path, *(path[i + 1 :] for i, char in enumerate(path) if char == ".")]
 
 
 def _is_in_saved(path: str, names: tuple[str, ...]) -> bool:

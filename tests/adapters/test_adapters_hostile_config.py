@@ -7,7 +7,9 @@ import torch
 from adapter_helpers import CONFIG, make_zoo, read_config, write_config
 from hostile_helpers import assert_refused
 
-from lora_ext.adapters import load_adapter, read_adapter_config
+from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config
+from lora_ext.adapters.parameters import without_wrappers
+from lora_ext.adapters.strict_json import _object_of_unique_keys
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -52,6 +54,7 @@ BAD_FIELDS = [
     (dict(rank_pattern=["q_proj"]), "rank_pattern to be an object"),
     (dict(alpha_pattern={"q_proj": "3"}), r"alpha_pattern\['q_proj'\] to be a finite number"),
     (dict(alpha_pattern={"q_proj": Raw("NaN")}), "finite number, but got nan"),
+    (dict(alpha_pattern={"q" * (1 << 14) + "q": 3}), "at most 16384 characters .* has 16385"),
     (dict(alpha_pattern={"q_proj(": 3}), r"an expression in alpha_pattern, but got 'q_proj\('"),
     # names
     (dict(target_modules=["q_proj", 3]), "target_modules to be a list of names"),
@@ -62,6 +65,8 @@ BAD_FIELDS = [
     (dict(modules_to_save=None), "no other tensors, but got 'base_model.model.norm.bias'"),
     (dict(modules_to_save=["norm", "head"]), r"'base_model.model.head.0.bias'.*is missing"),
     (dict(modules_to_save=["m"] * 1025), "at most 1024 names in modules_to_save"),
+    (dict(target_parameters=["m"] * 1025), "at most 1024 names in target_parameters"),
+    (dict(target_parameters=[""]), "names in target_parameters, none of them empty"),
     # choices
     (dict(peft_type="IA3"), "peft_type 'LORA', but got 'IA3'"),
     (dict(peft_type="lora"), "peft_type 'LORA', but got 'lora'"),
@@ -198,6 +203,47 @@ NOT_JSON = [
     ("NUL", b'{"peft_type": "LORA\x00"}', "expected JSON"),
     ("comment", b'{"peft_type": "LORA"} // ok', "expected JSON"),
 ]
+
+
+class Compared(str):
+    """A key that counts with how many others it is compared."""
+
+    count = 0
+
+    def __eq__(self, other):
+        Compared.count += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_duplicate_after_many_keys_is_found_in_one_pass():
+    names = [*map(str, range(3000)), "2999"]
+    Compared.count = 0
+    with pytest.raises(AdapterError, match="each key once, but got '2999' twice"):
+        _object_of_unique_keys([(Compared(name), 0) for name in names])
+    assert Compared.count < 10 * len(names)
+
+
+class Copied(str):
+    """A path that counts the characters of its copies."""
+
+    count = 0
+
+    def removesuffix(self, suffix):
+        Copied.count += len(self)
+        return Copied(str.removesuffix(self, suffix))
+
+    def __getitem__(self, part):
+        Copied.count += len(self)
+        return Copied(str.__getitem__(self, part))
+
+
+def test_wrappers_in_a_key_are_counted_in_one_pass():
+    path = Copied("layers.0.mlp" + 2000 * ".base_layer")
+    Copied.count = 0
+    assert without_wrappers(path) == ("layers.0.mlp", 2000)
+    assert Copied.count <= 2 * len(path)
 
 
 @pytest.mark.parametrize(
