@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
-from ..nn.adapter_spec import AdapterSpec
+from ..nn.adapter_spec import MAX_RANK, AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.module import adaptable_parameters
 from .config import LoRAConfig
@@ -96,6 +96,12 @@ def chosen(
         if any(matches(pattern, name) for pattern in config.exclude_modules):
             continue
         if is_whole and layer.parameter == _FUSED:
+            if 2 * config.r > MAX_RANK:
+                raise ValueError(
+                    f"lora_ext.apply_lora: expected r of 1 to {MAX_RANK // 2} for the experts' "
+                    f"{name}, which holds two projections and gets the rank 2 r, but got "
+                    f"r={config.r}; give a smaller r, or name {_FUSED!r} in exclude_modules"
+                )
             yield layer, replace(config, r=2 * config.r, alpha=2 * config.alpha).spec_for(name)
         elif is_whole or is_named:
             yield layer, config.spec_for(name)

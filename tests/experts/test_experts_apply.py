@@ -97,7 +97,7 @@ def test_as_many_parameters_as_peft_without_the_router():
     [
         ({"lora_bias": True}, "no lora_bias"),
         ({"init": "pissa"}, "init 'kaiming' or 'gaussian'"),
-        ({"r": 300}, "an integer rank r of 1 to 512, but got 600"),
+        ({"r": 300}, "r of 1 to 256 for the experts' .*gate_up_proj, .* rank 2 r, but got r=300;"),
     ],
     ids=str,
 )
