@@ -116,6 +116,24 @@ def test_a_card_has_what_its_generation_has_for_each_sm():
     assert between.tflops == pytest.approx(_C.sustained_by(CARDS["A10"]).tflops)
 
 
+@pytest.mark.parametrize(
+    ("arch", "sms", "name", "tflops", "dram_gb_s"),
+    [  # NVIDIA's dense bfloat16 rate with sums of float32, and bandwidth, of each card's data sheet
+        (89, 128, "NVIDIA GeForce RTX 4090", 165.2, 1008),
+        (89, 142, "NVIDIA L40S", 362, 864),
+        (86, 82, "NVIDIA GeForce RTX 3090", 71, 936),
+        (86, 72, "NVIDIA A10", 125, 600),
+        (120, 170, "NVIDIA GeForce RTX 5090", 209.5, 1792),
+    ],
+)
+def test_geforce_cards_have_half_the_rate_of_others_of_a_generation(
+    arch, sms, name, tflops, dram_gb_s
+):
+    rates = _C.sustained_by(_C.Card(arch, sms, 102400, 101376, name))
+    assert rates.tflops == pytest.approx(0.8 * tflops, rel=0.02)
+    assert rates.dram_gb_s == pytest.approx(0.9 * dram_gb_s, rel=0.02)
+
+
 @pytest.mark.parametrize("route", ["library", "hybrid"])
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
 def test_dropout_draws_a_seed_on_each_route(route, adapters):
@@ -148,6 +166,24 @@ def test_few_rows_take_one_launch_that_reads_the_weight_once(name, rows):
     assert (launch.us(card) > launch.bytes / _C.sustained_by(card).dram_gb_s / 1e3 + 5.1) == (
         name == "B200"
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "adapters", "rank", "dtype", "launches"),
+    [  # the launch, and one for each five times that B is waited for
+        (64, 1, 16, torch.bfloat16, 1 + 1),  # one piece of 16 ranks, of four in flight
+        (64, 64, 16, torch.bfloat16, 1 + 4),  # 64 pieces: waited for 16 times
+        (64, 64, 17, torch.bfloat16, 1 + 7),  # 128 pieces: 32 times
+        (64, 64, 16, torch.float32, 1 + 13),  # one in flight
+        (8, 64, 17, torch.float32, 1 + 2),  # of the 8 adapters that have rows, two in flight
+    ],
+)
+def test_few_rows_wait_for_the_factors_of_each_adapter(rows, adapters, rank, dtype, launches):
+    problem = problem_of((rows, 4096, 4096, rank), dtype)
+    asked = {"backward": False, "choice": "kernel", "groups": adapters if adapters > 1 else 0}
+    plan = _C.plan_as_asked(CARDS["H100"], problem, **asked)
+    [launch] = [each for each in _C.predicted_launches(plan) if each.name == "lora_decode"]
+    assert launch.launches == launches
 
 
 @pytest.mark.parametrize("card", sorted(set(CARDS) - {"H100"}))

@@ -10,18 +10,21 @@ namespace {
 
 // Vendors' dense rates times 0.8, bandwidths times 0.9; other cards of a generation have the same per
 // SM. The library has faster instructions than mma.sync on 9.0 (arXiv:2501.12084 measured 494 of 757
-// TFLOP/s) and 10.x.
+// TFLOP/s) and 10.x. GeForce cards sum in float32 at half of the rate.
 struct Generation {
   int arch, sms;
   Sustained rates;
+  bool geforce = false;
 };
 constexpr Generation kGenerations[] = {
-    {80, 108, {250, 1.0, 1830}},     // A100
-    {86, 72, {100, 1.0, 540}},       // A10
-    {89, 142, {290, 1.0, 780}},      // L40S
-    {90, 132, {790, 0.65, 3000}},    // H100 SXM
-    {100, 148, {1800, 0.25, 7000}},  // B200
-    {120, 170, {170, 1.0, 1600}},    // RTX 5090
+    {80, 108, {250, 1.0, 1830}},       // A100
+    {86, 72, {100, 1.0, 540}},         // A10
+    {86, 82, {57, 1.0, 840}, true},    // RTX 3090
+    {89, 142, {290, 1.0, 780}},        // L40S
+    {89, 128, {132, 1.0, 907}, true},  // RTX 4090
+    {90, 132, {790, 0.65, 3000}},      // H100 SXM
+    {100, 148, {1800, 0.25, 7000}},    // B200
+    {120, 170, {170, 1.0, 1600}},      // RTX 5090
 };
 
 // What skinny products reach of mma.sync's rate, with columns in whole tiles of 64; with dropout,
@@ -151,9 +154,10 @@ void add_decode(Launches& launches, const Card& card, const Problem& p, const De
 
 // By the last generation that is not newer than the card.
 Sustained sustained_by(const Card& card) {
+  const bool geforce = card.name.find("GeForce") != std::string::npos;
   const Generation* known = &kGenerations[0];
   for (const Generation& each : kGenerations)
-    if (each.arch <= card.arch) known = &each;
+    if (each.arch <= card.arch && (geforce || !each.geforce)) known = &each;
   Sustained rates = known->rates;
   const double sms = static_cast<double>(card.sms) / known->sms;
   rates.tflops *= sms, rates.dram_gb_s *= sms;
