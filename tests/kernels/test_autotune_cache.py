@@ -187,8 +187,10 @@ def test_two_that_write_at_once_leave_one_whole_cache(tmp_path, monkeypatch):
     """As two processes that warm up: the second begins and ends before the first is done."""
     path, replace_file = tmp_path / "cache.json", os.replace
     first, second = cache(entry()), cache(entry(), entry(backward=True))
+    replaced = []
 
     def meanwhile(source, target):
+        replaced.append(target)
         monkeypatch.setattr(os, "replace", replace_file)
         autotune.write_cache(second, path)
         assert autotune.read_cache(path) == second
@@ -196,6 +198,7 @@ def test_two_that_write_at_once_leave_one_whole_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", meanwhile)
     autotune.write_cache(first, path)
+    assert [*map(str, replaced)] == [str(path)], "readers find no cache between two steps"
     assert autotune.read_cache(path) == first and list(tmp_path.iterdir()) == [path]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import lora_ext
@@ -22,6 +22,8 @@ def plans_of(card, problem, choice="auto"):
 
 
 @settings(deadline=None, max_examples=300)
+@example(2048, 4096, 4096, 256, "H100", torch.bfloat16, False, True)
+@example(2048, 4096, 4096, 257, "H100", torch.bfloat16, False, True)
 @given(
     rows=sizes,
     in_features=sizes,

@@ -309,6 +309,20 @@ def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows, ranks):
         assert a.grad[slot].count_nonzero() == b.grad[slot].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("rows", [6, 90])
+def test_a_pool_s_gradients_are_zero_beyond_each_rank(isa, rows, deterministic):
+    """Though every slot has rows: torch fills memory that is not written with NaN here."""
+    many = make_many(rows, 40, 24, (4, 16, 7), (F32, F32), kind="mixed", given=F32)
+    index = (torch.arange(rows) % 3).int()
+    a, b = leaf(torch.randn(3, 16, 40)), leaf(torch.randn(3, 24, 16))
+    ranks = torch.tensor([4, 16, 7], dtype=torch.int32)
+    groups = (torch.ones(3), index, None, ranks)
+    op_calls.lora_update_grouped(many.y, many.x, [a], [b], groups).sum().backward()
+    for slot, rank in enumerate(ranks.tolist()):
+        assert a.grad[slot, :rank].all() and b.grad[slot, :, :rank].all()
+        assert not a.grad[slot, rank:].any() and not b.grad[slot, :, rank:].any()
+
+
 @pytest.mark.parametrize("rows", [5, 60])
 def test_offs_have_the_bits_of_an_index(isa, device, rows):
     ends = torch.tensor([0, rows // 3, rows // 3, rows - 1], dtype=torch.int32, device=device)

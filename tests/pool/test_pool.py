@@ -331,9 +331,11 @@ def test_moves_and_casts_keep_parameters_and_memory_together():
     layer = pool.layers["c_attn"].pool
     assert torch.equal(layer.lora_b[pool.slot("a"), :, :4], parameters[-1])
     assert not torch.equal(before["c_attn.lora_b"], parameters[-1])
+    pool.add("thirds", LoRAConfig(LINEAR, r=3, alpha=4))
     pool.model.to(BF16)
     assert layer.scaling.dtype is F32 and layer.ranks.dtype is torch.int32
-    assert layer.scaling[0] == 1.5
+    assert layer.scaling[0] == 1.5 and layer.scaling[pool.slot("thirds")] == torch.tensor(4 / 3)
+    pool.remove("thirds")
     with torch.no_grad():
         y = mixed(pool)
         assert y.dtype is BF16
