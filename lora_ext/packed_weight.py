@@ -123,8 +123,12 @@ class PackedWeight:
 
     def drop_if_written(self) -> None:
         """Drops the pack if `verify` would raise."""
-        is_known = self._checksum is not None and self.weight is not None
-        if is_known and self._checksum != _checksum(self.weight):
+        weight = self.weight
+        if (
+            self._checksum is not None
+            and weight is not None
+            and self._checksum != _checksum(weight)
+        ):
             self.drop(_CHANGED)
 
     def verify(self) -> None:
