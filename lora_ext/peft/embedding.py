@@ -28,7 +28,7 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.row_adapters is not None:
+        if getattr(self, "row_adapters", None) is not None:  # absent after `decelerate`
             rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)

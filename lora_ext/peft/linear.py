@@ -48,7 +48,7 @@ class Linear(Packable, mixed_batch.ByRow, peft_layers.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.row_adapters is not None:
+        if getattr(self, "row_adapters", None) is not None:  # absent after `decelerate`
             rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.linear(self, peft_layers.Linear, x, rows, args, kwargs)

@@ -38,7 +38,7 @@ class ParamWrapper(mixed_batch.ByRow, peft_layers.ParamWrapper):
     expert_dropout: float = 0.0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.row_adapters is not None:
+        if getattr(self, "row_adapters", None) is not None:  # absent after `decelerate`
             rows = current_row_adapters(self)
             if rows is not None and not self._disable_adapters:
                 return mixed_wrappers.forward(self, x, rows, args, kwargs)

@@ -26,7 +26,7 @@ def forward_over(theirs: Any) -> Any:
     that outlives `decelerate`, self is of PEFT's class."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.row_adapters is not None:
+        if getattr(self, "row_adapters", None) is not None:  # absent after `decelerate`
             rows = current_row_adapters(self)
             if rows is not None:
                 return mixed_batch.linear(self, theirs, x, rows, args, kwargs)
