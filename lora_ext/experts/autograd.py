@@ -4,8 +4,8 @@
     GateDown        out ``[T, H]`` of z ``[S, N]`` and the router's weights
 
 Saved for backward: x (not gathered), z (the input of the gate), the routes, and of each projection
-S ``[S, R]`` and the seed of dropout; not the gathered rows, not a mask, not h = gate(z), which is
-computed again, and not y.
+W, S ``[S, R]`` and the seed of dropout; not the gathered rows, not a mask, not h = gate(z), which
+is computed again, and not y.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..quantized.stack import QuantizedStack
+from ..quantized.weight import Versions
 from . import ops, projection, routing
 from .dropout import Dropout
 from .factors import Factors
@@ -80,14 +81,22 @@ def passes() -> Any:
 
 
 def _save(ctx: Any, call: Call, *tensors: Tensor | None) -> None:
-    ctx.call = call._replace(routes=None, seed=None)  # pyright: ignore[reportArgumentType]
-    ctx.save_for_backward(*call.routes, call.seed, *tensors)
+    # If W is changed in place before backward, autograd refuses it, or the stack's versions do.
+    weight: Any = call.weight
+    dense, stack = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    ctx.versions = None if stack is None else Versions(stack)
+    ctx.call = call._replace(weight=stack, bias=None, routes=None, seed=None)  # pyright: ignore[reportArgumentType]
+    ctx.save_for_backward(dense, call.bias, *call.routes, call.seed, *tensors)
 
 
-def _saved(ctx: Any) -> tuple[Call, list[Tensor]]:
+def _saved(ctx: Any, reads_weight: bool) -> tuple[Call, list[Tensor]]:
     # Once: a checkpoint unpacks each tensor once.
-    perm, token, offs, ends, seed, *tensors = ctx.saved_tensors
-    return ctx.call._replace(routes=Routes(perm, token, offs, ends), seed=seed), tensors
+    dense, bias, perm, token, offs, ends, seed, *tensors = ctx.saved_tensors
+    if reads_weight and ctx.versions is not None:
+        ctx.versions.check()
+    weight = ctx.call.weight if dense is None else dense
+    routes = Routes(perm, token, offs, ends)
+    return ctx.call._replace(weight=weight, bias=bias, routes=routes, seed=seed), tensors
 
 
 def _halves(wants: tuple[bool, ...]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
@@ -113,8 +122,8 @@ class Projected(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call, (x, s, *factors) = _saved(ctx)
         _, _, want_x, *wants = ctx.needs_input_grad
+        call, (x, s, *factors) = _saved(ctx, want_x)
         found = passes().backward(
             Rows(grad),
             Rows(x, call.routes.token if ctx.of_tokens else None),
@@ -153,8 +162,8 @@ class GateDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call, (z, weights, s, *factors) = _saved(ctx)
         _, _, want_z, want_weights, *wants = ctx.needs_input_grad
+        call, (z, weights, s, *factors) = _saved(ctx, want_z or want_weights)
         h = leaf = z
         if ctx.gate is not None:
             with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):

@@ -62,6 +62,10 @@ class QuantizedStack(ABC):
     ) -> QuantizedStack:
         """The stack of what `flat` returned."""
 
+    def tensors(self) -> list[Tensor]:
+        """Those that the matrices are read from, as of a `QuantizedWeight`."""
+        return self.flat().tensors
+
     @contextmanager
     def matrix(self, number: int, x: Tensor) -> Iterator[Tensor]:
         """Within a block, one matrix ``[out, in]`` in the dtype of x, which it is multiplied with.

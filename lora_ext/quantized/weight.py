@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class Versions:
     autograd records them for a tensor that is saved for backward; a quantised weight is no tensor.
     """
 
-    def __init__(self, weight: QuantizedWeight) -> None:
+    def __init__(self, weight: Any) -> None:  # or a QuantizedStack
         # Inference tensors have no version counter; a traced graph has its own checks.
         found = () if torch.compiler.is_compiling() else weight.tensors()
         self.found = [(tensor, tensor._version) for tensor in found if not tensor.is_inference()]
@@ -109,7 +110,7 @@ class Versions:
         """Raises RuntimeError if one was changed since then."""
         if any(tensor._version != version for tensor, version in self.found):
             raise RuntimeError(
-                "lora_ext.lora_linear: expected in backward the quantised weight of forward, but "
-                "it was changed in place between forward and backward; change it after backward, "
-                "or run forward again"
+                "lora_ext: expected in backward the quantised weight of forward, but it was "
+                "changed in place between forward and backward; change it after backward, or run "
+                "forward again"
             )

@@ -3,9 +3,11 @@
 import copy
 import filecmp
 
+import four_bit_experts
 import peft
 import pytest
 import torch
+import torchao_experts
 from accelerate import hooks
 from expert_helpers import (
     HIDDEN,
@@ -26,7 +28,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
+from lora_ext.experts import decorated
 
+BIASES = "transposed, biases, interleaved"
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3, "use_rslora": True}}
 FUSED = {("fused", "rows of each expert, updates of down_proj, gate_up_proj")}
 
@@ -352,3 +356,28 @@ def test_what_is_kept_for_backward(kind):
     routes = rows * 8 * 2 + experts.num_experts * 4
     assert sum(kept.values()) == z + routes + 2 * rows * rank * 4
     y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("form", ["dense", "nested", "stand-in points"])
+def test_weights_that_change_after_forward(form, name):
+    """They are refused in backward with the words that linear layers have."""
+    message, hidden = "changed in place between forward and backward", four_bit_experts.HIDDEN
+    if form == "dense":
+        message, hidden = "modified by an inplace operation", HIDDEN
+        model = mixture(BIASES, dtype=F32)
+    else:
+        of = four_bit_experts if form == "nested" else torchao_experts
+        model = of.two_mixtures(form=form)[0]
+    model = lora_ext.accelerate(model)
+    x, index, weights = make_routes(9, dtype=F32, hidden=hidden)
+    base = experts_of(model)
+    weight = decorated.weight_of(base, name)
+    is_dense = isinstance(weight, torch.Tensor)
+    for changed in [weight, base.get_parameter(f"{name}_bias")] if is_dense else weight.flat()[0]:
+        y = model(x.requires_grad_(), index, weights)
+        with torch.no_grad():
+            changed.copy_(changed.clone())
+        with pytest.raises(RuntimeError, match=message):
+            y.sum().backward()
+    model(x, index, weights).sum().backward()
