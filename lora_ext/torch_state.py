@@ -52,3 +52,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device; never for the meta device, which has none."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured, in which nothing of x can be read on the host."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

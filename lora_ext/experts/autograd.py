@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ..quantized.stack import QuantizedStack
 from ..quantized.weight import Versions
+from ..torch_state import is_captured
 from . import ops, projection, routing
 from .dropout import Dropout
 from .factors import Factors
@@ -141,18 +142,26 @@ class Projected(torch.autograd.Function):
         return None, None, dx, *found.dlora_a, *found.dlora_b
 
 
+def _generator(z: Tensor) -> torch.Generator:
+    return torch.cuda.default_generators[z.get_device()] if z.is_cuda else torch.default_generator
+
+
 class GateDown(torch.autograd.Function):
     """out ``[T, H]`` for z ``[S, N]`` and the router's weights ``[T, k]``.
 
-    h = gate(z) is computed again in backward. As in forward this runs without autocast, which may
-    be on where the caller runs backward. If no gate is passed, z is h: a compiler decides itself
-    what to compute again, and the gradients of a trained gate must be recorded by autograd.
+    h = gate(z) is computed again in backward, from forward's random numbers. As in forward this
+    runs without autocast, which may be on where the caller runs backward. If no gate is passed, z
+    is h: a compiler decides itself what to compute again, and the gradients of a trained gate must
+    be recorded by autograd.
     """
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
         call, gate, z, weights, *factors = operands
+        before = None if gate is None or is_captured(z) else _generator(z).get_state()
         h = z if gate is None else gate(z)
+        is_random = before is not None and not torch.equal(before, _generator(z).get_state())
+        ctx.random_state = before if is_random else None
         own = call.projection(tuple(factors))
         y, s = passes().forward(Rows(h), own, call.routes.offs, call.dropout(False))
         _save(ctx, call, z, weights, s, *factors)
@@ -168,7 +177,11 @@ class GateDown(torch.autograd.Function):
         if ctx.gate is not None:
             with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
                 leaf = z.detach().requires_grad_(want_z)
-                h = ctx.gate(leaf)
+                state = ctx.random_state
+                with torch.random.fork_rng([z.device] * z.is_cuda, state is not None):
+                    if state is not None:
+                        _generator(z).set_state(state)
+                    h = ctx.gate(leaf)
         perm = call.routes.perm
         found = passes().backward(
             Rows(grad, call.routes.token),

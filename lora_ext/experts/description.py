@@ -35,9 +35,10 @@ class Experts(NamedTuple):
     is_gate_trained: bool = False
 
     @classmethod
-    def of(cls, module: Any) -> Experts:
-        """The experts of a module decorated with transformers' `use_experts_implementation`."""
-        name = up_name(module)
+    def of(cls, module: Any, adapters: Any = None) -> Experts:
+        """The experts of a module decorated with transformers' `use_experts_implementation`, whose
+        child `adapters` is no part of the gate."""
+        name, parts = up_name(module), [m for m in module.children() if m is not adapters]
         return cls(
             weight_of(module, name),
             weight_of(module, "down_proj"),
@@ -47,7 +48,7 @@ class Experts(NamedTuple):
             module.down_proj_bias if module.has_bias else None,
             module.is_transposed,
             module.post_expert_norm if module.has_post_expert_norm else None,
-            any(each.requires_grad for part in module.children() for each in part.parameters()),
+            any(each.requires_grad for part in parts for each in part.parameters()),
         )
 
 

@@ -44,7 +44,7 @@ def lora_experts(
         x: ``[T, H]``, brought to the experts' dtype.
         top_k_index: ``[T, k]``, integers; a number that is E or larger is no expert: it adds
             nothing and has no gradient.
-        top_k_weights: ``[T, k]``, any floating dtype.
+        top_k_weights: ``[T, k]``, any floating dtype; at a slot of no expert any number.
         up, down: the active adapters of each projection; their updates add. Those of one projection
             share its mask, so they have the same dropout. With adapter_index: the adapters that
             tokens may have, the same ones in the same order, None for one that the projection
@@ -59,8 +59,8 @@ def lora_experts(
         IndexError: a number in adapter_index is out of range.
         NotImplementedError: within `lora_ext.batch_invariant`, on a GPU, or in a dtype without
             products by panels.
-        ValueError: adapters of one projection differ in dropout; adapter_index has another shape or
-            dtype, or up and down have other numbers of adapters.
+        ValueError: adapters of one projection differ in dropout, or it is not in [0, 1);
+            adapter_index has another shape or dtype, or up and down have other numbers of adapters.
     """
     block = row_block(x)
     if block and not torch.compiler.is_compiling():
@@ -73,6 +73,8 @@ def lora_experts(
         _check_index(adapter_index, len(x), up, down)
         routes = routes_by_adapter(top_k_index, count, adapter_index, adapters)
     slots = top_k_index.shape[-1]
+    # Their rows are zero, but zero times NaN is NaN.
+    top_k_weights = top_k_weights.masked_fill((top_k_index < 0) | (top_k_index >= count), 0)
     first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots, block)
     second, second_factors = _call(
         experts, experts.down, experts.down_bias, down, routes, slots, block
@@ -157,6 +159,10 @@ def _check_index(
 def _dropout_of(adapters: Sequence[ExpertsAdapter]) -> float:
     """The probability of dropout of a projection's adapters."""
     found = sorted({adapter.dropout for adapter in adapters})
+    if not all(0.0 <= p < 1.0 for p in found):
+        raise ValueError(
+            f"lora_ext.experts.lora_experts: expected dropout in [0, 1), but got {found}"
+        )
     if len(found) > 1:
         raise ValueError(
             "lora_ext.experts.lora_experts: expected one dropout for all active adapters of a "

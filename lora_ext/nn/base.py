@@ -200,6 +200,9 @@ class LoRALayer(NamedAdapters):
 
     # Methods of nn.Module.
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_disabled": []}  # a copy or a pickle is not in a block
+
     def train(self, mode: bool = True) -> LoRALayer:
         """As nn.Module.train; training mode unmerges, since merged adapters get no gradient."""
         if mode and self.merged:

@@ -96,7 +96,7 @@ class LoRAExperts(LoRAModule):
         if found is None:
             self._refuse_dropout(reason or "these arguments are not those of experts")
             return super()._of_all_rows(args, kwargs)
-        experts = Experts.of(self)
+        experts = Experts.of(self, self.lora)
         experts = experts._replace(up=_weight(up, experts.up), down=_weight(down, experts.down))
         return lora_experts(experts, *found, self._adapters(up), self._adapters(down))
 
@@ -120,12 +120,12 @@ class LoRAExperts(LoRAModule):
         if found is None:
             reason = reason or "these arguments are not those of experts"
             self._refuse_rows(f"needs transformers' own forward: {reason}")
-        index = rows.index_of_tokens(len(found[0]), found[0].device, names)
+        index = rows.index_for(found[0], names)
         up, down = (
             [self._adapter(layer, name) if layer.has(name) else None for name in names]
             for layer in self._pair()
         )
-        return lora_experts(Experts.of(self), *found, up, down, index)
+        return lora_experts(Experts.of(self, self.lora), *found, up, down, index)
 
     def _refuse_dropout(self, reason: str) -> None:
         """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""

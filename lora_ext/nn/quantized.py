@@ -246,7 +246,7 @@ class LoRAQuantizedLinear(FromLinear):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by name.
-        return _new, (self.base_type,), self.__dict__
+        return _new, (self.base_type,), self.__getstate__()
 
 
 def _needs_torch(x: Tensor) -> bool:

@@ -81,7 +81,10 @@ class RowIndex:
 
     def index_for(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The index of the rows of x ``[tokens, in]`` or ``[..., in]``: `index_of_tokens`, or
-        `index_of`."""
+        `index_of`, also of an x ``[tokens, in]`` that is a view of a whole one."""
+        whole = None if x.dim() != 2 or is_traced() or len(self.index) == 1 else x._base
+        if whole is not None and whole.dim() == 3 and whole.numel() == x.numel():
+            return self.index_of(whole.shape[:2], x.device, names)
         if x.dim() == 2:
             return self.index_of_tokens(len(x), x.device, names)
         return self.index_of(x.shape[:-1], x.device, names)

@@ -38,7 +38,7 @@ def forward(layer: Any, x: Any, rows: RowAdapters, args: tuple, kwargs: dict[str
     operands = experts.operands(chain, (x, *args), kwargs)
     if operands is None:
         _refuse(chain, rows, "these arguments, or a transform of torch.func, are not supported")
-    index = rows.index_of_tokens(len(operands[0]), operands[0].device, names)
+    index = rows.index_for(operands[0], names)
     return experts.forward_by_row(chain, operands, names, index)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import is_captured
+
 _kept: dict[Any, Tensor] = {}
 
 
@@ -21,7 +23,7 @@ def is_shared(x: Tensor) -> bool:
     be replaced later."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_captured(x)
 
 
 def take(count: int, x: Tensor) -> Tensor:

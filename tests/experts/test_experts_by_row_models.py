@@ -267,6 +267,23 @@ def test_rows_that_are_no_samples_are_refused():
         of_rows(model, ["y", "x"], make_routes(6), torch.zeros(2, 4, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("targets", [["experts"], ["mlp.gate"]], ids=["experts", "router"])
+@pytest.mark.parametrize("whose", MODELS)
+def test_a_packed_batch_or_one_of_more_samples_is_refused(whose, targets):
+    """As linear layers refuse it, although experts and routers get rows without samples."""
+    if whose == "ours":
+        model = lora_ext.apply_lora(mixture(), LoRAConfig(targets, r=2), "x")
+    else:
+        names = parameters_of("qwen3_moe")[:2] if targets == ["experts"] else ["mlp.gate.weight"]
+        config = LoraConfig(r=2, target_modules=[], target_parameters=names)
+        model = lora_ext.accelerate(get_peft_model(mixture(), config, "x"))
+    with lora_ext.use_adapters(model, ["x", None]):
+        model(some_ids(shape=(2, 8)))
+        for shape in ((1, 8), (4, 2), (8, 1)):
+            with pytest.raises(ValueError, match=r"expected x of shape \[2, tokens, in\]"):
+                model(some_ids(shape=shape))
+
+
 def test_an_index_of_tokens_of_repeated_samples():
     """Of a step after a prompt each sample has its last token's adapter."""
     model, step = alone_on_experts(), make_routes(6)

@@ -133,6 +133,25 @@ def test_h_is_kept_where_a_trained_gate_computed_it():
     assert_close(found, step(by_masks, experts, factors, *operands), 1e-11)
 
 
+def test_a_gate_that_draws_has_in_backward_what_it_drew():
+    """As where autograd keeps h; and the generator goes on as if nothing had been drawn again."""
+    experts = Experts.of(make_experts("plain"))
+    gate, found = experts.gate, []
+    experts = experts._replace(gate=lambda z: torch.nn.functional.dropout(gate(z), 0.5))
+    factors, operands = make_factors(experts), make_routes(9, 3)
+    for one in (experts, experts._replace(is_gate_trained=True)):
+        torch.manual_seed(5)
+        found.append(step(lora_experts, one, factors, *operands) | {"next": torch.rand(3)})
+    assert_close(*found, 1e-12)
+
+
+@pytest.mark.parametrize("p", [-0.5, torch.nan, 1.0, torch.inf])
+def test_dropout_that_is_no_probability_is_refused(p):
+    experts = Experts.of(make_experts("plain"))
+    with pytest.raises(ValueError, match=rf"expected dropout in \[0, 1\), but got \[{p}\]"):
+        step(lora_experts, experts, make_factors(experts), *make_routes(9, 3), p=p)
+
+
 @pytest.mark.parametrize("p", [0.05, 1 / 65536, 1 - 2.0**-20])
 def test_kept_elements_are_scaled_by_the_rounded_probability(p):
     experts = Experts.of(make_experts("plain"))

@@ -214,6 +214,17 @@ def test_reasons_for_pefts_forward(reason, monkeypatch):
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_bias"])
+def test_trained_biases_have_pefts_gradient(name):
+    model = mixture(BIASES, dtype=F32)
+    experts_of(model).get_parameter(name).requires_grad_()
+    fast = accelerated(model)
+    assert reasons(fast) == {("peft", "the experts' biases are trained")}
+    found, exact = (run(one, *make_routes(9, dtype=F32)) for one in (fast, model))
+    assert any(name in each for each in exact)
+    assert all(torch.equal(found[each], exact[each]) for each in exact)
+
+
 def test_hooks_that_replace_the_forward_of_wrappers(monkeypatch):
     """After accelerate: of the outermost they call ours, of an inner one PEFT's has to run."""
     calls, theirs = [], ParamWrapper.forward
@@ -332,11 +343,19 @@ def test_autocast(dtype, with_product):
     assert_close(found, plain, 1e-5 if dtype == F32 else 4e-2)
 
 
-@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "no gate"])
-def test_what_is_kept_for_backward(kind):
-    """x, z, the routes, S of each side and the router's weights: not y, not h, no gathered x."""
+@pytest.mark.parametrize("whose", ["peft", "ours"])
+@pytest.mark.parametrize("kind", ["plain", BIASES, "no gate"])
+def test_what_is_kept_for_backward(kind, whose):
+    """x, z, the routes, S of each side, the router's weights and whether they are of an expert: not
+    y, not h, no gathered x."""
     tokens, slots, rank = 64, 4, 3
-    model = accelerated(mixture(kind, dtype=F32))
+    if whose == "peft":
+        model = accelerated(mixture(kind, dtype=F32))
+        experts = experts_of(model)
+    else:
+        model = Mixture(make_experts(kind).to(F32))
+        targets = [f"experts.{name}" for name in both(model.experts)]
+        experts = lora_ext.apply_lora(model, lora_ext.LoRAConfig(targets, r=rank)).experts
     x, index, weights = make_routes(tokens, slots, dtype=F32)
     operands = [x.requires_grad_(), index, weights.requires_grad_()]
     own = {parameter.data_ptr() for parameter in model.parameters()}
@@ -350,11 +369,11 @@ def test_what_is_kept_for_backward(kind):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model(*operands)
-    rows, experts = tokens * slots, experts_of(model)
+    rows = tokens * slots
     inner = experts.down_proj.shape[1 if experts.is_transposed else 2]
     z = rows * inner * (2 if experts.has_gate else 1) * 4
     routes = rows * 8 * 2 + experts.num_experts * 4
-    assert sum(kept.values()) == z + routes + 2 * rows * rank * 4
+    assert sum(kept.values()) == z + routes + 2 * rows * rank * 4 + rows * (4 + 1)
     y.sum().backward()
 
 

@@ -1,11 +1,12 @@
 """Functions for the adapters of a whole model: choosing, counting, storing, explaining."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from adapter_helpers import make_ids, make_zoo
-from helpers import BF16, F32, F64, KERNEL_ROWS
+from helpers import BF16, F32, F64, KERNEL_ROWS, by_pickle, by_torch_save
 from layer_helpers import make_layer, randomize
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -49,6 +50,16 @@ def test_disabling_in_two_threads_that_overlap():
     left.set()
     thread.join()
     assert not torch.equal(model(ids), base)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, by_pickle, by_torch_save])
+def test_copies_made_while_adapters_are_disabled_have_theirs(way):
+    model, ids = model_with("a"), make_ids()
+    wanted = model(ids)
+    with lora_ext.models.disable_adapters(model):
+        other = way(model)
+        assert not torch.equal(model(ids), wanted)
+    assert torch.equal(other(ids), wanted)
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
