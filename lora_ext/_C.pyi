@@ -18,6 +18,9 @@ def set_cpu_isa(name: str) -> None:
         ValueError: the name is unknown or not available here.
     """
 
+def set_cpu_min_work(work: int = 262144) -> None:
+    """How many multiply-adds are worth a thread; for tests."""
+
 cpu_panel_rows: int
 """The number of rows from which on a product by panels is one pass with the low-rank part."""
 

@@ -259,7 +259,11 @@ def one_thread():
 
 @pytest.fixture
 def two_threads(one_thread):
+    """Both start, however little there is to do."""
     torch.set_num_threads(2)
+    _C.set_cpu_min_work(1)
+    yield
+    _C.set_cpu_min_work()
 
 
 @pytest.fixture(autouse=True)

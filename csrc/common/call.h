@@ -155,6 +155,8 @@ struct BackwardArgs {
   Update update;
   at::Tensor s;  // S of the forward
   Wanted wanted;
+  // float32 [M], with many adapters: what multiplies a row's dS in dA, but not in dX.
+  std::optional<at::Tensor> weights{};
 
   // For calls with one adapter.
   bool need_dlora_a() const { return wanted.any_a(); }

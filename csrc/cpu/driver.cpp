@@ -15,6 +15,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/fused_product.h"
 #include "cpu/operands.h"
+#include "cpu/work_split.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -37,10 +38,9 @@ at::Tensor packed(const AdapterView& view, Bytes bytes, Pack pack) {
 // Calls run(range) over [0, size) in granules; little work stays on one thread.
 template <class Run>
 void parallel_ranges(int64_t size, int64_t granule, int64_t work_per_item, const Run& run) {
-  constexpr int64_t kMinWork = 1 << 18;  // multiply-adds worth a thread's start, about 5 us
   const int64_t granules = (size + granule - 1) / granule;
   const int64_t grain =
-      std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, granule * work_per_item));
+      std::max<int64_t>(1, min_work / std::max<int64_t>(1, granule * work_per_item));
   at::parallel_for(0, granules, grain, [&](int64_t begin, int64_t end) {
     run(Range{begin * granule, std::min(end * granule, size)});
   });

@@ -2,7 +2,7 @@
 //
 //     dX = dY W (base)     for each piece of rows: dS = shrink(dY, B_g)
 //                          for each piece of columns: dB_g = wgrad(dY, S), and
-//                          dA_g = wgrad(X, dS) with dX += mask * (dS A_g)
+//                          dA_g = wgrad(X, w dS) with dX += mask * (dS A_g)
 //
 // dX += may be part of the base's pass, as Y += is. A piece of columns is a separate problem, with
 // every pointer moved to its first column.
@@ -111,6 +111,7 @@ class BackwardPass {
     }
     if (pieces.empty()) return;
     ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
+    weighted_ds_ = args_.weights ? at::empty(ds_.sizes(), at::kFloat) : ds_;
     const int64_t threads = threads_for(work_of(pieces));
     std::vector<Thread> state(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
@@ -122,7 +123,18 @@ class BackwardPass {
       b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
                            groups_.scaling(segment), t, Dropout{}),
                size_of(piece.rows));
+      if (args_.weights) weigh(segment, piece.rows, t);
     });
+  }
+
+  void weigh(const Segment& segment, Range rows, const float* ds) const {
+    const float* weights = args_.weights->const_data_ptr<float>();
+    float* to = Groups::dense_part(weighted_ds_, segment, rows.begin);
+    const Groups::Rows where = groups_.rows_of(segment, rows);
+    for (int64_t m = 0; m < size_of(rows); ++m) {
+      const float weight = weights[where.first + where.index[m]];
+      for (int64_t j = m * segment.rank; j < (m + 1) * segment.rank; ++j) to[j] = weight * ds[j];
+    }
   }
 
   void make_columns() {
@@ -182,7 +194,8 @@ class BackwardPass {
           expand_args(dx_, rows, piece.columns.begin, own.a, groups_.keep_scale(), packed, dropout);
     }
     if (!da_.wants(segment)) return own.a.expand(expand, segment.count);
-    const void* t = packed_t(kernels.wgrad_t, ds, segment.count, segment.rank, false, own.t);
+    const void* t = packed_t(kernels.wgrad_t, Groups::dense_part(weighted_ds_, segment, 0),
+                             segment.count, segment.rank, false, own.t);
     WgradArgs args = wgrad_args(groups_, piece, args_.x, rows, t, groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
@@ -191,8 +204,8 @@ class BackwardPass {
   const BackwardArgs& args_;
   const Groups& groups_;
   Gradient da_, db_;
-  at::Tensor dx_, ds_;
-  bool expands_ = false;  // whether dX += is a pass of its own
+  at::Tensor dx_, ds_, weighted_ds_;  // weighted: by the rows' weights, if there are any
+  bool expands_ = false;              // whether dX += is a pass of its own
 };
 
 }  // namespace

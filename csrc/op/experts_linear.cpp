@@ -135,13 +135,16 @@ void check_gradients(at::TensorList gradients, at::TensorList factors) {
   }
 }
 
-void experts_linear_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& s, const at::Tensor& weight,
-    at::IntArrayRef experts, at::IntArrayRef ends, at::TensorList lora_a, at::TensorList lora_b,
-    const std::optional<at::Tensor>& scaling, const std::optional<at::Tensor>& index,
-    const std::optional<at::Tensor>& offs, double dropout_p, const std::optional<at::Tensor>& seed,
-    const std::optional<at::Tensor>& mask_rows, int64_t row_block,
-    const std::optional<at::Tensor>& dx, at::TensorList dlora_a, at::TensorList dlora_b) {
+void experts_linear_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& s,
+                             const at::Tensor& weight, at::IntArrayRef experts,
+                             at::IntArrayRef ends, at::TensorList lora_a, at::TensorList lora_b,
+                             const std::optional<at::Tensor>& scaling,
+                             const std::optional<at::Tensor>& index,
+                             const std::optional<at::Tensor>& offs, double dropout_p,
+                             const std::optional<at::Tensor>& seed,
+                             const std::optional<at::Tensor>& mask_rows, int64_t row_block,
+                             const std::optional<at::Tensor>& dx, at::TensorList dlora_a,
+                             at::TensorList dlora_b, const std::optional<at::Tensor>& weights) {
   const char* op = kOp;
   const ExpertWeights given{weight, std::nullopt, experts, ends, row_block};
   check_weights(given, grad, dx.value_or(grad));
@@ -156,6 +159,9 @@ void experts_linear_backward(
          "expected x in ", grad.scalar_type(), ", contiguous along its columns, but got ",
          x.scalar_type(), " of strides ", x.strides());
   EXPECT(s.is_contiguous(), "expected a contiguous s, but got strides ", s.strides());
+  EXPECT(!weights || (weights->scalar_type() == at::kFloat && weights->is_contiguous() &&
+                      weights->is_cpu() && weights->numel() == x.size(0)),
+         "expected contiguous weights of float32, one for each of the ", x.size(0), " rows");
   const Base base = base_of(given, dx.value_or(at::Tensor()));
   if (lora_a.empty()) {
     if (dx && grad.numel() != 0 && dx->numel() != 0) cpu::backward_of_base(grad, x, base);
@@ -169,7 +175,8 @@ void experts_linear_backward(
   wanted.to_b = Factors(dlora_b.begin(), dlora_b.end());
   check_backward(grad, s, wanted, x, Base::given(), update);
   check_mask_rows(update.dropout, x.size(0));
-  const std::optional<Backward> out = cpu::backward_grouped({grad, x, base, update, s, wanted});
+  const std::optional<Backward> out =
+      cpu::backward_grouped({grad, x, base, update, s, wanted, weights});
   EXPECT(out, "expected an instruction set of the CPU's kernels, but the library route is chosen");
 }
 
@@ -181,13 +188,14 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
       "experts_linear(Tensor x, Tensor weight, Tensor? bias, int[] experts, int[] ends, "
       "Tensor[] lora_a, Tensor[] lora_b, Tensor? scaling, Tensor? index, Tensor? offs, "
       "float dropout_p, Tensor? seed, Tensor? mask_rows, int row_block, Tensor(a!) y) -> Tensor");
-  // Writes dx, if there is one, and the gradients of lora_a and of lora_b, or of none.
+  // Writes dx, if there is one, and the gradients of lora_a and of lora_b, or of none. weights
+  // multiply the rows in the gradient of lora_a alone.
   m.def(
       "experts_linear_backward(Tensor grad, Tensor x, Tensor s, Tensor weight, int[] experts, "
       "int[] ends, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor? scaling, Tensor? index, Tensor? offs, float dropout_p, Tensor? seed, "
       "Tensor? mask_rows, int row_block, Tensor(a!)? dx, Tensor(b!)[] dlora_a, "
-      "Tensor(c!)[] dlora_b) -> ()");
+      "Tensor(c!)[] dlora_b, Tensor? weights=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lora_ext, CPU, m) {

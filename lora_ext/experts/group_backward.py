@@ -36,15 +36,12 @@ class Operands(NamedTuple):
     s: Tensor
     wants_x: bool
 
-    def weighted(self, weight: Tensor | QuantizedStack) -> tuple[Tensor, Tensor, bool]:
-        """(x and S times the weights, whether that x may be overwritten)."""
-        if self.x is None:  # only its shape and dtype are used
-            rows = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
-            return rows, self.s, False
-        if self.weights is None:
-            return self.x, self.s, self.is_own_x
-        by_row = self.weights[:, None]
-        return (self.x * by_row).to(self.x.dtype), self.s * by_row, True
+    def rows(self, weight: Tensor | QuantizedStack) -> tuple[Tensor, Tensor]:
+        """(x, of which only shape and dtype are used if there is none; S times the weights)."""
+        x, s = self.x, self.s
+        if x is None:
+            x = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
+        return x, s if self.weights is None else s * self.weights[:, None]
 
 
 def in_one_pass(
@@ -64,7 +61,7 @@ def in_one_pass(
         update: of the group, of `Updates` or `RowUpdates`; None: no row has one.
         gradients: of the same kind.
     """
-    x, s, _ = operands.weighted(weight)
+    x, s = operands.rows(weight)
     dlora_a, dlora_b = ([], []) if update is None else gradients.targets(update)
     one_pass.backward(
         operands.grad,
@@ -78,6 +75,7 @@ def in_one_pass(
         out,
         dlora_a,
         dlora_b,
+        operands.weights,  # of dS, which is not rounded, rather than of x
     )
     if update is not None:
         gradients.write(group, update, dlora_a, dlora_b)
@@ -100,7 +98,9 @@ def in_passes(
     if update is None:
         return dx
     wants_a, wants_b = is_any(gradients.lora_a), is_any(gradients.lora_b)
-    x, s, is_own_x = operands.weighted(weight)
+    (x, s), is_own_x = operands.rows(weight), operands.is_own_x
+    if operands.weights is not None:
+        x, is_own_x = (x * operands.weights[:, None]).to(x.dtype), True
     if dropout is not None and operands.x is not None and wants_a:
         x = dropout.drop(x, group, in_place=is_own_x)
     arguments = update.arguments()

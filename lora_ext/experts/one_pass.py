@@ -93,6 +93,7 @@ def backward(
     dx: Tensor | None,
     dlora_a: list[Tensor],
     dlora_b: list[Tensor],
+    weights: Tensor | None,
 ) -> None:
     """Writes dX, if there is a tensor for it, and the gradients of the update's factors.
 
@@ -100,6 +101,7 @@ def backward(
         x: ``[rows, in]``; what it holds is read for the gradient of A alone.
         s: ``[rows, R]`` of forward.
         dlora_a, dlora_b: in the form of the update's factors; empty if they are not requested.
+        weights: ``[rows]`` in float32, of the rows in the gradient of A; or None for 1.
     """
     grad = _with_unit_stride(grad)
     x = _with_unit_stride(x) if dlora_a else x
@@ -121,6 +123,7 @@ def backward(
                 row_block,
                 None if dx is None else dx[rows],
                 *gradients,
+                None if weights is None else weights[rows],
             )
 
 

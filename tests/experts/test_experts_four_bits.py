@@ -13,19 +13,23 @@ from four_bit_experts import (
     INNER,
     make_four_bits,
     parts_of,
+    quantised,
     states_of,
     step,
     two_experts,
     two_mixtures,
+)
+from four_bit_experts import (
+    dequantised as values_of,
 )
 from helpers import BF16, F16, F32, F64, short
 from peft_helpers import reasons
 from torch import nn
 
 import lora_ext
-from lora_ext.experts import Experts, lora_experts
+from lora_ext.experts import Experts, few_rows, lora_experts
 from lora_ext.quantized import workspace
-from lora_ext.quantized.four_bit_stack import FourBitStack
+from lora_ext.quantized.four_bit_stack import FourBitStack, four_bit_stack
 from lora_ext.quantized.stacks import stack_of
 
 KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
@@ -141,6 +145,18 @@ def test_few_tokens_take_the_bits_of_dense_experts(tokens, dtype, form, dequanti
     with torch.no_grad():
         assert torch.equal(packed(*operands), dense(*operands))
     assert (dequantised == []) == (isa != "library")
+
+
+@pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
+@pytest.mark.parametrize("nested", [None, 48])
+def test_matrices_of_more_than_one_strip(nested, threads, request):
+    """Of 128 rows, and of the rest."""
+    request.getfixturevalue(threads)
+    packed, state = quantised(torch.randn(3, 192, 128).to(BF16), "nf4", nested)
+    x = torch.randn(1, 128).to(BF16)
+    weights = four_bit_stack(packed, state), values_of(packed, state)
+    found, wanted = (few_rows.forward(x, None, each, None, None, [1])[0] for each in weights)
+    assert torch.equal(found, wanted)
 
 
 CODES = torch.zeros(3, 4, BLOCK // 2, dtype=torch.uint8)

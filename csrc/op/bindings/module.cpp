@@ -9,6 +9,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 #include "cpu/panel_choice.h"
+#include "cpu/work_split.h"
 #include "kernels/device.h"
 #include "op/bindings/bindings.h"
 
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
         return lora_ext::scalar_type_of(*panels);
       },
       py::arg("x_dtype"), py::arg("batch_invariant") = false);
+  m.def("set_cpu_min_work", [](int64_t work) { cpu::min_work = work; }, py::arg("work") = 1 << 18);
   m.attr("cpu_panel_rows") = cpu::kMinPanelRows;
   m.def(
       "cpu_panels_of",
