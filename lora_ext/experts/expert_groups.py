@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_state import is_captured
+
 # A group ends at the expert with which it has this number of rows.
 _ROWS = 512
 
@@ -67,6 +69,17 @@ class ExpertGroups(NamedTuple):
                 tensor.masked_fill_(is_rest.view(-1, *[1] * (tensor.dim() - 1)), 0)
             elif self.rest < len(tensor):
                 tensor[self.rest :] = 0
+
+
+def on_host_numbers(numbers: Tensor) -> list[int]:
+    """Numbers of rows; RuntimeError in the capture of a CUDA graph, which cannot read them."""
+    if is_captured(numbers):
+        raise RuntimeError(
+            "lora_ext.experts.lora_experts: expected a call that needs nothing on the host while a "
+            "CUDA graph is captured, but how many rows each expert or adapter has is read there; "
+            "call the layer outside of the capture"
+        )
+    return numbers.tolist()
 
 
 def on_device(offs: Tensor, rows: int) -> ExpertGroups:

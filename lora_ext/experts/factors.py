@@ -252,4 +252,4 @@ def put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> N
 
 
 def _numbers(experts: int, hit: Tensor | None) -> Tensor:
-    return torch.arange(experts) if hit is None else hit
+    return torch.arange(experts, device="cpu") if hit is None else hit

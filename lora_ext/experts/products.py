@@ -20,9 +20,10 @@ from torch.nn.functional import grouped_mm
 from ..quantized.stack import QuantizedStack
 from .expert_groups import ExpertGroup
 
-# The devices on which the grouped product is one kernel. On a CPU torch loops over all experts.
+# The devices on which the grouped product is one kernel, and the major compute capabilities of
+# cards. On others torch loops over all experts, whose numbers of rows it reads on the host.
 DEVICES = ("cuda",)
-_LEAST_CARD = (8, 0)
+_CARDS = (9, 10)
 _ALIGNMENT = 16  # bytes
 
 
@@ -38,7 +39,7 @@ def are_grouped(weight: Tensor | QuantizedStack, rows: int, given: Tensor | None
         return False
     if isinstance(weight, QuantizedStack):
         return False
-    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < _LEAST_CARD:
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device)[0] not in _CARDS:
         return False
     # The rows of y and dx, and gathered rows, have the width of one of the weight's dimensions.
     are_wide = all(size * weight.element_size() % _ALIGNMENT == 0 for size in weight.shape[1:])
@@ -46,12 +47,12 @@ def are_grouped(weight: Tensor | QuantizedStack, rows: int, given: Tensor | None
 
 
 def _is_aligned(matrices: Tensor) -> bool:
-    """Whether matrices have unit stride in a dimension, and rows aligned to 16 bytes."""
+    """Whether matrices have unit stride in a dimension, and own rows aligned to 16 bytes."""
     strides = matrices.stride()
     if 1 not in strides[-2:] or matrices.data_ptr() % _ALIGNMENT:
         return False
     others = [stride for stride in strides if stride != 1]
-    return all(stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
+    return all(stride and stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
 
 
 def forward(

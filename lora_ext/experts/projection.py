@@ -104,7 +104,7 @@ def forward(
     _check_invariant(projection)
     taken = _on_device(x, weight, offs)
     if taken is None:
-        bounds = offs.tolist()
+        bounds = expert_groups.on_host_numbers(offs)
         if dropout is None and not row_block:
             numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
             if numbers:
@@ -170,7 +170,9 @@ def backward(
     weight, bias, factors, row_block = projection
     experts, _, in_features = weight.shape
     weights = None if weights is None else weights.to(s.dtype)
-    taken = _on_device(grad, weight, offs) or expert_groups.on_host(offs.tolist(), weight.device)
+    taken = _on_device(grad, weight, offs)
+    if taken is None:
+        taken = expert_groups.on_host(expert_groups.on_host_numbers(offs), weight.device)
     gradients = updates = None
     if factors is not None:
         updates = _updates_of(factors, experts, weight.dtype)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .expert_groups import ExpertGroup
+from .expert_groups import ExpertGroup, on_host_numbers
 from .factors import Factors, a_by_expert, dtype_of, is_any, made, pool_of_b, put_b
 
 # Experts whose B is copied at a time: a cache line of half precision.
@@ -77,7 +77,7 @@ class RowUpdates:
     def __init__(self, factors: Factors, experts: int, dtype: torch.dtype) -> None:
         assert factors.ends is not None
         self._factors, self._experts = factors, experts
-        self._ends: list[int] = factors.ends.tolist()
+        self._ends = on_host_numbers(factors.ends)
         self._kept = dtype_of(factors, dtype)
         self._wide = torch.promote_types(dtype, torch.float32)
         self._ranks = factors.ranks(experts)
@@ -101,7 +101,8 @@ class RowUpdates:
         device = group.offs.device
         scalings = [self._factors.scalings[adapter] for _, adapter in pairs]
         index = torch.repeat_interleave(
-            torch.tensor(numbers, dtype=torch.int32), torch.tensor(counts)
+            torch.tensor(numbers, dtype=torch.int32, device="cpu"),
+            torch.tensor(counts, device="cpu"),
         )
         rest = group.end - group.begin - len(index)
         index = torch.nn.functional.pad(index, (0, rest), value=-1)

@@ -86,7 +86,7 @@ def _values_of(codes: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.device.type != "cpu":
         return codes.float()
     # On a CPU with AVX-512 a look-up takes 0.4 of the time of torch's conversion of float8.
-    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    table = torch.arange(256, dtype=torch.uint8, device="cpu").view(codes.dtype).float()
     places = codes.contiguous().view(torch.uint8).flatten().int()
     return table.index_select(0, places).view(codes.shape)
 

@@ -18,6 +18,7 @@ from lora_ext.experts import (
     expert_groups,
     few_rows,
     lora_experts,
+    routing,
     row_factors,
 )
 from lora_ext.experts.factors import Factors
@@ -151,6 +152,7 @@ def group_rows(request, monkeypatch):
     """Rows at which a group of experts ends; with few, few experts whose B is copied together."""
     monkeypatch.setattr(expert_groups, "_ROWS", request.param)
     monkeypatch.setattr(row_factors, "_BLOCK", 2 if request.param == 8 else 32)
+    monkeypatch.setattr(routing, "_CPU_BLOCK", 100 if request.param == 8 else 1 << 18)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -298,12 +300,36 @@ def test_only_the_gradients_that_are_wanted(wanted, dtype):
     assert all(torch.equal(found[name], exact[name]) for name in found)
 
 
-@pytest.mark.parametrize("is_tensor", [False, True])
-def test_a_scaling_in_a_tensor(is_tensor):
-    layer = layer_of()
-    if is_tensor:
-        up = [a and a._replace(scaling=torch.tensor(a.scaling, dtype=F64)) for a in layer.up]
-        layer = layer._replace(up=up)
+@pytest.mark.parametrize("default", ["meta", "cuda"])
+@pytest.mark.parametrize("adapter", [None, 0], ids=["by row", "one"])
+@pytest.mark.parametrize(("dtype", "tokens"), [(F64, 40), (BF16, 40), (BF16, 1)])
+def test_another_default_device(dtype, tokens, adapter, default):
+    """On which nothing of the call is made."""
+    layer = layer_of(tokens=tokens, pair=(dtype, dtype), dropout=0.1 if tokens > 1 else 0.0)
+    wanted = layer.call(adapter, layer.grad())
+    grad = layer.grad()
+    with torch.device(default):
+        found = layer.call(adapter, grad)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("pair", [(F64, F64), (BF16, BF16)], ids=pair_id)
+def test_a_scaling_in_a_tensor(pair, dropout):
+    """Is as one in a number, also with dropout."""
+    layer = layer_of("plain", 7, pair, dropout)
+    up = [a and a._replace(scaling=torch.tensor(a.scaling, dtype=F64)) for a in layer.up]
+    wanted = {name: value.double() for name, value in layer.mixed().items()}
+    assert_close(layer._replace(up=up).mixed(), wanted, 1e-11 if pair[0] == F64 else 2e-2)
+
+
+def test_a_group_across_the_end_of_a_block_of_experts(monkeypatch):
+    """Of which B is copied together: the groups are experts 0; 1 and 2; 3; blocks have two."""
+    monkeypatch.setattr(expert_groups, "_ROWS", 8)
+    monkeypatch.setattr(row_factors, "_BLOCK", 2)
+    layer = layer_of(tokens=11)
+    x, _, weights = layer.operands
+    layer = layer._replace(operands=(x, torch.tensor([[0, 2]] * 8 + [[1, 3]] * 3), weights))
     assert_close(layer.mixed(), layer.alone(), 1e-11)
 
 
@@ -323,8 +349,8 @@ def _leaf_of(adapter):
     [
         (lambda i: i.float(), ValueError, r"integers and shape \[7\].*float32"),
         (lambda i: i[:3], ValueError, r"one for each token, but got .* of \[3\]"),
-        (lambda i: i.fill_(4), IndexError, "from -1 to 3 for 4 adapters, but got 4"),
-        (lambda i: i.fill_(-2), IndexError, "but got -2"),
+        (lambda i: i.fill_(1).index_fill_(0, torch.tensor(2), 4), IndexError, "4 adapters, .* 4$"),
+        (lambda i: i.fill_(3).index_fill_(0, torch.tensor(2), -2), IndexError, "but got -2$"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(change, error, message):

@@ -29,6 +29,20 @@ def test_one_graph(kind, adapters, forget_graphs, counter):
     assert len(set(counts)) == 1  # fullgraph: no break; and nothing is compiled again
 
 
+def test_one_projection_whose_factors_alone_are_trained(forget_graphs, counter):
+    """Neither x nor the router's weights have a gradient, as in a first layer."""
+    model, operands = (
+        accelerated(mixture("plain", names=["down_proj"])).base_model.model,
+        make_routes(9),
+    )
+    factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    eager, compiled = (
+        dict(zip(factors, torch.autograd.grad(y.square().sum(), [*factors.values()]), strict=True))
+        for y in (model(*operands), torch.compile(model, backend=counter)(*operands))
+    )
+    assert_close(compiled, eager, 1e-12)
+
+
 def test_without_gradients_and_float32_adapters(forget_graphs, counter):
     model = accelerated(mixture(dtype=BF16, adapter_dtype=F32))
     compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, lora_experts, products
+from lora_ext.torch_state import is_captured
 
 EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
+CARDS = products._CARDS
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,7 @@ def grouped(monkeypatch):
     """No group of experts is made by numbers that the host reads."""
     monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(expert_groups, "on_host", None)
+    monkeypatch.setattr(products, "_CARDS", range(8, 20))
 
 
 def swiglu(z: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ def make_case(
     with_bias: bool = False,
     is_transposed: bool = False,
 ) -> Case:
-    """Some of the slots have the number of no expert, one expert no slot."""
+    """Some of the slots have the number of no expert, and a weight that is none; one expert has no
+    slot."""
     generator = torch.Generator().manual_seed(tokens)
 
     def draw(*shape: int, dtype: torch.dtype = pair[0]) -> Tensor:
@@ -85,7 +89,8 @@ def make_case(
     index = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :3]
     index[index == 2] = EXPERTS
     experts = Experts(*weights, swiglu, *biases, is_transposed)
-    router = torch.rand(tokens, 3, generator=generator).to(pair[0]).to(device)
+    router = torch.rand(tokens, 3, generator=generator).to(pair[0])
+    router = router.masked_fill(index == EXPERTS, torch.nan).to(device)
     return Case(experts, draw(tokens, HIDDEN), index.to(device), router, factors)
 
 
@@ -158,6 +163,8 @@ def test_tokens_with_adapters_of_their_own(device, pair, tokens):
 @pytest.mark.gpu
 def test_nothing_is_read_on_the_host(cuda):
     """Of a second call: at the first the kernels are checked."""
+    if torch.cuda.get_device_capability()[0] not in CARDS:
+        pytest.skip("torch's grouped product is a loop on this card")
     case = make_case((BF16, F32), cuda, 300)
     case.step(lora_experts)
     torch.cuda.set_sync_debug_mode("error")
@@ -175,6 +182,8 @@ def test_nothing_is_read_on_the_host(cuda):
         (BF16, 32, torch.empty(5, 40, dtype=BF16)[:, 1:33], False),
         (BF16, 32, torch.empty(5, 36, dtype=BF16)[:, :32], False),
         (BF16, 32, torch.empty(0, 32, dtype=BF16), False),
+        (BF16, 32, torch.empty(1, 32, dtype=BF16).expand(5, 32), False),
+        (BF16, 32, torch.empty((), dtype=BF16).expand(5, 32), False),
         (BF16, 20, None, False),
         (F16, 32, None, False),
         (F32, 32, None, False),
@@ -185,3 +194,29 @@ def test_what_the_grouped_product_takes(dtype, columns, rows, takes):
     weight = torch.empty(EXPERTS, 48, columns, dtype=dtype)
     count = 5 if rows is None else len(rows)
     assert products.are_grouped(weight, count, rows) == takes
+
+
+class OfCard(Tensor):
+    """On a CPU; says otherwise."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_cards_without_the_kernel(capability, monkeypatch):
+    """Where torch's grouped product is a loop that reads the numbers of rows on the host."""
+    monkeypatch.setattr(products, "_CARDS", CARDS)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = torch.empty(EXPERTS, 48, 32, dtype=BF16).as_subclass(OfCard)
+    assert products.are_grouped(weight, 5, None) == (capability[0] in (9, 10))
+
+
+def test_a_capture(monkeypatch):
+    """All experts are one product, so it can be captured; adapters of rows are read on the host."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert is_captured(torch.empty(1).as_subclass(OfCard)) and not is_captured(torch.empty(1))
+    monkeypatch.setattr(expert_groups, "is_captured", lambda tensor: True)
+    case = make_case((BF16, BF16), "cpu")
+    case.step(lora_experts)
+    with pytest.raises(RuntimeError, match="call the layer outside of the capture"):
+        case.step(lambda *call: lora_experts(*call, torch.zeros(40, dtype=torch.int32)))

@@ -7,10 +7,19 @@ from helpers import BF16, F16, F32, F64, pair_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft_helpers import accelerated, exact_model, reasons
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, few_rows, lora_experts
+from lora_ext import _C
+from lora_ext.experts import (
+    Experts,
+    ExpertsAdapter,
+    expert_groups,
+    few_rows,
+    lora_experts,
+    routing,
+)
 from lora_ext.experts.factors import Factors
+from lora_ext.experts.projection import Projection, Rows, backward
 
 ROUNDED = "float32 gate"  # by the gate itself
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
@@ -24,8 +33,9 @@ def assert_as_peft(model, *operands, kind="plain") -> None:
 
 @pytest.fixture(params=[8, 512])
 def group_rows(request, monkeypatch):
-    """Rows at which a group of experts ends."""
+    """Rows at which a group of experts ends; with few, few elements that are summed together."""
     monkeypatch.setattr(expert_groups, "_ROWS", request.param)
+    monkeypatch.setattr(routing, "_CPU_BLOCK", 100 if request.param == 8 else 1 << 18)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])
@@ -40,6 +50,17 @@ def test_no_tokens(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_layout(kind, tokens, group_rows):
     assert_as_peft(mixture(kind), *make_routes(tokens), kind=kind)
+
+
+@pytest.mark.parametrize("dtype", [F64, BF16])
+def test_a_capture_is_refused_where_the_host_reads_rows(dtype, monkeypatch):
+    """In forward and in backward; a double says that a CUDA graph is captured."""
+    model, operands = accelerated(mixture(dtype=dtype)), make_routes(3, dtype=dtype)
+    y, is_captured = model(*operands), lambda tensor: True
+    monkeypatch.setattr(expert_groups, "is_captured", is_captured)
+    for call in (lambda: model(*operands), y.sum().backward):
+        with pytest.raises(RuntimeError, match="call the layer outside of the capture"):
+            call()
 
 
 @pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
@@ -104,11 +125,13 @@ def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
         assert error <= 2 * of_peft + floor, name
 
 
+@pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("out_features", [24, 600])
+@pytest.mark.parametrize("out_features", [25, 600])
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
-def test_few_rows(pair, out_features, is_transposed, monkeypatch):
+def test_few_rows(pair, out_features, is_transposed, threads, monkeypatch, request):
     """Of one to five rows of an expert, with biases and two adapters; rounded once."""
+    request.getfixturevalue(threads)
     monkeypatch.setattr(few_rows, "MOST_ROWS", 5)  # more than the kernel takes at a time
     weight = torch.randn(EXPERTS, out_features, 40).to(pair[0])
     if is_transposed:
@@ -133,6 +156,48 @@ def test_few_rows(pair, out_features, is_transposed, monkeypatch):
     torch.testing.assert_close(s.double(), torch.cat(low_rank, 1), rtol=1e-5, atol=1e-4)
     half = torch.finfo(pair[0]).eps / 2
     torch.testing.assert_close(y.double(), exact, rtol=1.01 * half, atol=1e-4)
+
+
+@pytest.mark.parametrize("panels", ["none", "float32"])
+@pytest.mark.parametrize("want_x", [False, True])
+@pytest.mark.parametrize("is_by_row", [False, True])
+def test_gradients_of_float32_factors_round_nothing_to_half(is_by_row, want_x, panels):
+    """Rows with weights, as of the second projection: neither the row nor dS is rounded."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (240, 24), (240, 40), (EXPERTS, 24, 40)
+    g, x, weight = (torch.randn(each, generator=generator).to(BF16) for each in shapes)
+    of_row, w = torch.arange(240) // 40, torch.rand(240, generator=generator)
+    ranks, scalings, ends = (3, 2), (0.5, -2.0), None
+    own = [torch.ones(240, dtype=torch.bool)] * 2
+    if is_by_row:  # of each expert 10 rows with none, 20 with the first, 10 with the second
+        ends = (torch.tensor([10, 30, 40]) + 40 * torch.arange(EXPERTS)[:, None]).flatten().int()
+        place = torch.arange(240) % 40
+        own = [(place >= 10) & (place < 30), place >= 30]
+    lora_a = [torch.randn(EXPERTS * r, 40, generator=generator) for r in ranks]
+    lora_b = [torch.randn(24, r * EXPERTS, generator=generator) for r in ranks]
+    parts, exact_a, exact_b = [], [], []
+    for a, b, scaling, mine in zip(lora_a, lora_b, scalings, own, strict=True):
+        by_expert = a.double().view(EXPERTS, -1, 40), b.double().view(24, -1, EXPERTS)
+        part = torch.einsum("mk,mrk->mr", x.double(), by_expert[0][of_row])
+        ds = torch.einsum("mo,orm->mr", g.double(), by_expert[1][..., of_row])
+        of_expert = nn.functional.one_hot(of_row, EXPERTS) * (scaling * w.double() * mine)[:, None]
+        exact_a.append(torch.einsum("me,mr,mk->erk", of_expert, ds, x.double()).view_as(a))
+        exact_b.append(torch.einsum("me,mo,mr->ore", of_expert, g.double(), part).reshape(b.shape))
+        parts.append(part)
+    s = torch.cat(parts, 1)
+    if is_by_row:
+        s = torch.where(own[1][:, None], nn.functional.pad(parts[1], (0, 1)), parts[0])
+    factors = Factors(lora_a, lora_b, scalings, ends)
+    offs = torch.arange(40, 241, 40, dtype=torch.int32)
+    _C.set_cpu_panels(panels)
+    try:
+        call = Rows(g), Rows(x), w, Projection(weight, None, factors), s.float(), offs, want_x
+        found = backward(*call, [True] * 2, [True] * 2)
+    finally:
+        _C.set_cpu_panels("auto")
+    names = [f"{name}{i}" for name in "AB" for i in range(2)]
+    given = dict(zip(names, [*found.dlora_a, *found.dlora_b], strict=True))
+    assert_close(given, dict(zip(names, [*exact_a, *exact_b], strict=True)), 1e-4)
 
 
 def test_rows_that_the_op_does_not_take():
@@ -187,7 +252,7 @@ def test_the_same_bits_each_time(kind, two_threads):
 
 @pytest.mark.parametrize("kind", ["transposed, biases, interleaved", "norm"])
 def test_numbers_of_no_expert_add_nothing(kind):
-    """They are as slots of weight 0, and their weights have no gradient."""
+    """They are as slots of weight 0, whatever it is, and their weights have no gradient."""
     experts = Experts.of(make_experts(kind))
     sides = [(16, 48), (24, 16)]
     factors = [torch.randn(EXPERTS * 2, n, dtype=F64) for n, _ in sides]
@@ -204,7 +269,8 @@ def test_numbers_of_no_expert_add_nothing(kind):
         return [y.detach(), *torch.autograd.grad(y, [*inputs, *leaves], torch.ones_like(y))]
 
     nobody = torch.tensor([EXPERTS, -1, -(2**63), 2**63 - 1]).repeat(4)
-    found = step(index.masked_scatter(absent, nobody), weights)
+    unknown = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=F64).repeat(4)
+    found = step(index.masked_scatter(absent, nobody), weights.masked_scatter(absent, unknown))
     exact = step(index, weights.masked_fill(absent, 0.0))
     exact[2] = exact[2].masked_fill(absent, 0.0)
     for one, other in zip(found, exact, strict=True):
