@@ -129,8 +129,9 @@ def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("out_features", [25, 600])
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
-def test_few_rows(pair, out_features, is_transposed, threads, monkeypatch, request):
-    """Of one to five rows of an expert, with biases and two adapters; rounded once."""
+def test_few_rows(pair, out_features, is_transposed, threads, deterministic, monkeypatch, request):
+    """Of one to five rows of an expert, with biases and two adapters; rounded once. Memory that
+    nobody writes is NaN."""
     request.getfixturevalue(threads)
     monkeypatch.setattr(few_rows, "MOST_ROWS", 5)  # more than the kernel takes at a time
     weight = torch.randn(EXPERTS, out_features, 40).to(pair[0])
