@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST_TORCH := 2.11
 , := ,
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -15,7 +16,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc emulator lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-rest test-kernels test-gpu nightly bench bench-full bench-models
+.PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters demo demo-experts demo-many gpu
 .PHONY: sass sanitize docs wheel clean
 
@@ -31,14 +32,14 @@ BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
 build: $(BUILT)
 
-# A PYTHON that has torch lends its packages to the environment: nothing is downloaded twice, and
+# A PYTHON that has torch lends its packages to the environment, unless TORCH names another: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
 # in a virtual environment itself, which --system-site-packages would pass over. pip comes that way,
 # too: a system's Python can lack ensurepip.
 $(VENV)/.torch:
 	$(PYTHON) -m venv --without-pip $(VENV)
 	site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-	$(PYTHON) -c "$$LENT_PACKAGES" >$$site/lent.pth
+	$(if $(TORCH),true,$(PYTHON) -c "$$LENT_PACKAGES") >$$site/lent.pth
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then
 	    $(PY) -m ensurepip >/dev/null || {
 	        echo "$(PYTHON) has neither pip nor ensurepip: install its package python3-venv" >&2
@@ -47,7 +48,7 @@ $(VENV)/.torch:
 	    # The old setuptools that comes along before Python 3.12 would hide a newer one.
 	    $(PIP) uninstall --yes setuptools
 	fi
-	$(PY) -c "$$BUILDS_WITH" 2>/dev/null || $(PIP) install 'torch>=2.11' 'setuptools>=77' ninja
+	$(PY) -c "$$BUILDS_WITH" 2>/dev/null || $(PIP) install '$(or $(TORCH),torch>=$(OLDEST_TORCH))' 'setuptools>=77' ninja
 	touch $@
 
 define BUILDS_WITH
@@ -142,6 +143,37 @@ test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.ker
 sass: $(VENV)/.kernel-oracles
 	$(PY) scripts/sass.py $(ARGS)
 
+# A part of the tests on other versions of transformers and PEFT, beside the torch and the build of $(VENV):
+# the oldest that lora_ext/versions.py names, or the newest there are.
+PINNED := from lora_ext.versions import SUPPORTED as s; print(*(p + "==" + s[p][0] for p in ("transformers", "peft")))
+AT_ENDS := tests/contract/test_numerics.py tests/contract/test_row_adapters.py tests/experts/test_experts_types.py \
+    tests/experts/test_experts_apply.py tests/quantized/test_quantized_linear.py
+# What the oldest lack: models, PEFT's "all-linear".
+NOT_AT_ENDS := as_many_parameters or all_linear_reaches
+test-oldest test-newest: $(VENV)/.extras
+	venv=build/$@
+	$(PY) -m venv --clear --without-pip $$venv
+	site=$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	$(PY) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >$$site/lent.pth
+	$$venv/bin/python -m pip --disable-pip-version-check --quiet install --upgrade \
+	    $(if $(filter test-oldest,$@),$$($(PY) -c '$(PINNED)'),transformers peft)
+	$$venv/bin/python -m pytest -n auto --dist worksteal -k 'not ($(NOT_AT_ENDS))' $(AT_ENDS) $(ARGS)
+
+# The same on the oldest torch, and on the oldest and the newest Python found, each in a copy of the tree
+# with a build of its own, since an editable build is in its tree.
+PYTHONS = $$(compgen -c python3. | grep -xE 'python3[.]1[0-9]' | sort -uV | sed -n '1p;$$p' | uniq)
+test-ends:
+	failed=
+	end() { # NAME [VARIABLE=VALUE]...
+	    mkdir -p build/ends/$$1
+	    cp -a Makefile setup.py pyproject.toml LICENSE README.md docs $(FOLDERS) build/ends/$$1
+	    env -u MAKEFLAGS -u MAKELEVEL make -C build/ends/$$1 VENV=.venv "$${@:2}" test \
+	        ARGS="$(AT_ENDS) -k 'not ($(NOT_AT_ENDS))'" || failed+=" $$1"
+	}
+	end torch 'TORCH=torch==$(OLDEST_TORCH).*' PYTHON=$(PYTHON)
+	for python in $(PYTHONS); do end $$python PYTHON=$$python; done
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
 test-gpu: $(VENV)/.extras
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -163,6 +195,8 @@ nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools
 	    $(PYTEST) --dist loadfile -m '$(DAILY)' tests/op tests/layers tests/packing tests/pool tests/peft
 	part $(PYTEST) --dist loadfile -m kernels emulator tests/emulated --first-seed $$seed
 	part env PYTHONPATH=tests $(PY) -m emulated.mutants.verdicts --search
+	part make VENV=$(VENV) test-oldest test-newest
+	part make VENV=$(VENV) PYTHON=$(PYTHON) test-ends
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # The site, in build/site.

@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from peft_helpers import randomize
 from torch import Tensor, nn
 
+from lora_ext.experts.decorated import up_name
+
 EXPERTS, HIDDEN, INNER = 6, 16, 24
 
 # A kind of each layout: transformers' model and class.
@@ -82,7 +84,7 @@ class Mixture(nn.Module):
 
 
 def both(experts: nn.Module) -> list[str]:
-    return ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    return [up_name(experts), "down_proj"]
 
 
 def mixture(

@@ -32,6 +32,7 @@ REST = {
     "project/test_setup.py",
     "project/test_setup_cuda.py",
     "project/test_verification.py",
+    "project/test_versions.py",
     "project/test_wheel.py",
     "quantized/test_quantized_distributed.py",
 }

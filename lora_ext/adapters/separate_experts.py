@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts.decorated import up_name
+from ..experts.decorated import has_gate, is_concatenated, up_name
 from ..models.mixtures import routers
 from ..nn.experts import is_experts
 from ..quantized.stack import QuantizedStack
@@ -262,13 +262,13 @@ def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
 
 def _is_taken(module: Any) -> bool:
     """Whether the module is experts whose stack has the gate's rows before those of up."""
-    return module is not None and is_experts(module) and module.is_concatenated
+    return module is not None and is_experts(module) and is_concatenated(module)
 
 
 def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> list[Stack]:
     """The stacks of a module's parameters, that of the innermost wrapper first."""
     rows = {
-        up_name(module): ("gate_proj", "up_proj") if module.has_gate else ("up_proj",),
+        up_name(module): ("gate_proj", "up_proj") if has_gate(module) else ("up_proj",),
         "down_proj": ("down_proj",),
     }
     known = [part for parts in rows.values() for part in parts]

@@ -39,9 +39,33 @@ def is_decorated(kind: type) -> bool:
     return getattr(kind.forward, "__code__", None) is _forward
 
 
+# Attributes that instances of older releases lack, with what holds there by their sources: 5.0 has
+# no `has_gate`, no `is_concatenated`, 5.17 no `_is_expert_parallel`, 5.19 no `has_post_expert_norm`
+
+
+def has_gate(module: Any) -> bool:
+    return getattr(module, "has_gate", True)
+
+
+def is_concatenated(module: Any) -> bool:
+    """Whether the rows of gate and up are not interleaved; in 5.0 those of GPT-OSS alone are."""
+    return getattr(module, "is_concatenated", not module.is_transposed)
+
+
+def is_parallel(module: Any) -> bool:
+    """Whether this process has a part of the experts, or, before 5.18, of each of them, too."""
+    plan = getattr(module, "_hf_tp_plan", None)
+    return getattr(module, "_is_expert_parallel", plan is not None)
+
+
+def norm_of(module: Any) -> Any:
+    """The norm of each row of the down projection's result, or None."""
+    return module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+
+
 def up_name(module: Any) -> str:
     """The name of the first projection's weight."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
+    return "gate_up_proj" if has_gate(module) else "up_proj"
 
 
 def weight_of(module: Any, name: str) -> Tensor | QuantizedStack:
@@ -64,7 +88,7 @@ def workspace_bytes(module: Any) -> int:
 
 def obstacle(module: Any) -> str:
     """Why `lora_experts` cannot compute a decorated module for any input, or ""."""
-    if module._is_expert_parallel:
+    if is_parallel(module):
         return "the experts are parallel"
     if getattr(module.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
         return "the experts' implementation is not one of transformers' own"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..quantized.stack import QuantizedStack
-from .decorated import up_name, weight_of
+from .decorated import has_gate, norm_of, up_name, weight_of
 
 
 class Experts(NamedTuple):
@@ -43,11 +43,11 @@ class Experts(NamedTuple):
             weight_of(module, name),
             weight_of(module, "down_proj"),
             # `_apply_gate` exists also in a module without a gate, but it would split its input.
-            module._apply_gate if module.has_gate else module.act_fn,
+            module._apply_gate if has_gate(module) else module.act_fn,
             getattr(module, f"{name}_bias") if module.has_bias else None,
             module.down_proj_bias if module.has_bias else None,
             module.is_transposed,
-            module.post_expert_norm if module.has_post_expert_norm else None,
+            norm_of(module),
             any(each.requires_grad for part in parts for each in part.parameters()),
         )
 

@@ -19,6 +19,7 @@ from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..nn.adapter_spec import MAX_RANK, AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.module import adaptable_parameters
+from ..versions import TOO_OLD
 from .config import LoRAConfig
 from .patterns import is_name_of, is_pattern, matches
 
@@ -56,15 +57,19 @@ def warn_of_other_experts(model: nn.Module, where: str) -> None:
     """
     found = {
         type(module).__name__
-        for module in model.modules()
-        if "Experts" in type(module).__name__ and not is_experts(module)
+        for path, module in model.named_modules()
+        if "expert" in f"{path} {type(module).__name__}".lower() and not is_experts(module)
+        if not isinstance(module, nn.modules.conv._ConvNd)
         if any(p.dim() > 2 for p in module.parameters(recurse=False))
     }
     if found:
+        why = TOO_OLD["transformers"] or (
+            "transformers' use_experts_implementation does not decorate them; PEFT's "
+            "target_parameters may take them: "
+            "lora_ext.accelerate(peft.get_peft_model(model, config))"
+        )
         warnings.warn(
-            f"lora_ext.{where}: 'all-linear' leaves out the experts of {sorted(found)}, which "
-            "transformers' use_experts_implementation does not decorate; PEFT's target_parameters "
-            "may take them: lora_ext.accelerate(peft.get_peft_model(model, config))",
+            f"lora_ext.{where}: 'all-linear' leaves out the experts of {sorted(found)}: {why}",
             stacklevel=3,
         )
 

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
-from ..experts.decorated import is_decorated, obstacle, operands, quantised_note, up_name
+from ..experts.decorated import (
+    is_decorated,
+    is_parallel,
+    obstacle,
+    operands,
+    quantised_note,
+    up_name,
+)
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
 from ..torch_state import is_transformed
@@ -17,8 +24,8 @@ from .module import LoRAModule
 from .parameter import LoRAParameter
 from .row_adapters import RowAdapters
 
-# Attributes that transformers' decorator sets on each instance.
-_MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
+# Attributes that transformers' decorator sets on each instance, in all releases.
+_MARKS = ("has_bias", "is_transposed")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -70,7 +77,7 @@ class LoRAExperts(LoRAModule):
             )
         dtypes = {p.dtype for p in base._parameters.values() if p is not None and p.dim() == 3}
         problem = ""
-        if base._is_expert_parallel:
+        if is_parallel(base):
             problem = "all experts in this process, but they are expert parallel"
         elif not dtypes <= set(FLOATS):
             problem = f"weights that are not quantised, but got {sorted(map(str, dtypes))}"

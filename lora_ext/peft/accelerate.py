@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable
 from typing import TypeVar
@@ -10,11 +9,9 @@ from typing import TypeVar
 from torch import nn
 
 from ..packing import pack_for
+from ..versions import SUPPORTED, refusal
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# Older versions lack attributes of layers, which would fail only in a forward.
-_MINIMUM_PEFT = (0, 19)
 
 
 def accelerate(
@@ -50,7 +47,7 @@ def accelerate(
         those of AdaLoRA, a warning names them.
 
     Raises:
-        ImportError: peft is not installed, or older than 0.19.
+        ImportError: peft is not installed, or older than `lora_ext.versions` says.
         TypeError: model is not an nn.Module.
         ValueError: no module of it is a LoRA layer of PEFT; expert_dropout is out of its range, or
             there are no experts with adapters, or some need PEFT's forward. The model is then
@@ -129,16 +126,14 @@ def _import_peft(function: str) -> None:
         raise ImportError(
             f"lora_ext.{function}: expected peft to be installed; pip install peft"
         ) from error
-    release = re.match(r"(\d+)\.(\d+)", peft.__version__)
-    if release and tuple(map(int, release.groups())) < _MINIMUM_PEFT:
-        raise ImportError(
-            f"lora_ext.{function}: expected peft 0.19 or newer, but got {peft.__version__}; "
-            "pip install --upgrade peft"
-        )
+    # An older one lacks attributes of layers, which would fail only in a forward.
+    if old := refusal("peft", peft.__version__):
+        raise ImportError(f"lora_ext.{function}: {old}")
     try:
         from . import swap  # noqa: F401
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"lora_ext.{function}: expected a peft whose LoRA layers are those of 0.21, but got "
-            f"{peft.__version__}, in which something is missing: {error}"
+            f"lora_ext.{function}: expected a peft whose LoRA layers are those of "
+            f"{SUPPORTED['peft'][1]}, but got {peft.__version__}, in which something is missing: "
+            f"{error}"
         ) from error

@@ -12,6 +12,7 @@ from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
 from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
+from ..versions import TOO_OLD
 from .chain import Chain, Target
 from .reasons import has_hooks
 
@@ -39,7 +40,10 @@ def reason(chain: Chain, by_row: bool = False) -> str:
 
 def _module_reason(base: Any) -> str:
     if not decorated.is_decorated(type(base)):
-        return "the module is not one of transformers' use_experts_implementation"
+        return (
+            TOO_OLD["transformers"]
+            or "the module is not one of transformers' use_experts_implementation"
+        )
     if "forward" in base.__dict__:
         return "the experts' forward is replaced on the instance"
     has_others = has_hooks(base) and not has_own_hooks_alone(base)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..dtypes import HALVES
 from ..torch_state import is_plain
+from ..versions import TOO_OLD
 from .devices import has_kernels
 from .stack import FlatStack, QuantizedStack
 from .weight import QuantizedWeight
@@ -184,6 +185,8 @@ class FourBitStack(QuantizedStack):
 
 def four_bit_stack(codes: Tensor, state: Any) -> FourBitStack | str:
     """The stack of packed codes and their `QuantState`, or why it is not supported."""
+    if TOO_OLD["bitsandbytes"]:
+        return TOO_OLD["bitsandbytes"]
     shape, size, nested = tuple(state.shape), state.blocksize, None
     if len(shape) != 3:
         return "a quantised parameter is not a stack of matrices"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..torch_state import compute_dtype, is_autocast
+from ..versions import TOO_OLD
 from .base import QuantizedBase
 from .devices import has_kernels
 from .few_rows import FEW_ROWS, own_product_wins
@@ -130,6 +131,8 @@ class EightBitWeight(QuantizedWeight):
 
 def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     """The base of a `Linear4bit` for x, or why it has to be called."""
+    if TOO_OLD["bitsandbytes"]:
+        return TOO_OLD["bitsandbytes"]
     weight = layer._parameters["weight"]
     state = getattr(weight, "quant_state", None) or layer.quant_state
     if state is None:
@@ -192,6 +195,8 @@ def _has_cuda_kernel(layer: Any, state: Any, x: Tensor) -> bool:
 
 def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     """The base of a `Linear8bitLt` for x, or why it has to be called."""
+    if TOO_OLD["bitsandbytes"]:
+        return TOO_OLD["bitsandbytes"]
     state, weight = layer.state, layer._parameters["weight"]
     # A weight that FSDP gathered has lost both; the layer's own forward then fails.
     codes, scale = getattr(weight, "CB", None), getattr(weight, "SCB", None)

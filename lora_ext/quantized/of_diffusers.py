@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..versions import TOO_OLD
 from .base import QuantizedBase, dtype_as_stored
 from .of_gguf import GgufWeight
 
@@ -47,6 +48,8 @@ def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         layer: a `GGUFLinear`.
         x: ``[..., in]``; None for an x in the compute dtype.
     """
+    if TOO_OLD["diffusers"]:
+        return TOO_OLD["diffusers"]
     from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
 
     weight, bias = layer.weight, layer.bias

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..torch_state import compute_dtype
+from ..versions import TOO_OLD
 from .base import QuantizedBase, dtype_as_stored, with_bias_dtype
 from .torchao_weights import CodesWeight, NF4Weight, ScaledCodesWeight, TorchaoWeight
 
@@ -40,6 +41,8 @@ def torchao_base(layer: Any, x: Tensor | None) -> QuantizedBase | str | None:
     weight = layer._parameters.get("weight")
     if not type(weight).__module__.startswith("torchao."):
         return None
+    if TOO_OLD["torchao"]:
+        return TOO_OLD["torchao"]
     if weight.requires_grad:
         return TRAINED
     name = type(weight).__name__

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dtypes import HALVES
 from ..torch_state import is_plain
+from ..versions import TOO_OLD
 from .of_torchao import (
     QUANTISES_X,
     SCALES_X,
@@ -155,7 +156,7 @@ def torchao_stack(tensor: Any) -> TorchaoStack | str | None:
 def _stack_of(tensor: Any) -> TorchaoStack | str | None:
     if tensor.dim() != 3:
         return None
-    reason = _reason(type(tensor).__name__, tensor)
+    reason = TOO_OLD["torchao"] or _reason(type(tensor).__name__, tensor)
     if reason:
         return reason
     codes, scale, zero = tensor.qdata, tensor.scale, getattr(tensor, "zero_point", None)

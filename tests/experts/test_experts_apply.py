@@ -13,6 +13,7 @@ import lora_ext
 from lora_ext import LoRAConfig, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import LoRAExperts, LoRAParameter
+from lora_ext.versions import TOO_OLD
 
 LAYERS = [f"model.layers.{i}" for i in range(2)]
 ATTENTION = [f"{n}_proj" for n in "qkvo"]
@@ -130,16 +131,41 @@ def test_experts_that_cannot_have_adapters_are_refused(change, message):
     apply_lora(model, LoRAConfig("all-linear", exclude_modules=["experts"]))
 
 
-def test_experts_of_another_layout_are_not_left_out_in_silence():
+def test_experts_of_another_layout_are_not_left_out_in_silence(monkeypatch):
     model = mixture(num_hidden_layers=1)
     experts = nn.Module()
     experts.gate_up_proj = nn.Parameter(torch.zeros(5, 16, 24))
     experts.__class__ = type("OtherExperts", (nn.Module,), {})
     model.others = experts
-    with pytest.warns(UserWarning, match=r"leaves out the experts of \['OtherExperts'\]"):
+    words = r"leaves out the experts of \['OtherExperts'\]: transformers' use_experts_implem"
+    with pytest.warns(UserWarning, match=words):
         apply_lora(copy.deepcopy(model), LoRAConfig("all-linear"))
-    with pytest.warns(UserWarning, match=r"AdapterPool: .* leaves out .* \['OtherExperts'\]"):
+    experts.__class__, model.experts = (
+        type("Stacks", (nn.Module,), {}),
+        model._modules.pop("others"),
+    )
+    model.expert_conv = nn.Conv1d(4, 4, 3)  # no stack of experts
+    monkeypatch.setitem(TOO_OLD, "transformers", "expected transformers 5.0")
+    with pytest.warns(UserWarning, match=r"experts of \['Stacks'\]: expected transformers 5.0$"):
+        apply_lora(copy.deepcopy(model), LoRAConfig("all-linear"))
+    with pytest.warns(UserWarning, match=r"AdapterPool: .* leaves out .* \['Stacks'\]"):
         lora_ext.AdapterPool(model, 2, 4)
+
+
+def test_experts_of_the_oldest_transformers_are_not_left_out():
+    """Its decorator sets less on instances."""
+    models = [mixture(num_hidden_layers=1) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for name in ("has_gate", "is_concatenated", "_is_expert_parallel", "has_post_expert_norm"):
+        models[1].model.layers[0].mlp.experts.__dict__.pop(name, None)
+    paths = []
+    for model in models:
+        torch.manual_seed(1)
+        apply_lora(model, LoRAConfig("all-linear", r=2))
+        paths.append([path for path, _ in lora_layers(model)])
+    assert paths[0] == paths[1] and any("experts" in path for path in paths[0])
+    ids = torch.arange(12)[None]
+    assert torch.equal(*(model(input_ids=ids).logits for model in models))
 
 
 def two_adapters(kind="gpt_oss"):

@@ -198,6 +198,28 @@ REASONS = {
 }
 
 
+# Release -> what its decorator does not set on instances, for experts that are not as by default.
+LACKS = {
+    "5.0": ("has_gate", "is_concatenated", "_is_expert_parallel", "has_post_expert_norm"),
+    "5.17": ("_is_expert_parallel", "has_post_expert_norm"),
+    "5.19": ("has_post_expert_norm",),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved"])
+@pytest.mark.parametrize("release", LACKS)
+def test_experts_of_older_releases(release, kind):
+    model = mixture(kind)
+    for name in LACKS[release]:
+        experts_of(model).__dict__.pop(name, None)
+    fast, operands = accelerated(model), make_routes(9)
+    assert {path for path, _ in reasons(fast)} == {"fused"}
+    assert_close(run(fast, *operands), run(model, *operands), 1e-11)
+    if release != "5.19":  # before 5.18 a plan of tensor parallelism alone tells of parallel ones
+        experts_of(fast)._hf_tp_plan = "moe_tp_experts"
+        assert reasons(fast) == {("peft", "the experts are parallel")}
+
+
 @pytest.mark.parametrize("reason", REASONS)
 def test_reasons_for_pefts_forward(reason, monkeypatch):
     from transformers.integrations import moe
