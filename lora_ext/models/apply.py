@@ -10,6 +10,7 @@ from torch import nn
 from ..nn import LoRALayer, LoRAModule
 from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from ..packing import pack_for
+from ..quantized.panels import put_back_for_training
 from .config import LoRAConfig, not_a_config
 from .find import ALL_LINEAR, find_saved, find_targets, replacement_for
 from .mixtures import chosen, warn_of_other_experts
@@ -91,6 +92,7 @@ def apply_lora(
                 layer.delete_adapter(adapter)
             raise
     install(model, replaced)
+    put_back_for_training(model)
     biases = _trained_biases(model, layers, config.bias)
     for module in saved:
         mark_saved(module, SAVED_BY, adapter)

@@ -23,6 +23,7 @@ from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
 from ..nn.updates import Update
 from ..quantized.layers import QuantizedBase, quantized_base
+from ..quantized.panels import has_others
 from ..torch_state import is_onnx_export, is_plain, is_transformed
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether hooks observe or change the module's inputs, outputs or gradients."""
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or (module._forward_pre_hooks and has_others(module._forward_pre_hooks))
         or module._backward_hooks
         or module._backward_pre_hooks
     )

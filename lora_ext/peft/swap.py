@@ -12,6 +12,7 @@ from peft.tuners.lora import model as peft_model
 from torch import nn
 
 from ..packing.layers import packable_layers
+from ..quantized.panels import put_back_for_training
 from . import expert_dropout, mixed_batch
 from .embedding import Embedding
 from .linear import Linear
@@ -92,4 +93,5 @@ def swap(model: nn.Module, back: bool = False) -> int:
             if "forward" in state and not back:
                 state[REPLACED] = state["forward"]
             count += isinstance(module, peft_layers.LoraLayer)
+    put_back_for_training(model, remove=back)
     return count

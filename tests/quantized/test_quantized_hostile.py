@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from helpers import BF16, F32, make_problem
+from peft import LoraConfig, get_peft_model
 from peft_helpers import paths, step
 from quantized_helpers import Rows, quantized_rows
-from quantized_models import KINDS, make_x, quantized_net
+from quantized_models import KINDS, WIDTH, bnb_four_bits, make_x, quantized_net
+from torch import nn
 
 import lora_ext
 from lora_ext.quantized import workspace
@@ -128,6 +130,41 @@ def test_evaluation_between_forward_and_backward():
     # Scales are rounded to bfloat16 in the other order.
     error = (x.grad - wanted["dx"]).abs().max()
     assert error <= 1e-2 * wanted["dx"].abs().max()
+
+
+@pytest.mark.parametrize("adapted", [["0", "2"], ["0", "1", "2"]], ids=["some", "all"])
+@pytest.mark.parametrize("way", ["peft", "ours"])
+def test_training_goes_on_after_each_evaluation(way, adapted):
+    """Layers without adapters pass a gradient on, too, as bitsandbytes' panels do not."""
+    pytest.importorskip("bitsandbytes")
+    losses, target = {}, torch.randn(40, WIDTH)
+    for every in (0, 5):
+        torch.manual_seed(1)
+        layers = [bnb_four_bits(nn.Linear(WIDTH, WIDTH), F32) for _ in range(3)]
+        model = nn.Sequential(*layers).requires_grad_(False)
+        if way == "ours":
+            lora_ext.apply_lora(model, lora_ext.LoRAConfig(adapted, r=4))
+        else:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=adapted))
+            lora_ext.accelerate(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1e-2)
+        losses[every] = []
+        for number in range(20):
+            if every and number % every == 0:
+                with torch.no_grad():
+                    model.eval()(make_x().float())
+                model.train()
+            loss = (model(make_x().float()) - target[: len(make_x())]).square().mean()
+            loss.backward()
+            assert all(p.grad is not None for p in trained)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[every].append(loss.item())
+        assert way == "ours" or set(paths(model).values()) == {"fused"}
+    # Scales are rounded to bfloat16 by the evaluation.
+    assert losses[5] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[0][-1] < 0.9 * losses[0][0]
 
 
 def test_transforms_are_refused_and_without_gradients_work():

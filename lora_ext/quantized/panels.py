@@ -1,0 +1,51 @@
+"""bitsandbytes' 4-bit layers that train on a CPU after an evaluation.
+
+A forward in eval mode on a CPU with AVX512_BF16 lays a `Linear4bit`'s weight out in panels, for a
+product that has no gradient for x; nothing puts it back for training. A hook on each layer does.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def before_forward(layer: Any, args: tuple) -> None:
+    """The hook: a forward that trains, or needs a gradient of x, reads the weight as quantised."""
+    weight = layer._parameters["weight"]
+    state = getattr(weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    needs_gradient = torch.is_grad_enabled() and getattr(args[0], "requires_grad", False)
+    if layer.training or needs_gradient:
+        from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+            _convert_weight_packed_for_cpu_inverse,
+        )
+
+        found = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+        weight.data, weight.quant_state = found
+        layer.quant_state = weight.quant_state
+
+
+def put_back_for_training(model: nn.Module, remove: bool = False) -> None:
+    """Sets the hook, once, on all 4-bit layers of a model, with adapters or without."""
+    library: Any = sys.modules.get("bitsandbytes.nn")  # there is no such layer before its import
+    layers = model.modules() if library is not None else ()
+    for layer in layers:
+        if not isinstance(layer, library.Linear4bit):
+            continue
+        hooks = layer._forward_pre_hooks
+        found = [key for key, hook in hooks.items() if hook is before_forward]
+        if remove:
+            for key in found:
+                del hooks[key]
+        elif not found:
+            layer.register_forward_pre_hook(before_forward)
+
+
+def has_others(hooks: Any) -> bool:
+    """Whether a layer's hooks before forward are more than this one."""
+    return any(hook is not before_forward for hook in hooks.values())
