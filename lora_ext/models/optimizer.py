@@ -9,6 +9,10 @@ from torch import nn
 from ..nn import LoRAEmbedding
 from .model import lora_layers
 
+# The tables of PEFT's layers.
+_OF_PEFT = {"lora_A": "lora_a", "lora_B": "lora_b"}
+_OF_PEFT |= {"lora_embedding_A": "embedding", "lora_embedding_B": "embedding"}
+
 
 def lora_plus_groups(
     model: nn.Module,
@@ -23,7 +27,8 @@ def lora_plus_groups(
     layers. Other trained parameters (biases, modules to save) have the rate `lr`.
 
     Args:
-        model: with adapters; parameters that need no gradient are left out.
+        model: with adapters of this package or of PEFT; parameters that need no gradient are left
+            out.
         lr: rate of lora_a and of the rest.
         ratio: rate of lora_b over lr; the paper advises 16 and up for hard tasks.
         weight_decay: for all matrices; vectors have none.
@@ -46,6 +51,10 @@ def lora_plus_groups(
         for table, kind in (("lora_a", "lora_a"), ("lora_b", "lora_b"), ("lora_bias", "lora_b")):
             for parameter in getattr(layer, table).values():
                 kinds[parameter] = "embedding" if is_embedding else kind
+    for module in model.modules():
+        for table, kind in _OF_PEFT.items():
+            held = module._modules.get(table)
+            kinds |= {} if held is None else dict.fromkeys(held.parameters(), kind)
     rates = {"lora_a": lr, "lora_b": lr * ratio, "embedding": embedding_lr, "other": lr}
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for parameter in model.parameters():

@@ -190,6 +190,29 @@ def test_lora_plus_groups():
         lora_ext.models.lora_plus_groups(model.requires_grad_(False), 1e-3)
 
 
+def test_lora_plus_groups_of_a_peft_model():
+    """As PEFT's create_loraplus_optimizer has them."""
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_loraplus_optimizer
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "emb"], modules_to_save=["norm"])
+    model = lora_ext.accelerate(peft.get_peft_model(make_zoo(), config))
+    words = {"lr": 1e-3, "weight_decay": 0.1}
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, loraplus_lr_ratio=8.0, loraplus_lr_embedding=2e-6, **words
+    )
+    ours = lora_ext.models.lora_plus_groups(model, ratio=8.0, embedding_lr=2e-6, **words)
+    rates = [
+        {p: g["lr"] for g in groups for p in g["params"]} for groups in (theirs.param_groups, ours)
+    ]
+    vectors = {p for p in rates[0] if p.dim() == 1}  # which PEFT counts to B
+    assert {p: rates[0][p] for p in rates[0].keys() - vectors} == {
+        p: rates[1][p] for p in rates[1].keys() - vectors
+    }
+    assert rates[0].keys() == rates[1].keys() and {rates[1][p] for p in vectors} == {1e-3}
+    assert {group["name"] for group in ours} == {"lora_a", "lora_b", "embedding", "other"}
+
+
 # ---- explaining ----
 
 
