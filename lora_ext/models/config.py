@@ -38,9 +38,9 @@ class LoRAConfig:
     Attributes:
         target_modules: one pattern or several; ``"all-linear"`` is every linear layer (nn.Linear,
             transformers' Conv1D and quantised ones) and the experts of mixtures, except the output
-            embedding and the modules that modules_to_save names. Experts can also be selected by
-            their module (``"experts"``), and one of their parameters, or a router, by its name
-            (``"experts.down_proj"``, ``"mlp.gate"``).
+            embedding, Mamba's ``out_proj`` and the modules that modules_to_save names. Experts can
+            also be selected by their module (``"experts"``), and one of their parameters, or a
+            router, by its name (``"experts.down_proj"``, ``"mlp.gate"``).
         r, alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
         exclude_modules: patterns of modules that get none.
         rank_pattern: pattern -> r where it differs; the first match counts.

@@ -21,6 +21,11 @@ from .patterns import is_pattern, matches
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (LoRALinear, LoRAQuantizedLinear)
+# Modules whose weight the kernels of these model types read without calling them, which would leave
+# out an adapter: those that PEFT refuses. Said here, since asking PEFT would import it, and the
+# layers of a model would depend on what is installed.
+MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+READ_DIRECTLY = {"conv1d", "out_proj"}
 # Characters of regular expressions, which PEFT reads from a string, that names and globs lack.
 _EXPRESSION = re.compile(r"[\\()|^$]")
 
@@ -60,10 +65,24 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Mod
         if pattern == ALL_LINEAR:
             found += _all_linear(model, candidates)
         else:
-            found += _matched(pattern, candidates, modules, of_mixtures)
+            matched = _matched(pattern, candidates, modules, of_mixtures)
+            skipped = next((path for path, _ in matched if is_read_directly(model, path)), None)
+            if skipped is not None:
+                raise ValueError(
+                    f"lora_ext.apply_lora: target_modules {pattern!r} names {skipped!r}, whose "
+                    "weight Mamba's kernels read without its adapter; leave it out, as PEFT does, "
+                    f"by exclude_modules=[{skipped.rpartition('.')[2]!r}]"
+                )
+            found += matched
     unique = {id(module): (path, module) for path, module in reversed(found)}
     order = {id(module): place for place, (_, module) in reversed(list(enumerate(modules)))}
     return [unique[key] for key in sorted(unique, key=order.__getitem__)]
+
+
+def is_read_directly(model: nn.Module, path: str) -> bool:
+    """Whether a forward of the model may read the module's weight without calling the module."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in MAMBA_TYPES and path.rpartition(".")[2] in READ_DIRECTLY
 
 
 def find_saved(model: nn.Module, config: LoRAConfig) -> list[nn.Module]:
@@ -106,6 +125,7 @@ def _all_linear(
         (path, module)
         for path, module in candidates
         if module is not output
+        and not is_read_directly(model, path)
         and (isinstance(module, _LINEAR) or replacement_for(module) in (*_LINEAR, LoRAExperts))
     ]
     if not found:

@@ -1,6 +1,10 @@
 """apply_lora: which modules get an adapter, which are refused; a failure changes nothing."""
 
+import ast
 import copy
+import inspect
+import re
+import types
 
 import peft
 import pytest
@@ -13,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from lora_ext import LoRAConfig, LoRALinear, apply_lora
-from lora_ext.models import lora_layers
+from lora_ext.models import find, lora_layers
 from lora_ext.nn import LoRAConv2d, LoRAEmbedding
 
 
@@ -358,3 +362,26 @@ def test_a_word_of_peft_is_answered_with_ours(name, ours):
 def test_another_config_is_refused(config, came):
     with pytest.raises(TypeError, match=f"expected a lora_ext.LoRAConfig, but got {came}"):
         apply_lora(nn.Sequential(nn.Linear(2, 2)), config)
+
+
+def test_mambas_output_is_left_out_as_peft_does():
+    """Its kernels read the weight without calling the layer."""
+    source = inspect.getsource(peft.tuners.tuners_utils._check_lora_target_modules_mamba)
+    theirs = [set(ast.literal_eval(f"{{{each}}}")) for each in re.findall(r" = {(.*)}", source)]
+    assert {"LORA", "ADALORA", "XLORA", "RANDLORA"} in theirs
+    assert find.MAMBA_TYPES in theirs and find.READ_DIRECTLY in theirs
+
+    def hybrid(kind):
+        mixer = {name: nn.Linear(4, 4) for name in ("in_proj", "out_proj")}
+        model = nn.ModuleDict({"mixer": nn.ModuleDict(mixer)})
+        model.config = types.SimpleNamespace(model_type=kind)
+        return model
+
+    for kind in find.MAMBA_TYPES:
+        assert adapted(hybrid(kind), "all-linear") == ["mixer.in_proj"]
+        with pytest.raises(
+            ValueError, match=r"Mamba's kernels read .*exclude_modules=\['out_proj'\]"
+        ):
+            adapted(hybrid(kind), "*_proj")
+        assert adapted(hybrid(kind), "*_proj", exclude_modules="out_proj") == ["mixer.in_proj"]
+    assert adapted(hybrid("llama"), "all-linear") == ["mixer.in_proj", "mixer.out_proj"]
