@@ -22,12 +22,14 @@ CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -
 
 # Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
 # build with them that is there already serves as well. LORA_EXT_CUDA of the environment goes before
-# this; what is made for cards has kernels whatever was built before.
+# this; what is made for cards has kernels whatever was built before, and whether torch could run them.
 CARD := $(shell nvidia-smi -i 0 --query-gpu=compute_cap --format=csv$(,)noheader 2>/dev/null \
     | grep -xE '[0-9]+[.][0-9]+')
 ON_CARD := $(if $(filter cpu,$(DEVICE)),,$(filter gpu,$(MAKECMDGOALS)))
+NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc))
+WITH_CUDA := $(if $(and $(NVCC),$(if $(CARD),,1)),1,auto)
 WANTS_CUDA := $(CARD) $(filter sass test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $(VENV)/.built-cuda)
-CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),auto,no-card))
+CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),$(WITH_CUDA),no-card))
 BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
 build: $(BUILT)

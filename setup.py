@@ -4,9 +4,10 @@ No .cu file includes torch, so one nvcc command serves CPU and CUDA builds of to
 link the static CUDA runtime. docs/build.md gives the reasons.
 
 Environment, read at build time only:
-    LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here;
-                          1: fail if it cannot;  0: CPU kernels only;  no-card: the same, as
-                          make says where there is no card
+    LORA_EXT_CUDA         auto (default): CUDA kernels if nvcc can build a program here, and
+                          torch has CUDA;  1: whatever torch has, and fail if nvcc cannot;
+                          0: CPU kernels only;  no-card: the same, as make says where there is
+                          no card
     TORCH_CUDA_ARCH_LIST  GPU architectures, such as "8.0 9.0a+PTX"; 9.0 is taken as 9.0a;
                           default: DEFAULT_ARCHS and the cards here
     CUDA_HOME             CUDA toolkit; default: that of the nvcc on PATH
@@ -19,6 +20,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -344,15 +346,33 @@ def check_compiler() -> None:
         )
 
 
+# Of one core, on a Xeon: a C++ file, and a CUDA file for the default architectures.
+SECONDS = (16, 130)
+
+
+def plan_of(files: int, cuda_files: int, why: str) -> str:
+    """What is compiled, about how long it takes, and how to change that, as a line of print."""
+    jobs = int(os.environ["MAX_JOBS"])
+    minutes = math.ceil((files * SECONDS[0] + cuda_files * SECONDS[1]) / jobs / 60)
+    what = f"{files} C++ files and {cuda_files} of CUDA kernels" if cuda_files else f"{files} files"
+    change = why or "LORA_EXT_CUDA=0 leaves the CUDA kernels out."
+    rate = f"about {minutes} min with {jobs} at a time (MAX_JOBS)"
+    return f"lora_ext: compiling {what}, {rate}. {change}"
+
+
 def without_cuda(extension: Extension, reason: str) -> dict:
     extension.sources.append(NO_CUDA)
-    print(f"lora_ext: building without CUDA kernels. {reason}", flush=True)
     return {"cuda": False, "cuda_version": None, "cuda_archs": [], "cuda_reason": reason}
 
 
 @contextlib.contextmanager
-def progress_line(folder: str, total: int, every_s: float = 30.0, terminal: str = "/dev/tty"):
-    """A line on the terminal now and then: pip shows nothing of a build, which takes minutes."""
+def progress_line(
+    folder: str, total: int, every_s: float = 30.0, terminal: str = "/dev/tty", plan: str = ""
+):
+    """The plan and then a line on the terminal now and then: pip shows nothing of a build, which
+    takes minutes.
+    """
+    print(plan, flush=True)
     try:
         shown = Path(terminal).open("w")  # noqa: SIM115 (entered below)
     except OSError:  # nobody watches
@@ -371,6 +391,7 @@ def progress_line(folder: str, total: int, every_s: float = 30.0, terminal: str 
             print(f"\n{line}", file=shown, flush=True)
 
     with shown:
+        print(f"\n{plan}", file=shown, flush=True)
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
@@ -401,11 +422,13 @@ class BuildExt(BuildExtension):
         check_compiler()
         os.environ.setdefault("MAX_JOBS", str(default_jobs()))
         self.extensions[0].sources = units_of(self.extensions[0].sources)
-        total = len(self.extensions[0].sources) + len(cuda_units())
-        with progress_line(self.build_temp, total):
-            self.build_all()
+        toolkit, why = self.choose_cuda()
+        counts = len(self.extensions[0].sources) + (toolkit is None), len(cuda_units())
+        counts = counts if toolkit else (counts[0], 0)
+        with progress_line(self.build_temp, sum(counts), plan=plan_of(*counts, why)):
+            self.build_all(toolkit, why)
 
-    def build_all(self) -> None:
+    def build_all(self, toolkit: CudaToolkit | None, why: str) -> None:
         compiler = run([*cxx_command(), "--version"])[1].partition("\n")[0]
         openmp = openmp_flags(compiler)
         (extension,) = self.extensions
@@ -419,7 +442,7 @@ class BuildExt(BuildExtension):
             "python": platform.python_version(),
             "compiler": compiler,
             "openmp": bool(openmp),
-            **self.add_cuda(extension),
+            **self.add_cuda(extension, toolkit, why),
         }
         if not cpp_extension.is_ninja_available():
             self.compile_side_by_side()
@@ -436,25 +459,34 @@ class BuildExt(BuildExtension):
 
         self.compiler.compile = compile
 
-    def add_cuda(self, extension: Extension) -> dict:
-        """Compiles the .cu files where LORA_EXT_CUDA and the toolkit allow; returns the facts."""
+    @staticmethod
+    def choose_cuda() -> tuple[CudaToolkit | None, str]:
+        """The toolkit that compiles the .cu files, or None and the reason, by LORA_EXT_CUDA."""
         choice = os.environ.get("LORA_EXT_CUDA", "").strip() or "auto"
         if choice not in ("auto", "0", "1", "no-card"):
             raise CompileError(f"LORA_EXT_CUDA: expected auto, 0 or 1, but got {choice!r}")
         if choice == "0":
-            reason = "LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall."
-            return without_cuda(extension, reason)
+            return None, "LORA_EXT_CUDA=0 was set for the build: unset it, then reinstall."
         if choice == "no-card":
-            reason = (
-                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=auto to build "
+            return None, (
+                "make builds without CUDA where there is no card: set LORA_EXT_CUDA=1 to build "
                 "it all the same, then reinstall."
             )
-            return without_cuda(extension, reason)
+        if choice == "auto" and torch.version.cuda is None:
+            return None, (
+                f"CUDA kernels are left out: torch {torch.__version__} has no CUDA and never runs "
+                "them; install a torch with CUDA, or set LORA_EXT_CUDA=1 to build them all the "
+                "same, then reinstall."
+            )
         toolkit = CudaToolkit()
         reason = toolkit.probe()
         if reason and choice == "1":
             raise CompileError(f"LORA_EXT_CUDA=1, but the CUDA kernels cannot be built. {reason}")
-        if reason:
+        return (None, reason) if reason else (toolkit, "")
+
+    def add_cuda(self, extension: Extension, toolkit: CudaToolkit | None, reason: str) -> dict:
+        """Compiles the .cu files if there is a toolkit; returns the facts."""
+        if toolkit is None:
             return without_cuda(extension, reason)
         toolkit.say_archs()
         with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:

@@ -61,8 +61,9 @@ def make(tmp_path, monkeypatch):
         ("", "", "gpu DEVICE=cpu", "no-card"),
         ("", "auto", "build", "auto"),
         ("", "1", "test", "1"),
-        ("", "", "wheel", "auto"),
-        ("", "", "sass", "auto"),
+        ("", "", "wheel NVCC=nvcc", "1"),
+        ("", "", "sass NVCC=nvcc", "1"),
+        ("", "", "wheel NVCC=", "auto"),
         ("", "0", "gpu", "1"),
         ("8.6", "", "build", "auto"),
         ("8.6", "0", "build", "0"),
@@ -88,7 +89,7 @@ def test_one_build_is_known_and_one_with_cuda_serves_where_there_is_no_card(make
     assert "cuda=1 " in make("build") and built() == [".built-cuda"]
     monkeypatch.delenv("LORA_EXT_CUDA")
     assert "install" not in make("build")
-    assert "cuda=auto " in make("-W", "setup.py", "build") and built() == [".built-cuda"]
+    assert "cuda=1 " in make("-W", "setup.py", "NVCC=nvcc", "build") and built() == [".built-cuda"]
     monkeypatch.setenv("LORA_EXT_CUDA", "0")
     assert "cuda=0 " in make("build") and built() == [".built-cpu"]
 

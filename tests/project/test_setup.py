@@ -21,17 +21,27 @@ def test_a_build_without_a_compiler_says_so(build_ext, tmp_path, monkeypatch):
         assert f"expected a C++ compiler {name!r}" in str(caught.value)
 
 
-def test_a_long_build_says_how_far_it_is(setup_py, tmp_path):
+def test_a_long_build_says_what_it_does_and_how_far_it_is(setup_py, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "2")
     (tmp_path / "old.o").touch()
     os.utime(tmp_path / "old.o", (1, 1))
     shown = tmp_path / "terminal"
-    with setup_py["progress_line"](str(tmp_path), 7, 0.05, str(shown)):
+    plan = setup_py["plan_of"](22, 14, "")
+    assert plan == (
+        "lora_ext: compiling 22 C++ files and 14 of CUDA kernels, about 19 min with 2 at a time "
+        "(MAX_JOBS). LORA_EXT_CUDA=0 leaves the CUDA kernels out."
+    )
+    assert setup_py["plan_of"](22, 0, "Why.").endswith(
+        "22 files, about 3 min with 2 at a time (MAX_JOBS). Why."
+    )
+    with setup_py["progress_line"](str(tmp_path), 7, 0.05, str(shown), plan):
         (tmp_path / "deep").mkdir()
         (tmp_path / "deep" / "new.o").touch()
         deadline = time.monotonic() + 60
         while "lora_ext: 1 of 7 files compiled after 0.0 min" not in shown.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+    assert shown.read_text().startswith(f"\n{plan}\n")
     with setup_py["progress_line"](str(tmp_path), 7, 0.05, str(tmp_path / "no" / "terminal")):
         pass
 

@@ -51,16 +51,32 @@ def test_cuda_choice_without_a_toolkit(build_ext, monkeypatch, tmp_path, choice)
     command, extension = build_ext
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("LORA_EXT_CUDA", choice)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     if choice in ("1", "yes"):
         with pytest.raises(CompileError, match=r"No nvcc was found|expected auto, 0 or 1"):
-            command.add_cuda(extension)
+            command.add_cuda(extension, *command.choose_cuda())
         return
-    facts = command.add_cuda(extension)
+    facts = command.add_cuda(extension, *command.choose_cuda())
     assert facts["cuda"] is False
     said = {"auto": "No nvcc was found", "0": "LORA_EXT_CUDA=0", "no-card": "there is no card"}
     assert said[choice] in facts["cuda_reason"]
     assert extension.sources == ["csrc/kernels/launch/none.cpp"]
     assert extension.extra_objects == []
+
+
+@pytest.mark.parametrize(
+    ("cuda", "choice", "is_compiled"),
+    [(None, "", False), (None, "auto", False), (None, "1", True), ("13.0", "auto", True)],
+)
+def test_a_torch_that_never_runs_cuda_gets_no_kernels_but_on_request(
+    toolkit, monkeypatch, cuda, choice, is_compiled
+):
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setenv("LORA_EXT_CUDA", choice)
+    facts, compiled = toolkit()
+    assert facts["cuda"] == is_compiled == bool(compiled)
+    if not is_compiled:
+        assert "has no CUDA" in facts["cuda_reason"] and "LORA_EXT_CUDA=1" in facts["cuda_reason"]
 
 
 # Knows what a real one is asked: its version, folders and architectures, and to write an object.
@@ -94,6 +110,7 @@ def toolkit(build_ext, monkeypatch, tmp_path):
 
     def install(release="13.0", archs=(75, 80, 90, 100)):
         log = tmp_path / "log"
+        log.touch()
         nvcc = tmp_path / "bin" / "nvcc"
         nvcc.parent.mkdir()
         words = {"python": sys.executable, "log": str(log), "archs": archs, "release": release}
@@ -102,8 +119,10 @@ def toolkit(build_ext, monkeypatch, tmp_path):
         nvcc.write_text(NVCC.format(**words))
         nvcc.chmod(0o755)
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        if "LORA_EXT_CUDA" not in os.environ:
+            monkeypatch.setattr("torch.version.cuda", "13.0")
         command.build_temp = str(tmp_path / "objects")
-        facts = command.add_cuda(extension)
+        facts = command.add_cuda(extension, *command.choose_cuda())
         compiled = re.findall(r"(.*) -c (csrc/kernels/launch/\S+)", log.read_text())
         return facts, {Path(source).name: options for options, source in compiled}
 
@@ -133,7 +152,7 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
 
     def compiled_again() -> int:
         log.write_text("")
-        command.add_cuda(extension)
+        command.add_cuda(extension, *command.choose_cuda())
         return log.read_text().count(" -c csrc/kernels/launch/")
 
     assert compiled_again() == 0
