@@ -111,8 +111,8 @@ def lora_linear(
     packed = packed_t = None
     if not (isinstance(x, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
         raise _not_a_tensor("lora_linear", x=x, lora_a=lora_a, lora_b=lora_b)
-    if x.is_nested:
-        raise _nested("lora_linear", "x")
+    if x.is_nested or x.layout is not torch.strided:
+        raise _not_dense("lora_linear", "x", x)
     _check_scaling("lora_linear", scaling)
     if not training:
         dropout_p = _turned_off(dropout_p)
@@ -143,8 +143,8 @@ def _linear_of_many(
     packed = packed_t = None
     if not isinstance(x, Tensor):
         raise _not_a_tensor("lora_linear", x=x)
-    if x.is_nested:
-        raise _nested("lora_linear", "x")
+    if x.is_nested or x.layout is not torch.strided:
+        raise _not_dense("lora_linear", "x", x)
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
     elif not isinstance(weight, Tensor | QuantizedWeight):
@@ -215,8 +215,8 @@ def lora_update(
     for name, tensor in (("y", y), ("x", x), *one):
         if not isinstance(tensor, Tensor):
             raise _not_a_tensor("lora_update", **{name: tensor})
-        if tensor.is_nested:
-            raise _nested("lora_update", name)
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise _not_dense("lora_update", name, tensor)
     if many:
         lora_a, lora_b, scaling = operands("lora_update", x, lora_a, lora_b, scaling)
     else:
@@ -254,7 +254,12 @@ def _turned_off(dropout_p: float) -> float:
     return 0.0
 
 
-def _nested(function: str, name: str) -> TypeError:
+def _not_dense(function: str, name: str, given: Tensor) -> TypeError:
+    if not given.is_nested:
+        return TypeError(
+            f"lora_ext.{function}: expected a dense {name}, but got one of layout {given.layout}; "
+            f"pass {name}.to_dense()"
+        )
     return TypeError(
         f"lora_ext.{function}: expected a dense {name}, but got a nested one; pass {name}.values() "
         "of a jagged layout, whose rows are independent"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 WAY_OUT = (
-    "; PEFT's own layers may take it: lora_ext.accelerate(peft.PeftModel.from_pretrained(model, "
-    "folder))"
+    "; if PEFT takes it, lora_ext.accelerate(peft.PeftModel.from_pretrained(model, folder)) runs it"
 )
 
 

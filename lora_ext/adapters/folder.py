@@ -217,7 +217,10 @@ def replace_adapter(
             file.
         OSError: the disk is full, or the folder cannot be written.
     """
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise AdapterError("expected a folder, or none yet, but a file is in its way") from None
     for name in _OWN:
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):

@@ -64,7 +64,7 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
         ValueError: the model has no LoRA linear, or a size is not valid.
         TypeError: a layer is none of these.
     """
-    if not isinstance(rows, (int, Iterable)):
+    if not isinstance(rows, (int, Iterable)) or isinstance(rows, (str, bytes)):
         raise TypeError(f"lora_ext.warmup: expected rows as a number or several, but got {rows!r}")
     counts = sorted({rows} if isinstance(rows, int) else set(rows))
     for count in counts:

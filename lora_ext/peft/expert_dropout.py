@@ -7,6 +7,7 @@ stored in files.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
@@ -57,10 +58,19 @@ def put_on_new(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Leaves nothing of it on PEFT's wrappers."""
+    """Leaves nothing of it on PEFT's wrappers, and says so where there was a dropout."""
+    most = 0.0
     for module in model.modules():
         if isinstance(module, peft_layers.ParamWrapper) and EXPERT_DROPOUT in module.__dict__:
+            most = max(most, module.__dict__[EXPERT_DROPOUT])
             delattr(module, EXPERT_DROPOUT)
+    if most:
+        warnings.warn(
+            f"lora_ext.decelerate: expert_dropout={most} ends here, since PEFT has none for experts"
+            "; a later accelerate needs it again: "
+            f"lora_ext.accelerate(model, expert_dropout={most})",
+            stacklevel=3,
+        )
 
 
 def refuse_pefts_forward(chain: Chain) -> None:

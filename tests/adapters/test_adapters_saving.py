@@ -240,3 +240,12 @@ def test_a_layer_alone_has_no_path(tmp_path):
     layer = apply_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig("0"))[0]
     with pytest.raises(AdapterError, match="but got the layer itself"):
         save_adapter(layer, tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_a_file_in_the_place_of_the_folder(tmp_path, inside):
+    (tmp_path / "file").write_text("mine")
+    model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig("0", r=2))
+    with pytest.raises(AdapterError, match=r"expected a folder.* but a file is in its way"):
+        save_adapter(model, tmp_path / "file" / inside)
+    assert (tmp_path / "file").read_text() == "mine"

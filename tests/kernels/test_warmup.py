@@ -311,6 +311,7 @@ def test_layers_can_be_given_in_every_form():
         (3, 8, TypeError, "expected a model, or a sequence of layers"),
         (NAMED, 8, TypeError, "expected a model, or a sequence of layers"),
         ([LAYER], None, TypeError, "expected rows as a number or several"),
+        ([LAYER], "4096", TypeError, "as a number or several, but got '4096'"),
         (["abc"], 8, TypeError, r"\(out_features, in_features, rank\)"),
         ([{"rank": 8}], 8, TypeError, "in_features, out_features, rank"),
         ([{"out_features": 8, "in_features": 8, "rank": 8, "r": 8}], 8, TypeError, "but got"),

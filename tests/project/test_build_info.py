@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from setuptools.command.build_py import build_py
 
 import lora_ext
+from lora_ext.autotune import planner_cache
 
 # By its module name: the attribute lora_ext.build_info is the function.
 info_module = importlib.import_module("lora_ext.build_info")
@@ -69,6 +71,13 @@ def test_metadata_asks_for_torch_and_what_adapter_files_take():
     assert sorted(needed) == ["regex", "safetensors>=0.4.3", "torch>=2.11"]
 
 
+def test_a_build_that_was_asked_for_kernels_has_them():
+    """As `.ci/run` asks, whose other tests would pass without."""
+    if os.environ.get("LORA_EXT_CUDA") != "1":
+        pytest.skip("nobody asked for kernels")
+    assert lora_ext.build_info()["cuda"] is True
+
+
 def test_a_wheel_ships_every_file_of_the_package(monkeypatch):
     monkeypatch.chdir(ROOT)
     distribution = setuptools.Distribution({"script_name": "setup.py"})
@@ -85,6 +94,11 @@ def test_a_wheel_ships_every_file_of_the_package(monkeypatch):
         if path.suffix in {".py", ".pyi"} or path.name in {"py.typed", "_build.json"}
     }
     assert wanted <= modules | data
+    assert set(distribution.package_data) <= set(distribution.packages)
+    (measured,) = distribution.package_data["lora_ext.autotune"]  # of cards, where there are any
+    assert Path(measured).parent.name == planner_cache.PACKAGED.name and measured.endswith(
+        "/*.json"
+    )
     assert ROOT / "lora_ext" / "py.typed" in data
     assert len(wanted) > 5
 
@@ -141,6 +155,11 @@ def test_build_info_prints_a_table():
 def test_python_m_lora_ext_prints_the_table():
     printed = subprocess.check_output([sys.executable, "-m", "lora_ext"], cwd=ROOT, text=True)
     assert printed == f"{lora_ext.build_info()}\n"
+    command = [sys.executable, "-m", "lora_ext"]
+    assert "a table for bug reports" in subprocess.check_output(
+        [*command, "--help"], cwd=ROOT, text=True
+    )
+    assert subprocess.run([*command, "--no-such"], cwd=ROOT, capture_output=True).returncode == 2
 
 
 @pytest.mark.parametrize(

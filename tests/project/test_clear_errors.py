@@ -50,6 +50,14 @@ def test_a_nested_x():
     lora_linear(**{**operands(), "x": x.values()})
 
 
+def test_a_sparse_x():
+    given = operands()
+    for call in (LoRALinear(8, 6, r=2), lambda x: lora_linear(**{**given, "x": x})):
+        for x in (torch.eye(8).to_sparse(), torch.eye(8).to_sparse_csr()):
+            with pytest.raises(TypeError, match=r"dense x, but got one of layout .*x.to_dense\(\)"):
+                call(x)
+
+
 @pytest.mark.parametrize("thing", [None, 3, "model"])
 def test_explain_of_what_is_no_model(thing):
     with pytest.raises(TypeError, match=f"explain: expected a model .*{type(thing).__name__}"):
