@@ -31,6 +31,7 @@ REST = {
     "project/test_optional_packages.py",
     "project/test_setup.py",
     "project/test_setup_cuda.py",
+    "project/test_shipping.py",
     "project/test_verification.py",
     "project/test_versions.py",
     "project/test_wheel.py",
