@@ -25,6 +25,7 @@ REST = {
     "project/test_clear_errors.py",
     "project/test_command_lines.py",
     "project/test_docs.py",
+    "project/test_figures.py",
     "project/test_fresh_clone.py",
     "project/test_house.py",
     "project/test_make.py",
