@@ -33,8 +33,9 @@ def before_forward(layer: Any, args: tuple) -> None:
 def put_back_for_training(model: nn.Module, remove: bool = False) -> None:
     """Sets the hook, once, on all 4-bit layers of a model, with adapters or without."""
     library: Any = sys.modules.get("bitsandbytes.nn")  # there is no such layer before its import
-    layers = model.modules() if library is not None else ()
-    for layer in layers:
+    if library is None:
+        return
+    for layer in model.modules():
         if not isinstance(layer, library.Linear4bit):
             continue
         hooks = layer._forward_pre_hooks
