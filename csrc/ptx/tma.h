@@ -1,5 +1,6 @@
-// Bulk tensor copies (TMA) of 2-D tiles. x is the coordinate along the contiguous dimension;
-// elements outside of the tensor are read as zero and not written.
+// Bulk tensor copies (TMA) of 2-D tiles. x is the coordinate along the contiguous dimension, a
+// multiple of 16 bytes; elements outside of the tensor are read as zero and not written, but for
+// those that share 16 bytes with the last one of a row.
 #pragma once
 
 #include <cuda.h>

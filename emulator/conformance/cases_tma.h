@@ -70,12 +70,49 @@ inline void case_tma_load(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   auto in = recorder.input("in", random.integers<uint16_t>(tensor.height * tensor.pitch),
                            {tensor.height, tensor.pitch});
   const CUtensorMap map = tensor_map(in.data(), tensor, box, swizzle);
-  const int corners[][2] = {{0, 0}, {8, 16}, {-5, -3}, {60, 30}, {72, -7}, {100, 3}};
+  const int corners[][2] = {{0, 0}, {8, 16}, {-8, -3}, {56, 30}, {72, -7}, {104, 3}};
   for (const auto& [x, y] : corners) {
     DeviceArray<uint8_t> out(box.bytes());
     launch({1, 64, box.bytes() + 8}, load_box, map, x, y, box.bytes(), out.data());
     recorder.output("box_" + std::to_string(x) + "_" + std::to_string(y), out);
   }
+}
+
+// A tensor smaller than the box in both dimensions, as a rank below 64 or few rows make it: loaded,
+// and the box then stored to another.
+__global__ void load_and_store_box(const __grid_constant__ CUtensorMap from,
+                                   const __grid_constant__ CUtensorMap to, uint32_t bytes,
+                                   unsigned char* out) {
+  unsigned char* const shared = ptx::dynamic_shared_memory();
+  const uint32_t tile = ptx::shared_address(shared), bar = tile + bytes;
+  init_mbarrier(bar, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect_tx(bar, bytes);
+    ptx::tma_load_2d(tile, &from, bar, 0, 0);
+  }
+  ptx::mbarrier_wait(bar, 0);
+  for (uint32_t i = threadIdx.x; i < bytes; i += blockDim.x) out[i] = shared[i];
+  if (threadIdx.x == 0) {
+    ptx::tma_store_2d(&to, tile, 0, 0);
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group<0>();
+  }
+}
+
+inline void case_tma_small_tensor(Recorder& recorder) {
+  Random random = recorder.begin("tma_box_beyond_tensor", {"tma_load_2d", "tma_store_2d"});
+  const Tensor tensor{5, 8, 8};
+  const Box box{128, 64};
+  auto in = recorder.input("in", random.integers<uint16_t>(tensor.height * tensor.pitch),
+                           {tensor.height, tensor.pitch});
+  DeviceArray<uint16_t> stored(tensor.height * tensor.pitch);
+  DeviceArray<uint8_t> out(box.bytes());
+  const CUtensorMap from = tensor_map(in.data(), tensor, box, CU_TENSOR_MAP_SWIZZLE_128B);
+  const CUtensorMap to = tensor_map(stored.data(), tensor, box, CU_TENSOR_MAP_SWIZZLE_128B);
+  launch({1, 64, box.bytes() + 8}, load_and_store_box, from, to, box.bytes(), out.data());
+  recorder.output("box", out);
+  recorder.output("stored", stored, {tensor.height, tensor.pitch});
 }
 
 // Each block of the pair loads half of the rows into both.
@@ -137,7 +174,7 @@ inline void case_tma_store(Recorder& recorder, CUtensorMapSwizzle swizzle) {
   auto in = recorder.input("in", random.integers<uint8_t>(2 * box.bytes()));
   DeviceArray<uint16_t> out(std::vector<uint16_t>(tensor.height * tensor.pitch, 0xCDCD));
   const CUtensorMap map = tensor_map(out.data(), tensor, box, swizzle);
-  launch({1, 64, box.bytes()}, store_boxes, map, in.data(), box.bytes(), 70, 30, -75);
+  launch({1, 64, box.bytes()}, store_boxes, map, in.data(), box.bytes(), 136, 30, -144);
   recorder.output("out", out, {tensor.height, tensor.pitch});
 }
 
@@ -172,6 +209,7 @@ inline void case_proxy_global(Recorder& recorder) {
 }
 
 inline void record_tma(Recorder& recorder) {
+  case_tma_small_tensor(recorder);
   for (CUtensorMapSwizzle swizzle : kSwizzles) case_tma_load(recorder, swizzle);
   case_tma_multicast(recorder);
   for (CUtensorMapSwizzle swizzle : kSwizzles) case_tma_store(recorder, swizzle);

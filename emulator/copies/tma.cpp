@@ -17,7 +17,7 @@
 namespace emulator {
 namespace {
 
-constexpr uint32_t kChunk = 16;             // bytes that a swizzle keeps together
+constexpr uint32_t kChunk = 16;             // bytes that a swizzle keeps together, a copy's unit
 constexpr uint32_t kSharedAlignment = 128;  // PTX ISA: of a tensor copy's shared address
 constexpr uint32_t kPatternLines = 8;
 
@@ -39,6 +39,8 @@ struct Box {
            first_column() < last_column();
   }
   uint32_t inside_bytes() const { return (last_column() - first_column()) * map.element_bytes; }
+  // A store writes whole chunks: also what a row's last one has beyond the tensor's width.
+  uint32_t stored_bytes() const { return (inside_bytes() + kChunk - 1) / kChunk * kChunk; }
   // Address of the first column inside.
   uint8_t* global_row(uint32_t row) const {
     return map.base + (y + row) * static_cast<int64_t>(map.pitch) +
@@ -57,14 +59,23 @@ void for_each_chunk(const TensorMap& map, unsigned char* shared, uint32_t offset
 }
 
 void count_box(const Box& box, GlobalAccess kind) {
+  const bool stores = kind == GlobalAccess::TmaStore;
   for (uint32_t row = 0; row < box.map.box_height; ++row) {
-    if (box.row_inside(row)) count_global(kind, box.inside_bytes());
+    if (box.row_inside(row)) count_global(kind, stores ? box.stored_bytes() : box.inside_bytes());
   }
 }
 
 Box make_box(const CUtensorMap* map, int32_t x, int32_t y, uint32_t offset, const char* what) {
   const Box box{decode_tensor_map(map, what), x, y};
   const TensorMap& m = box.map;
+  // A box's address in global memory is 16-byte aligned (CUDA Programming Guide, tensor copies), also
+  // where its corner lies outside: a card raises an illegal instruction.
+  if (x * static_cast<int64_t>(m.element_bytes) % kChunk != 0) {
+    fail(ErrorKind::Misuse,
+         "%s: x = %d, elements of %u bytes; expected a multiple of %u bytes: cp.async.bulk.tensor "
+         "takes boxes at 16-byte aligned global addresses",
+         what, x, m.element_bytes, kChunk);
+  }
   if (m.swizzle == Swizzle::kNone) return box;
   if (m.box_row_bytes() != swizzle_width(m.swizzle)) {
     fail(
@@ -172,12 +183,12 @@ void write_destination(BulkStore& store) {
   for (uint32_t row = 0; row < map.box_height; ++row) {
     if (!store.box.row_inside(row)) continue;
     uint8_t* destination = store.box.global_row(row);
-    check_global(destination, store.box.inside_bytes(), map.element_bytes, kStore);
-    race_async_write(store.writer, destination, store.box.inside_bytes(), kStore);
+    check_global(destination, store.box.stored_bytes(), kChunk, kStore);
+    race_async_write(store.writer, destination, store.box.stored_bytes(), kStore);
     std::memcpy(destination,
                 store.values.data() + row * map.box_row_bytes() +
                     store.box.first_column() * map.element_bytes,
-                store.box.inside_bytes());
+                store.box.stored_bytes());
   }
   store.written = true;
   race_async_complete(store.writer, &store.written_object);

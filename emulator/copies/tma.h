@@ -1,8 +1,8 @@
 // Bulk tensor copies (TMA) of two-dimensional boxes between global and shared memory.
 //
-// x counts elements along a row, y counts rows; both may be negative or lie beyond the tensor. A
-// load fills what is outside with zeros and counts the bytes of the full box; a store does not
-// write it.
+// x counts elements along a row, a multiple of 16 bytes, y counts rows; both may be negative or lie
+// beyond the tensor. A load fills what is outside with zeros and counts the bytes of the full box; a
+// store does not write it, but whole chunks of 16 bytes: the last of a row may reach past the width.
 #pragma once
 
 #include <cstdint>

@@ -6,13 +6,15 @@ namespace {
 using namespace emulator;
 using namespace emulator::selftest;
 
-TEST(store_writes_every_element_inside_and_nothing_else) {
+// The last chunk of 16 bytes that has an element inside is written whole.
+TEST(store_writes_every_chunk_inside_and_nothing_else) {
   for (const Tiling& tiling : kTilings) {
     const uint32_t bytes = tiling.box_bytes();
     const auto before = pattern(tiling.pitch() * tiling.height, 2), tile = pattern(bytes, 3);
     GlobalBuffer<unsigned char> tensor(before, "tensor"), source(tile, "tile");
     const CUtensorMap map = tiling.map(tensor.data());
     for (const Corner corner : kCorners) {
+      const int32_t x0 = corner.chunks * tiling.chunk();
       std::copy(before.begin(), before.end(), tensor.begin());
       launch(blocks_of(kThreads, bytes), [&] {
         for (uint32_t i = threadIdx.x; i < bytes; i += kThreads) {
@@ -21,7 +23,7 @@ TEST(store_writes_every_element_inside_and_nothing_else) {
         fence_proxy_async_shared();
         syncthreads();
         if (threadIdx.x == 0) {
-          tma_store_2d(&map, 0, corner.x, corner.y);
+          tma_store_2d(&map, 0, x0, corner.y);
           bulk_commit_group();
           bulk_wait_group(0);
         }
@@ -29,8 +31,8 @@ TEST(store_writes_every_element_inside_and_nothing_else) {
       auto expected = before;
       for (uint32_t row = 0; row < tiling.rows; ++row) {
         for (uint32_t column = 0; column < tiling.columns; ++column) {
-          const int64_t x = corner.x + int64_t{column}, y = corner.y + int64_t{row};
-          if (!tiling.inside(x, y)) continue;
+          const int64_t x = x0 + int64_t{column}, y = corner.y + int64_t{row};
+          if (x < 0 || !tiling.inside(x - x % tiling.chunk(), y)) continue;
           for (uint32_t byte = 0; byte < tiling.element_bytes; ++byte) {
             expected[y * tiling.pitch() + x * tiling.element_bytes + byte] =
                 tile[tiling.place(row, column, byte)];
@@ -143,11 +145,11 @@ TEST(groups_are_of_one_thread) {
 
 TEST(misused_stores) {
   Fixture f;
-  const auto store = [](const CUtensorMap& map, uint32_t src, int32_t y = 0) {
+  const auto store = [](const CUtensorMap& map, uint32_t src, int32_t y = 0, int32_t x = 0) {
     launch(blocks_of(1, kShared), [&] {
       for (uint32_t i = 0; i < kShared; ++i) dynamic_shared_memory()[i] = 1;
       fence_proxy_async_shared();
-      tma_store_2d(&map, src, 0, y);
+      tma_store_2d(&map, src, x, y);
       bulk_commit_group();
       bulk_wait_group(0);
     });
@@ -157,6 +159,7 @@ TEST(misused_stores) {
   CHECK_FAILS(kMisuse, "lie outside", store(f.map, kShared - 1024));
   CHECK_FAILS(kMisuse, "reaches its own block only", store(f.map, 1024 | 1u << 25));
   CHECK_FAILS(kMisuse, "holds no tensor map", store(CUtensorMap{}, 1024));
+  CHECK_FAILS(kMisuse, "a multiple of 16 bytes", store(f.map, 1024, 0, 4));
   Tiling beyond = kTile;
   beyond.height = 200;
   CHECK_FAILS(kMisuse, "tensor", store(beyond.map(f.tensor.data()), 0, 60));

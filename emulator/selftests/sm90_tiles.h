@@ -31,6 +31,7 @@ struct Tiling {
     return at / 128 * 128 + moved * 16 + at % 16;
   }
   bool inside(int64_t x, int64_t y) const { return x >= 0 && y >= 0 && x < width && y < height; }
+  int32_t chunk() const { return static_cast<int32_t>(16 / element_bytes); }  // in elements
 };
 
 constexpr Tiling kTilings[] = {
@@ -46,9 +47,9 @@ constexpr Tiling kTilings[] = {
 };
 
 struct Corner {
-  int32_t x, y;
+  int32_t chunks, y;
 };
-constexpr Corner kCorners[] = {{0, 0}, {3, 5}, {-7, -2}, {40, 9}, {1000, 0}, {0, -1000}, {30, 45}};
+constexpr Corner kCorners[] = {{0, 0}, {1, 5}, {-1, -2}, {5, 9}, {125, 0}, {0, -1000}, {4, 45}};
 
 inline std::vector<unsigned char> pattern(size_t bytes, unsigned seed) {
   std::vector<unsigned char> out(bytes);

@@ -14,12 +14,13 @@ TEST(load_places_every_element) {
     GlobalBuffer<unsigned char> tensor(source, "tensor"), out(bytes, "out");
     const CUtensorMap map = tiling.map(tensor.data());
     for (const Corner corner : kCorners) {
+      const int32_t x0 = corner.chunks * tiling.chunk();
       const auto kernel = [&] {
         init_mbarriers(bar, {1});
         if (threadIdx.x == 0) {
           prefetch_tensor_map(&map);
           mbarrier_arrive_expect_tx(bar, bytes);
-          tma_load_2d(1024, &map, bar, corner.x, corner.y);
+          tma_load_2d(1024, &map, bar, x0, corner.y);
         }
         mbarrier_wait(bar, 0);
         copy_out(1024, bytes, out.data());
@@ -27,14 +28,14 @@ TEST(load_places_every_element) {
       const auto check = [&] {
         for (uint32_t row = 0; row < tiling.rows; ++row) {
           for (uint32_t column = 0; column < tiling.columns; ++column) {
-            const int64_t x = corner.x + int64_t{column}, y = corner.y + int64_t{row};
+            const int64_t x = x0 + int64_t{column}, y = corner.y + int64_t{row};
             for (uint32_t byte = 0; byte < tiling.element_bytes; ++byte) {
               const unsigned char expected =
                   tiling.inside(x, y) ? source[y * tiling.pitch() + x * tiling.element_bytes + byte]
                                       : 0;
               if (out[tiling.place(row, column, byte)] != expected) {
                 throw Failure(format("tiling %td corner (%d,%d): row %u column %u",
-                                     &tiling - kTilings, corner.x, corner.y, row, column));
+                                     &tiling - kTilings, x0, corner.y, row, column));
               }
             }
           }
@@ -84,13 +85,13 @@ TEST(requested_bytes_count_once_and_inside_only) {
     init_mbarriers_of_cluster(kBar, {1});
     if (threadIdx.x == 0) {
       mbarrier_arrive_expect_tx(kBar, kTileBytes);
-      // 60 of 64 columns and 10 of 16 rows lie inside.
-      if (cluster_rank() == 0) tma_load_2d_multicast(0, &f.map, kBar, -4, 54, 3);
+      // 56 of 64 columns and 10 of 16 rows lie inside.
+      if (cluster_rank() == 0) tma_load_2d_multicast(0, &f.map, kBar, -8, 54, 3);
     }
     mbarrier_wait(kBar, 0);
     sync_cluster();
   });
-  CHECK(counters().global_bytes[int(GlobalAccess::TmaLoad)] == 60 * 2 * 10);
+  CHECK(counters().global_bytes[int(GlobalAccess::TmaLoad)] == 56 * 2 * 10);
 }
 
 TEST(multicast_to_one_peer_alone) {
@@ -112,10 +113,10 @@ TEST(multicast_to_one_peer_alone) {
 
 // One thread of one block loads with these arguments.
 void load(const CUtensorMap& map, uint32_t dst, uint32_t bar, uint32_t expected_bytes = kTileBytes,
-          int y = 0) {
+          int y = 0, int x = 0) {
   launch(blocks_of(1, kShared), [&] {
     expect_bytes(expected_bytes);
-    tma_load_2d(dst, &map, bar, 0, y);
+    tma_load_2d(dst, &map, bar, x, y);
     mbarrier_wait(kBar, 0);
   });
 }
@@ -131,6 +132,8 @@ TEST(misused_loads) {
   CHECK_FAILS(kMisuse, "holds no mbarrier", load(f.map, 1024, kBar + 8));
   CHECK_FAILS(kMisuse, "names rank 1", load(f.map, 1024, kBar | 2u << kRankShift));
   CHECK_FAILS(kMisuse, "holds no tensor map", load(CUtensorMap{}, 1024, kBar));
+  for (const int x : {-5, 1, 60})
+    CHECK_FAILS(kMisuse, "a multiple of 16 bytes", load(f.map, 1024, kBar, kTileBytes, 0, x));
   CHECK_FAILS(ErrorKind::Deadlock, "tx-count 16 bytes", load(f.map, 1024, kBar, kTileBytes + 16));
   CHECK_FAILS(kMisuse, "was overwritten", load(f.map, kBar, kBar));
 

@@ -23,7 +23,8 @@ void compare_counters(int64_t m, int64_t n, int64_t k, int64_t rank, int64_t ter
   compare_count("operations of tensor cores", emulator::counters().wgmma_flop, flop);
   compare_count("bytes loaded", counted_bytes(emulator::GlobalAccess::TmaLoad),
                 (column_tiles * m + pairs * n) * (k + terms * rank) * 2);
-  compare_count("bytes stored", counted_bytes(emulator::GlobalAccess::TmaStore), 2 * m * n);
+  compare_count("bytes stored", counted_bytes(emulator::GlobalAccess::TmaStore),
+                2 * m * padded(static_cast<int>(n)));
   compare_count("bank conflicts", emulator::counters().matrix_conflicts, 0);
 }
 
@@ -35,6 +36,7 @@ void run_gemm(const Case& run) {
   const int rank = 1 + static_cast<int>(random() % (random() % 2 ? 256 : 64));
   GemmProblem<T, kMNMajor, kMasked, Alignment::kVector> problem(m, n, depth, k, rank, random,
                                                                 false);
+  problem.stored = padded(n);  // TMA stores whole chunks of 16 bytes
   const int terms = problem.terms;
   LoraGemmParams<T> params = problem.params();
   std::unique_ptr<GlobalBuffer<T>> written_t[3];

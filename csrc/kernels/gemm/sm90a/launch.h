@@ -1,8 +1,9 @@
 // From parameters to a launch of lora_gemm_sm90a or lora_gemm_fused_shrink_sm90a: the tensor maps,
 // the instance and the grid.
 //
-// Requires what TMA requires: pointers and pitches that are multiples of 16 bytes. m, n, k and the
-// rank may be anything.
+// Requires what TMA requires: pointers and pitches that are multiples of 16 bytes. m, k and the rank
+// may be anything. n, too, but Y is stored in chunks of 16 bytes: zeros follow the last of n columns
+// that does not end one. The plan takes whole chunks alone.
 #pragma once
 #include <algorithm>
 #include <limits>
