@@ -1,9 +1,9 @@
 // Executes every function of csrc/ptx/ with random operands and writes the results as golden
 // vectors.
 //
-//     conformance FILE [--inputs] [--schedule SEED]
+//     conformance FILE [--inputs] [--schedule SEED] [--after CASE]
 //
-// prints each case's name before it begins; FILE then holds the cases before it.
+// prints each case's name before it begins; FILE then holds the cases before it, from CASE on.
 //
 // nvcc compiles it for a GPU, g++ for the execution layer, where the seed selects the schedule:
 // nothing in the file depends on it. With --inputs the file has the operands too, not only their
@@ -46,13 +46,15 @@ int main(int argc, char** argv) {
   constexpr uint64_t kInputs = 1;  // the seed of the operands, the same on every machine
   bool with_inputs = false;
   uint64_t schedule = 1;
+  std::string after;
   for (int i = 2; i < argc; ++i) {
     const std::string option = argv[i];
     if (option == "--inputs") with_inputs = true;
     if (option == "--schedule" && i + 1 < argc) schedule = std::strtoull(argv[++i], nullptr, 10);
+    if (option == "--after" && i + 1 < argc) after = argv[++i];
   }
   if (argc < 2) {
-    std::fprintf(stderr, "usage: %s FILE [--inputs] [--schedule SEED]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s FILE [--inputs] [--schedule SEED] [--after CASE]\n", argv[0]);
     return 2;
   }
   conformance::prepare(schedule);
@@ -62,7 +64,7 @@ int main(int argc, char** argv) {
     cases.push_back(conformance::json(complete, with_inputs));
     write(argv[1], conformance::json(producer, kInputs, cases));
   };
-  conformance::Recorder recorder(kInputs, keep);
+  conformance::Recorder recorder(kInputs, after, keep);
   conformance::record_sm80(recorder);
 #if CONFORMANCE_ARCH >= 90
   recorder.set_architecture(90);

@@ -5,10 +5,12 @@
 writes the GPU's golden vectors into golden/, or into FOLDER. Commit the file.
 """
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from emulator import build
@@ -18,6 +20,7 @@ from emulator.cuda_headers import nvcc
 FOLDER = Path(__file__).resolve().parent
 SOURCE = FOLDER / "conformance.cu"
 GOLDEN = FOLDER / "golden"
+CASE_SECONDS = 10.0  # of one case at most; each takes milliseconds
 
 
 def compile_for_emulator(source: Path, target: Path, *flags: str) -> Path:
@@ -71,6 +74,44 @@ def run(program: Path, target: Path, *options: str) -> Path:
     return target
 
 
+def run_cases(program: Path, target: Path, seconds: float = CASE_SECONDS) -> list[str]:
+    """Runs the program; after a case that fails or hangs a new process goes on with the next.
+
+    Returns the names of those. `target` has all others, written anew whenever a process ends.
+    """
+    part = target.with_suffix(".part")
+    lost: list[str] = []
+    written: dict = {}
+    while True:
+        command = [program, part, *(["--after", lost[-1]] if lost else [])]
+        name = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+            watch = threading.Timer(2 * seconds, running.kill)  # it starts, too
+            watch.start()
+            for line in running.stdout:
+                watch.cancel()
+                watch = threading.Timer(seconds, running.kill)
+                watch.start()
+                name = line.strip()
+                print(name, flush=True)
+            failed = running.wait() != 0
+            watch.cancel()
+        if part.exists():
+            found = json.loads(part.read_text())
+            names = [case["name"] for case in found["cases"]]
+            whole = names.index(name) if failed and name in names else len(names)
+            found["cases"] = [*written.get("cases", []), *found["cases"][:whole]]
+            written = found
+            target.write_text(json.dumps(written, indent=1))
+            part.unlink()
+        if not failed:
+            return lost
+        if not name:
+            raise RuntimeError(f"{program.name} exited with {running.returncode} before a case")
+        lost.append(name)
+        print(f"lost: {name} (exit status {running.returncode})", flush=True)
+
+
 def gpu() -> tuple[str, int]:
     """Name and compute capability of the first GPU."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
@@ -83,13 +124,19 @@ def gpu() -> tuple[str, int]:
 
 
 def main(folder: Path) -> Path:
-    """Writes the GPU's vectors in place, so that what a hang leaves of them is there."""
+    """Writes the GPU's vectors in place, so that what a hang leaves of them is there.
+
+    Raises:
+        RuntimeError: there is no GPU; or cases failed, which the file lacks.
+    """
     name, capability = gpu()
     target = folder / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
     with tempfile.TemporaryDirectory() as scratch:
         print("compiling", flush=True)
-        run(build_for_gpu(Path(scratch, "conformance"), capability), target)
+        lost = run_cases(build_for_gpu(Path(scratch, "conformance"), capability), target)
     print(f"{len(vectors.load(target).cases)} cases", flush=True)
+    if lost:
+        raise RuntimeError(f"{target} lacks what failed: {', '.join(lost)}")
     return target
 
 

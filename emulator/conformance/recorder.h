@@ -1,5 +1,6 @@
 // Records what a case reads and writes while it runs. Each case is named before it begins, and the
-// cases before it are on disk by then: a kernel that hangs or faults loses only its own case.
+// cases before it are on disk by then: a kernel that hangs or faults loses only its own case, and
+// another process goes on `after` it.
 #pragma once
 
 #include <cstdio>
@@ -15,9 +16,9 @@ namespace conformance {
 
 class Recorder {
  public:
-  // `keep` is called with each case when it is complete.
-  Recorder(uint64_t seed, std::function<void(const Case&)> keep)
-      : seed_(seed), keep_(std::move(keep)) {}
+  // `keep` is called with each case when it is complete. Cases up to `after` launch nothing.
+  Recorder(uint64_t seed, std::string after, std::function<void(const Case&)> keep)
+      : seed_(seed), after_(std::move(after)), keep_(std::move(keep)) {}
 
   // Sets the architecture of the cases that follow.
   void set_architecture(int architecture) { architecture_ = architecture; }
@@ -27,22 +28,27 @@ class Recorder {
   Random begin(const std::string& name, std::vector<std::string> functions,
                Comparison comparison = Comparison::kExact) {
     finish();
-    std::printf("%s\n", name.c_str());
-    std::fflush(stdout);
-    current_ = Case{name, std::move(functions), comparison, architecture_, {}, {}};
+    skipping = !after_.empty();
+    if (name == after_) after_.clear();
+    if (!skipping) {
+      std::printf("%s\n", name.c_str());
+      std::fflush(stdout);
+      current_ = Case{name, std::move(functions), comparison, architecture_, {}, {}};
+    }
     return Random(hash(name, seed_));
   }
 
   template <typename T>
   DeviceArray<T> input(const std::string& name, const std::vector<T>& values,
                        std::vector<size_t> shape = {}) {
-    current_->inputs.push_back(array(name, values, std::move(shape)));
+    if (current_) current_->inputs.push_back(array(name, values, std::move(shape)));
     return DeviceArray<T>(values);
   }
 
   // Waits for the kernels.
   template <typename T>
   void output(const std::string& name, DeviceArray<T>& values, std::vector<size_t> shape = {}) {
+    if (!current_) return;
     synchronize();
     current_->outputs.push_back(array(name, values.to_host(), std::move(shape)));
   }
@@ -64,6 +70,7 @@ class Recorder {
   }
 
   uint64_t seed_;
+  std::string after_;
   std::function<void(const Case&)> keep_;
   int architecture_ = 80;
   std::optional<Case> current_;

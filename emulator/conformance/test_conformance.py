@@ -6,6 +6,7 @@ layer it runs here; golden/ has what GPUs wrote.
 
 import copy
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,31 @@ def test_a_program_that_ends_early_has_named_its_case_and_kept_those_before(prog
         running.kill()
     kept = list(vectors.load(target).cases)
     assert kept[:19] == names[:19] and len(set(names)) == 20
+
+
+# Stands between the test and the program: it ends at one case as a trap does, hangs at another.
+FAULTY = """#!{python}
+import os, subprocess, sys, time
+with subprocess.Popen([{program!r}, *sys.argv[1:]], stdout=subprocess.PIPE, text=True) as running:
+    for line in running.stdout:
+        if line.strip() in ("atomics", "cluster"):
+            running.kill()
+            print(line, end="", flush=True)
+            if line.strip() == "cluster":
+                time.sleep(60)
+            sys.exit(2)
+        print(line, end="", flush=True)
+"""
+
+
+def test_a_case_that_traps_or_hangs_costs_itself_alone(program, ours, tmp_path):
+    faulty, target = tmp_path / "faulty", tmp_path / "vectors.json"
+    faulty.write_text(FAULTY.format(python=sys.executable, program=str(program)))
+    faulty.chmod(0o755)
+    assert produce.run_cases(faulty, target, seconds=5) == ["atomics", "cluster"]
+    assert list(vectors.load(target).cases) == [
+        name for name in ours.cases if name not in ("atomics", "cluster")
+    ]
 
 
 @pytest.mark.parametrize("schedule", range(2, 11))
