@@ -105,8 +105,9 @@ LORA_EXT_DEVICE void griddepcontrol_wait() {
 
 // griddepcontrol.launch_dependents (sm_90): the grids that depend on this one may start once all
 // its blocks have executed this or exited. It does not publish what the blocks wrote. A dependent
-// grid may read what a block had waited for before it executed this; for all else it must itself
-// wait. A no-op if no grid depends on this one.
+// grid may read what this grid started behind, or a block had waited for, where a fence.acq_rel.gpu
+// stands between that and this; for all else it must itself wait. A no-op if no grid depends on
+// this one.
 LORA_EXT_DEVICE void griddepcontrol_launch_dependents() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

@@ -257,6 +257,7 @@ inline void case_grid_dependency(Recorder& recorder) {
 // the fourth sees what the second wrote late.
 __global__ void wait_and_launch_dependents(uint32_t* late) {
   ptx::griddepcontrol_wait();
+  ptx::fence_acq_rel_gpu();
   ptx::griddepcontrol_launch_dependents();
   for (int i = 0; i < 200; ++i) __syncthreads();
   late[blockIdx.x * blockDim.x + threadIdx.x] = blockIdx.x * 7 + threadIdx.x;

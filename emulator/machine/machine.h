@@ -87,6 +87,8 @@ struct Thread {
   bool polling = false;            ///< waits softly: poll_on
   Waitable* waiting_on = nullptr;  ///< null while it can run
   Thread* next_waiter = nullptr;
+  bool fenced = false;              ///< at the scope of the device
+  bool fenced_behind_wait = false;  ///< last, after its block had executed griddepcontrol.wait
   bool cluster_arrived = false;     ///< between barrier.cluster.arrive and .wait
   uint64_t cluster_generation = 0;  ///< in which it arrived
   std::array<FlagValue, 4> flags_seen{};
@@ -219,7 +221,8 @@ struct Grid {
   uint32_t blocks_left = 0;                 ///< not yet exited
   uint32_t blocks_to_signal = 0;            ///< neither launched their dependents nor exited
   bool complete = false;
-  bool dependents_follow_the_one_before = false;  ///< some block waited for it, then signalled
+  bool dependents_follow_its_start = false;       ///< some block published it, then signalled
+  bool dependents_follow_the_one_before = false;  ///< and that it had waited for that one
   GridCompletion completion;
 };
 

@@ -5,6 +5,7 @@
 #include "emulator/machine/scheduler.h"
 #include "emulator/memory/global_memory.h"
 #include "emulator/memory/shared_memory.h"
+#include "emulator/threads/grid_dependency.h"
 
 namespace emulator {
 namespace {
@@ -136,6 +137,7 @@ void atomic_end(const void* address, uint32_t bytes, bool changed, const char* w
 void fence_acq_rel_gpu() {
   perform_before_release(current_thread());
   race_fence(Scope::Gpu);
+  grid_dependency_fence(current_thread());
 }
 void fence_acq_rel_cluster() {
   perform_before_release(current_thread());

@@ -195,7 +195,11 @@ TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
       if (beside) griddepcontrol_launch_dependents();
       for (uint32_t i = blockIdx.x * 128 + threadIdx.x; i < kTileElements; i += 256) s[i] = 1;
     });
-    if (!beside) stream.launch(race_launch(1, 32), [] { griddepcontrol_launch_dependents(); });
+    if (!beside)
+      stream.launch(race_launch(1, 32), [] {
+        if (!missing("fence")) fence_acq_rel_gpu();
+        griddepcontrol_launch_dependents();
+      });
     stream.launch(load, [&] {
       init_mbarriers(kBar, {1});
       if (threadIdx.x == 0) {
@@ -209,6 +213,7 @@ TEST(the_start_of_a_grid_passes_global_memory_to_tma) {
   };
   expect_clean(run);
   expect_diagnosis("grid between", run);
+  expect_diagnosis("fence", run);
   expect_race("proxy fence", "no fence.proxy.async", run);
 }
 

@@ -204,7 +204,9 @@ TEST(a_grid_two_behind_follows_what_was_waited_for) {
     dependent.programmatic_dependent = true;
     stream.launch(dependent, [&] {
       if (missing("wait first")) griddepcontrol_launch_dependents();
+      if (missing("wait before fence")) fence_acq_rel_gpu();
       if (!missing("wait")) griddepcontrol_wait();
+      if (!missing("fence") && !missing("wait before fence")) fence_acq_rel_gpu();
       griddepcontrol_launch_dependents();
       other[threadIdx.x] = 1;
     });
@@ -222,6 +224,8 @@ TEST(a_grid_two_behind_follows_what_was_waited_for) {
   expect_clean(run);
   expect_race("wait", "unordered", run);
   expect_race("wait first", "unordered", run);
+  expect_race("wait before fence", "unordered", run);
+  expect_race("fence", "unordered", run);
   expect_race("own writes", "unordered", run);
   expect_race("wait at the end", "unordered", run);
 }

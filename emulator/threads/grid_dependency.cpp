@@ -6,10 +6,11 @@
 namespace emulator {
 namespace {
 
-void signal(Block& block) {
+void signal(Block& block, bool publishes_start, bool publishes_wait) {
   if (block.launched_dependents) return;
   block.launched_dependents = true;
-  if (block.waited_for_grid_before) block.grid().dependents_follow_the_one_before = true;
+  if (publishes_start) block.grid().dependents_follow_its_start = true;
+  if (publishes_wait) block.grid().dependents_follow_the_one_before = true;
   if (--block.grid().blocks_to_signal == 0) {
     machine().residency_changed = true;
     note_progress();
@@ -33,8 +34,14 @@ void griddepcontrol_wait() {
 }
 
 void griddepcontrol_launch_dependents() {
-  signal(current_thread().block());
+  const Thread& thread = current_thread();
+  signal(thread.block(), thread.fenced, thread.fenced_behind_wait);
   preemption_point();
+}
+
+void grid_dependency_fence(Thread& thread) {
+  thread.fenced = true;
+  thread.fenced_behind_wait = thread.block().waited_for_grid_before;
 }
 
 void acquire_at_start(const Grid& grid) {
@@ -50,8 +57,8 @@ void acquire_at_start(const Grid& grid) {
     return race_proxy_fence(Space::Global);
   }
   // A dependent starts after what was complete when the grid before it started or called
-  // launch_dependents.
-  acquire_at_start(*before);
+  // launch_dependents, as far as a fence there publishes it.
+  if (before->dependents_follow_its_start) acquire_at_start(*before);
   if (before->previous != nullptr && before->dependents_follow_the_one_before)
     race_acquire(before->previous);
 }
@@ -61,6 +68,8 @@ bool may_start(const Grid& grid) {
   return grid.launch.programmatic_dependent && grid.previous->blocks_to_signal == 0;
 }
 
-void grid_dependency_block_exits(Block& block) { signal(block); }
+void grid_dependency_block_exits(Block& block) {
+  signal(block, true, block.waited_for_grid_before);
+}
 
 }  // namespace emulator

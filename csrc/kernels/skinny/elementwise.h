@@ -76,7 +76,10 @@ struct LoraReduceParams {
 // One thread per element of T. lora_gemm may start at once (PDL): it waits before it reads T.
 template <class T>
 __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ LoraReduceParams<T> p) {
-  ptx::griddepcontrol_launch_dependents();
+  if (threadIdx.x == 0) {  // for the block; the fence passes on what the grids before wrote
+    ptx::fence_acq_rel_gpu();
+    ptx::griddepcontrol_launch_dependents();
+  }
   const int64_t count = static_cast<int64_t>(p.m) * p.width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;

@@ -107,7 +107,8 @@ void run_gemm(const Case& run) {
   const LoraGemmParams<T> params = problem.params();
   const auto flags = static_cast<size_t>(2 * ((problem.m + Tile::kPairM - 1) / Tile::kPairM));
   GlobalBuffer<uint32_t> ready(std::vector<uint32_t>(flags), "ready"),
-      ticket(std::vector<uint32_t>(1), "ticket"), written(std::vector<uint32_t>(1), "written");
+      ticket(std::vector<uint32_t>(1), "ticket"), zero(std::vector<uint32_t>(1), "zero"),
+      written(1, "written");
   const LoraFusedShrinkParams<T> in{.t = problem.t.data(),
                                     .s = problem.with_s ? problem.s.data() : nullptr,
                                     .t_pitch = problem.t_pitch,
@@ -118,6 +119,9 @@ void run_gemm(const Case& run) {
                                     .written = written.data()};
 
   emulator::Stream stream;
+  // Two grids later, it is read beside the kernel.
+  stream.launch({.grid = dim3(1), .block = dim3(32)}, copy<uint32_t>,
+                static_cast<const uint32_t*>(zero.data()), written.data(), 1);
   const auto pairs = static_cast<uint64_t>(pairs_of_tiles<Tile>(params));
   Launch launch{stream, 1 + static_cast<int64_t>(problem.random() % (pairs + 1))};
   launch_lora_gemm_fused_shrink_sm90a<T>(

@@ -1,7 +1,9 @@
-// Runs lora_shrink_sm80 and lora_reduce on odd sizes, with one or two terms and up to seven splits.
+// Runs lora_shrink_sm80 and lora_reduce on odd sizes, with one or two terms and up to seven splits,
+// before a grid that starts beside lora_reduce and reads Z, too.
 #include "emulated/kernels/lora_shrink_sm80.h"
 
 #include "emulated/kernels/driver.h"
+#include "emulated/kernels/neighbours.h"
 #include "emulated/kernels/operand.h"
 
 namespace kernels {
@@ -57,8 +59,14 @@ void run_shrink(const Case& run) {
                 lora_shrink_sm80<T, kMNMajor, kMasked, kAlignment>, shrink);
   stream.launch({.grid = dim3(1 + static_cast<unsigned>(random() % 3)), .block = dim3(256)},
                 lora_reduce<T>, reduce);
+  GlobalBuffer<float> seen_z(z.size(), "z as the next grid sees it");
+  stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
+                copy_early<float>, static_cast<const float*>(z.data()), seen_z.data(),
+                static_cast<int>(z.size()), static_cast<const uint32_t*>(nullptr), 0u);
   run_timed(stream);
 
+  for (size_t i = 0; i < z.size(); ++i)
+    compare("z as the next grid sees it", 0, static_cast<int>(i), seen_z[i], z[i], 0);
   const double between = to_double(unwritten);
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < t_pitch; ++j) {

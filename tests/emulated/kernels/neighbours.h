@@ -49,6 +49,7 @@ struct ProductParams {
 template <class V>
 __global__ void make_product(ProductParams<V> p) {
   if (p.parts == 0) lora_ext::ptx::griddepcontrol_wait();
+  lora_ext::ptx::fence_acq_rel_gpu();
   lora_ext::ptx::griddepcontrol_launch_dependents();
   for (int which = 0; which < 2 && p.parts > 0; ++which)
     for_each_of_grid(p.count[which], [&](int i) { p.to[which][i] = p.from[which][i]; });
@@ -62,6 +63,7 @@ __global__ void make_product(ProductParams<V> p) {
   INSTANCE(copy<V>(const V*, V*, int))                                  \
   INSTANCE(copy_early<V>(const V*, V*, int, const uint32_t*, uint32_t)) \
   INSTANCE(make_product<V>(ProductParams<V>))
+INSTANCE(copy<uint32_t>(const uint32_t*, uint32_t*, int))
 NEIGHBOURS(float)
 NEIGHBOURS(__nv_bfloat16)
 NEIGHBOURS(__half)

@@ -34,7 +34,7 @@ struct LoraFusedShrinkProducer {
 
   __device__ __forceinline__ void produce() const {
     // lora_wgrad may start on SMs that the last tiles leave idle; it waits for T itself.
-    if (jobs.block.p.trigger_dependents) ptx::griddepcontrol_launch_dependents();
+    if (jobs.block.p.trigger_dependents) Producer::launch_dependents();
     typename Producer::Ring ring;
     typename Jobs::Ring tickets;
     for (;;) {

@@ -40,7 +40,13 @@ struct LoraGemmSm90aProducer {
   __device__ __forceinline__ void wait_for_t() const {
     ptx::griddepcontrol_wait();
     ptx::fence_proxy_async_global();
-    if (block.p.trigger_dependents) ptx::griddepcontrol_launch_dependents();
+    if (block.p.trigger_dependents) launch_dependents();
+  }
+
+  // A dependent may read what the grids before this one wrote: the fence passes it on.
+  static __device__ __forceinline__ void launch_dependents() {
+    ptx::fence_acq_rel_gpu();
+    ptx::griddepcontrol_launch_dependents();
   }
 
   __device__ __forceinline__ void load_main_product(Ring& ring, const Place& at) const {

@@ -95,6 +95,18 @@ LOADS = [
             ),
         ),
     ),
+    Fault(
+        "fused_dependents_without_fence",
+        "the next grid may begin, and nothing passes on what the grids before this one wrote",
+        "it polls a counter that one of them has cleared",
+        (
+            (
+                FUSED_SHRINK,
+                "Producer::launch_dependents();",
+                "ptx::griddepcontrol_launch_dependents();",
+            ),
+        ),
+    ),
     of_producer(
         "half_to_the_wrong_place",
         "each block multicasts its half to where the other's half belongs",
