@@ -144,10 +144,20 @@ def extract(source: str, arch: str) -> tuple[str, Path]:
     cubins = list(folder.glob("*.cubin"))
     if len(cubins) != 1:
         sys.exit(f"sass: expected one cubin for {arch} in {item}, but found {len(cubins)}")
-    # Of each entry function, as `Compiling entry function '...' for 'sm_80'` begins it.
-    said = item.with_suffix(".ptxas").read_text()
-    parts = re.split(r"(?=^ptxas info\s*: Compiling entry function)", said, flags=re.MULTILINE)
-    return "".join(part for part in parts if f" for '{arch}'" in part), cubins[0]
+    return report_for(arch, item.with_suffix(".ptxas").read_text()), cubins[0]
+
+
+def report_for(arch: str, said: str) -> str:
+    """What ptxas said of an architecture's entry functions, each from its line `Compiling entry
+    function '...' for 'sm_80'` on, and messages C75xx, which precede it and name none."""
+    begins = r"(?=^ptxas info\s*: (?:Compiling entry function|\(C75))"
+    parts = re.split(begins, said, flags=re.MULTILINE)
+    return "".join(part for part in parts if f" for '{arch}'" in part or ": (C75" in part)
+
+
+def serialised(report: str) -> list[str]:
+    """C7504 to C7519: notes to ptxas, but a kernel three times slower."""
+    return [line.strip() for line in report.splitlines() if re.search(r"\(C75\d\d\)", line)]
 
 
 def examine(arch: str) -> tuple[list[Kernel], list[str]]:
@@ -161,8 +171,7 @@ def examine(arch: str) -> tuple[list[Kernel], list[str]]:
         if done.returncode != 0:
             sys.exit(f"nvdisasm failed on {cubin}:\n{done.stderr}")
         kernels += kernels_of(report, done.stdout, arch, known)
-        # C7504 to C7519: notes to ptxas, but a kernel three times slower.
-        wrong += [line.strip() for line in report.splitlines() if re.search(r"C75\d\d", line)]
+        wrong += serialised(report)
     wrong += [line for kernel in kernels for line in kernel.objections()]
     at_no_plan = census.untaken({kernel.name for kernel in kernels})
     wrong += [f"{name} on {arch}: no plan takes it (scripts/census.py)" for name in at_no_plan]

@@ -7,8 +7,8 @@
 //
 //     wgmma_fence(); wgmma_ss(...) ...; wgmma_commit_group(); ... wgmma_wait_group<0>();
 //
-// and in between neither d nor a's registers may be touched. All four warps of the warpgroup must
-// execute it.
+// and in between neither d nor a's registers may be touched. wgmma_pin(d) before the first and after
+// the last of these holds the compiler to that. All four warps of the warpgroup must execute it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,6 +31,17 @@ LORA_EXT_DEVICE void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #else
   emulator::wgmma_fence();
+#endif
+}
+
+// No instruction: the compiler moves no access to d's registers from one side of it to the other. The
+// others are volatile, but do not name d; where ptxas then finds it touched in between, every wgmma
+// waits for the one before (C75xx).
+template <int kCount>
+LORA_EXT_DEVICE void wgmma_pin([[maybe_unused]] float (&d)[kCount]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
 

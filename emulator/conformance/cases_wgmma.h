@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) accumulators[i] = c[place(i)];
   ptx::mbarrier_wait(bar, 0);
+  ptx::wgmma_pin(accumulators);
   ptx::wgmma_fence();
 #pragma unroll
   for (uint32_t step = 0; step < 4; ++step) {
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(128)
   }
   ptx::wgmma_commit_group();
   ptx::wgmma_wait_group<0>();
+  ptx::wgmma_pin(accumulators);
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) d[place(i)] = accumulators[i];
 }
@@ -121,9 +123,9 @@ void case_wgmma(Recorder& recorder, ptx::Swizzle swizzle = ptx::Swizzle::k128,
                            std::to_string(N) + "_" + letter(kMajorA) + "_" + letter(kMajorB) + "_" +
                            swizzle_name(static_cast<CUtensorMapSwizzle>(swizzle)) +
                            (integers ? "_integers" : "");
-  Random random =
-      recorder.begin(name, {"wgmma_ss", "wgmma_fence", "wgmma_commit_group", "wgmma_wait_group"},
-                     integers ? Comparison::kExact : Comparison::kProduct);
+  Random random = recorder.begin(
+      name, {"wgmma_ss", "wgmma_fence", "wgmma_pin", "wgmma_commit_group", "wgmma_wait_group"},
+      integers ? Comparison::kExact : Comparison::kProduct);
   const OperandTile tile_a{kTileM, kMajorA, swizzle}, tile_b = tile_of_b<N, kMajorB>(swizzle);
   const auto a = operand<T>(random, kTileM * kTileK, integers);
   const auto rows_of_b = operand<T>(random, tile_b.rows * kTileK, integers);

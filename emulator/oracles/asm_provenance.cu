@@ -155,6 +155,14 @@ WITHOUT_COUNTERPART(SHARED_CLUSTER(u32, uint32_t))
 WITHOUT_COUNTERPART(SHARED_CLUSTER(f32, float))
 
 VOID(wgmma_fence, (), ptx::wgmma_fence())
+extern "C" __global__ void wgmma_pin(float* accumulators) {
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = accumulators[i];
+  ptx::wgmma_pin(d);
+  for (int i = 0; i < 4; ++i) accumulators[i] = d[i];
+}
+CLOBBER(wgmma_pin, (float* accumulators), float d[1] = {*accumulators}; ptx::wgmma_pin(d);
+        *accumulators = d[0])
 VOID(wgmma_commit_group, (), ptx::wgmma_commit_group())
 VOID(wgmma_wait_group, (), ptx::wgmma_wait_group<3>())
 

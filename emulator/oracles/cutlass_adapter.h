@@ -141,6 +141,10 @@ enum class Major { kK, kMN };
 template <Major kMajor>
 constexpr gmma::Major kGmma = kMajor == Major::kK ? gmma::Major::K : gmma::Major::MN;
 ADAPTER void wgmma_fence() { cute::warpgroup_arrive(); }
+template <int kCount>
+ADAPTER void wgmma_pin(float (&d)[kCount]) {
+  for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(d[i]);
+}
 ADAPTER void wgmma_commit_group() { cute::warpgroup_commit_batch(); }
 template <int kPending>
 ADAPTER void wgmma_wait_group() {

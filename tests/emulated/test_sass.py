@@ -38,6 +38,23 @@ def test_no_kernel_spills_or_lacks_its_instructions(examined):
         assert row["blocks_per_sm"] >= 1 and row["registers"] <= 255
 
 
+# nvcc 13.0, of a kernel that writes an accumulator while its product is in flight, and of another.
+SERIALISED = """\
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'touched' for 'sm_90a'
+ptxas info    : Used 30 registers, used 0 barriers
+ptxas info    : Compiling entry function 'other' for 'sm_80'
+ptxas info    : Used 20 registers, used 0 barriers
+"""
+
+
+def test_products_that_wait_for_each_other_are_refused():
+    report = sass.report_for("sm_90a", SERIALISED)
+    assert "touched" in report and "other" not in report
+    assert sass.serialised(report) == [SERIALISED.splitlines()[0]]
+
+
 def test_consumer_cards_hold_all_but_hopper_s(examined):
     _, kernels, _ = examined
     too_large = {k.name for k in kernels if k.blocks(*sass.SHARED_OF_CONSUMER_CARDS) == 0}

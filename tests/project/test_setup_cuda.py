@@ -99,6 +99,8 @@ else:
     target = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
     target.write_text("")
     if target.suffix == ".o":
+        print("ptxas info    : (C7510) Potential Performance Loss: serialized")
+        print("ptxas info    : 0 bytes gmem", "    0 bytes stack frame", sep="\\n")
         target.with_suffix(".d").write_text(f"{{target}} : \\\\\\n {header} \\\\\\n")
 """
 
@@ -162,6 +164,13 @@ def test_a_cuda_file_is_compiled_again_only_if_what_makes_it_changed(
     assert compiled_again() == 2
     os.utime(tmp_path / "header.h", (2**32, 2**32))
     assert compiled_again() == 2
+
+
+def test_of_ptxas_report_the_build_shows_that_products_wait_for_each_other(toolkit, capsys):
+    _, compiled = toolkit()
+    said = capsys.readouterr().out
+    assert said.count("(C7510)") >= len(compiled) > 0
+    assert "gmem" not in said and "stack frame" not in said
 
 
 def test_instances_are_compiled_once_for_each_part_and_type(toolkit, tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ OTHER = {
     "ptx::tma_load_2d",
     "ptx::tma_load_2d_multicast",
     "ptx::tma_store_2d",
+    "ptx::wgmma_pin",
     "ptx::wgmma_ss",
 }
 

@@ -100,7 +100,7 @@ struct LoraFusedShrinkConsumer {
     Sums sums;
     typename Consumer::Progress now{ring};
     consumer.multiply_main(sums, now);
-    consumer.finish(ring, now);
+    consumer.finish(sums, ring, now);
     store(sums, row);
     consumer.epilogue.warpgroup_barrier();
     if (consumer.epilogue.thread == 0) jobs.publish(row);

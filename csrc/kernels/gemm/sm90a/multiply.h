@@ -9,7 +9,8 @@
 //
 // wgmma is asynchronous: while the products of a step are in flight, the step waits for those of
 // the step before, and only then releases their stage. In between nothing touches the accumulators
-// (PTX ISA, wgmma.fence), or ptxas would make every wgmma wait for the one before.
+// (PTX ISA, wgmma.fence), which are pinned on both sides, or ptxas would make every wgmma wait for
+// the one before.
 #pragma once
 #include "kernels/gemm/sm90a/mask_ahead.h"
 #include "kernels/gemm/sm90a/store.h"
@@ -80,7 +81,7 @@ struct LoraGemmSm90aConsumer {
     if constexpr (Tile::kPingpong) wait_for_turn(tile);
     if constexpr (kMasked) {  // T U first: only T U is masked
       multiply_low_rank(acc, now);
-      wait_for_products();
+      wait_for_products(acc);
       ahead.apply(acc);
     }
     if constexpr (kMasked && !Tile::kPingpong) {
@@ -94,7 +95,7 @@ struct LoraGemmSm90aConsumer {
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     if constexpr (Tile::kPingpong) pass_turn(tile);
     epilogue.put_bias(bias);
-    finish(ring, now);
+    finish(acc, ring, now);
     return at;
   }
 
@@ -128,7 +129,7 @@ struct LoraGemmSm90aConsumer {
       const bool enter = term == 0 && now.accumulate;
       const bool leave = term == kMaxLowRankTerms - 1;
       if (block.p.terms == kMaxLowRankTerms && (enter || leave)) {
-        wait_for_products();
+        wait_for_products(acc);
         const float factor = enter ? kLoScale<T> : 1.f / kLoScale<T>;
 #pragma unroll
         for (int i = 0; i < Tile::kRowBlocks; ++i) {
@@ -164,6 +165,7 @@ struct LoraGemmSm90aConsumer {
     const uint32_t left = block.left(now.ring.slot) +
                           static_cast<uint32_t>(consumer * Tile::kRowsApart) * Tile::kRowBytes;
     const uint32_t right = block.right(now.ring.slot);
+    pin(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k16 = 0; k16 < kSteps; ++k16) {
@@ -181,12 +183,24 @@ struct LoraGemmSm90aConsumer {
     now.accumulate = true;
   }
 
+  template <int kHalf>
+  __device__ __forceinline__ void pin(float (&acc)[Tile::kRowBlocks][kHalf]) const {
+#pragma unroll
+    for (int i = 0; i < Tile::kRowBlocks; ++i) ptx::wgmma_pin(acc[i]);
+  }
+
   // Afterwards the accumulators may be read and written.
-  __device__ __forceinline__ void wait_for_products() const { ptx::wgmma_wait_group<0>(); }
+  template <int kHalf>
+  __device__ __forceinline__ void wait_for_products(float (&acc)[Tile::kRowBlocks][kHalf]) const {
+    ptx::wgmma_wait_group<0>();
+    pin(acc);
+  }
 
   // The end of a product, which has at least one step.
-  __device__ __forceinline__ void finish(Ring& ring, const Progress& now) const {
-    wait_for_products();
+  template <int kHalf>
+  __device__ __forceinline__ void finish(float (&acc)[Tile::kRowBlocks][kHalf], Ring& ring,
+                                         const Progress& now) const {
+    wait_for_products(acc);
     release(now.held);
     ring = now.ring;
   }

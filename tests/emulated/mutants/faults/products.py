@@ -13,7 +13,7 @@ WAIT_PREVIOUS = (
     "    ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended\n"
 )
 RELEASE_HELD = "    if (now.held >= 0) release(now.held);\n"
-FINISH = "    wait_for_products();\n    release(now.held);\n"
+FINISH = "    wait_for_products(acc);\n    release(now.held);\n"
 MULTIPLY = "    multiply<kSteps>(acc, now);\n"
 DEC = "    ptx::setmaxnreg_dec<Tile::kProducerRegisters>();\n"
 INC = "    ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();\n"
@@ -46,7 +46,7 @@ PRODUCTS = [
         "release_before_last_wait",
         "the last stage of a tile is released before the last wgmmas are awaited",
         "wgmma still reads it",
-        (FINISH, "    release(now.held);\n    wait_for_products();\n"),
+        (FINISH, "    release(now.held);\n    wait_for_products(acc);\n"),
     ),
     of_consumer(
         "release_before_wait_previous",
@@ -59,7 +59,7 @@ PRODUCTS = [
         "each step releases its own stage, though one group of wgmmas stays in flight",
         "the group in flight is the one that reads it",
         (RELEASE_HELD, "    release(now.ring.slot);\n"),
-        (FINISH, "    wait_for_products();\n"),
+        (FINISH, "    wait_for_products(acc);\n"),
     ),
     of_consumer(
         "accumulators_cleared_after_fence",
