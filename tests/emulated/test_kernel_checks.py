@@ -202,6 +202,20 @@ assert set(failed) == {{each.name for each in asked}} and failed, failed
     )
 
 
+def test_what_goes_wrong_where_experts_have_ranges_of_rows_is_found():
+    """A list with an index comes by no end."""
+    python(
+        """
+warnings.simplefilter("ignore")
+grouped = [k for k in _C.all_grouped_kernels(card) if " bfloat16 hybrid" in k.name]
+asked = [k for k in grouped if k.name.startswith("backward") or "onto a base" in k.name]
+failed = check_kernels("cpu", asked)
+assert set(failed) == {each.name for each in asked} and len(failed) == 16, failed
+""",
+        LORA_EXT_EMULATED_FAULT="grouped/segments.range_of.key<groups:never",
+    )
+
+
 def test_every_fused_shrink_kernel_passes():
     python(
         """

@@ -113,10 +113,22 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
       "which checks in a process of its own.");
 }
 
+// Gradients of a pool as those of a list.
+void take_apart(Forward&) {}
+void take_apart(Backward& got) {
+  for (Factors* factors : {&got.dlora_a, &got.dlora_b}) {
+    if (!(*factors)[0].defined()) continue;
+    const at::Tensor pool = (*factors)[0];
+    factors->clear();
+    for (int64_t g = 0; g < pool.size(0); ++g) factors->push_back(pool[g]);
+  }
+}
+
+// Launches `launched`, which says the same as `args` in another form, or is `args`.
 template <class Args>
 std::string run_case(const plan::Card& card, const Kernels& kernels, const plan::Request& request,
-                     const Args& args) {
-  const plan::Problem problem = kernel_launch::problem_of(args);
+                     const Args& args, const Args& launched) {
+  const plan::Problem problem = kernel_launch::problem_of(launched);
   const plan::Plan plan = plan::make_plan(card, problem, request);
   const Kernels planned = kernel_set::of_plan(plan, problem);
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
@@ -131,8 +143,9 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   LORA_EXT_CHECK(before == "", "expected ", device,
                  " in order, but got an error of what ran before: ", before.value_or(""));
   try {
-    const auto got = kernel_launch::run(plan, args);
+    auto got = kernel_launch::run(plan, launched);
     wait_for(device, kernels);
+    if (launched.update.is_pool()) take_apart(got);
     std::string off = compare_all(got, expected, allowed);
     if constexpr (std::is_same_v<Args, ForwardArgs>) {
       // lora_decode counts from what the launch before has left.
@@ -167,6 +180,30 @@ Update many_of(const Update& one, int64_t rows, const at::TensorOptions& options
   return update;
 }
 
+// An update as experts launch it, a pool whose adapters have ranges of rows, one of them empty, and
+// last come rows without an adapter; and the same as a list with an index.
+struct InTwoForms {
+  Update list, pool;
+};
+InTwoForms pool_of(const Update& one, int64_t rows, const at::TensorOptions& options) {
+  const at::Tensor sizes = at::arange(1, 5, one.a().options()).mul_(0.5).reshape({4, 1, 1});
+  const at::Tensor scaling = at::arange(1, 5, options.dtype(at::kFloat)).mul_(0.5);
+  const at::Tensor ends = at::full({4}, rows - 5, options.dtype(at::kInt));
+  ends[0].fill_(rows / 3), ends[1].fill_(rows / 3), ends[2].fill_(rows / 2);
+  const at::Tensor turns = at::arange(rows, options.dtype(at::kInt)).unsqueeze(1);
+  const at::Tensor ended = turns.ge(ends).sum(1).to(at::kInt);
+  InTwoForms update;
+  update.list.dropout = update.pool.dropout = one.dropout;
+  update.pool.lora_a = {one.a().mul(sizes)}, update.pool.lora_b = {one.b().mul(sizes)};
+  for (int64_t g = 0; g < 4; ++g) {
+    update.list.lora_a.push_back(update.pool.lora_a[0][g]);
+    update.list.lora_b.push_back(update.pool.lora_b[0][g]);
+  }
+  update.pool.grouping = Grouping{scaling, std::nullopt, ends};
+  update.list.grouping = Grouping{scaling, ended.masked_fill(ended.eq(4), -1)};
+  return update;
+}
+
 std::string run_small_case(const at::Device& device, const plan::Card& card,
                            const Kernels& kernels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -184,19 +221,31 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
-  Update update = Update::one(a, b, 2.0, dropout);
-  if (kernels.grouped) update = many_of(update, m, options);
-  if (!kernels.backward) {
-    const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
-                                         : Base{w, numbers({n}, 12.9, 1, options)};
-    return run_case(card, kernels, small.request, ForwardArgs{x, base, update});
-  }
-  const size_t factors = update.lora_a.size();
-  const Wanted wanted{problem.need_dx, NeedsGrad(factors, problem.need_dlora_a),
-                      NeedsGrad(factors, problem.need_dlora_b)};
-  const at::Tensor grad = numbers({m, n}, 12.47, 1, options);
-  const at::Tensor s = numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat));
-  return run_case(card, kernels, small.request, BackwardArgs{grad, x, Base{w}, update, s, wanted});
+  const auto run = [&](const Update& update, const Update& launched) {
+    if (!kernels.backward) {
+      const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
+                                           : Base{w, numbers({n}, 12.9, 1, options)};
+      return run_case(card, kernels, small.request, ForwardArgs{x, base, update},
+                      ForwardArgs{x, base, launched});
+    }
+    const at::Tensor grad = numbers({m, n}, 12.47, 1, options);
+    const at::Tensor s = numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat));
+    const auto args = [&](const Update& of) {
+      const size_t factors = of.lora_a.size();
+      const Wanted wanted{problem.need_dx, NeedsGrad(factors, problem.need_dlora_a),
+                          NeedsGrad(factors, problem.need_dlora_b)};
+      return BackwardArgs{grad, x, Base{w}, of, s, wanted};
+    };
+    return run_case(card, kernels, small.request, args(update), args(launched));
+  };
+  const Update one = Update::one(a, b, 2.0, dropout);
+  if (!kernels.grouped) return run(one, one);
+  const Update many = many_of(one, m, options);
+  const std::string off = run(many, many);
+  const bool experts = kernels.hybrid && (kernels.backward || kernels.given_base);
+  if (!off.empty() || !experts) return off;
+  const InTwoForms ranges = pool_of(one, m, options);
+  return run(ranges.list, ranges.pool);
 }
 
 }  // namespace
