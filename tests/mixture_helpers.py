@@ -51,6 +51,21 @@ def some_ids(seed=1, shape=(2, 7)):
 
 
 KINDS = tuple(_OF_TYPE)
+_OF_TYPE["deepseek_v3"] = {  # a dense layer, and one with shared experts
+    "n_routed_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from ..nn.adapter_spec import AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.parameter import LoRAParameter
 from .errors import AdapterError
-from .layout import PREFIX, bias_key, features, plain_spec, slots
+from .layout import PREFIX, Slot, bias_key, features, plain_spec, slots
 from .names import escaped, module_names, parameter_names
 from .owners import bias_of, tensors_of
 from .parameters import FactorOrder, parameter_slots
@@ -100,21 +100,14 @@ class Content:
 
     def tensors(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         """(name in the file, tensor, shape in the file), in the order of the layers."""
-        for path, layer in self.layers.items():
+        for name, layer in {**self.layers, **self.parameters}.items():
             lora_a, lora_b = layer.factors(self.adapter)
             values = {"lora_a": lora_a, "lora_b": lora_b}
             if self.adapter in layer.lora_bias:
                 values["lora_bias"] = layer.lora_bias[self.adapter]
-            for slot in slots(path, layer, self.specs[path].r, self.lora_bias):
+            for slot in self.slots(name):
                 value = values.get(slot.table)
                 yield slot.key, torch.zeros(slot.shape) if value is None else value, slot.shape
-        for name, layer in self.parameters.items():
-            around = [one for one in layer.module.layers() if one.spec_of(self.adapter)]
-            depth = len(around) - 1 - around.index(layer)
-            shapes = FactorOrder(layer.count).shapes(self.specs[name].r, features(layer))
-            found = parameter_slots(name.rpartition(".")[0], depth, shapes)
-            for slot, value in zip(found, layer.factors(self.adapter), strict=True):
-                yield slot.key, value, slot.shape
         stored = {f"{PREFIX}{p}.{n}": t for p, m in self.saved.items() for n, t in _state(m)}
         if self.bias != "none":
             wrapped = {*self.layers, *(name.rpartition(".")[0] for name in self.parameters)}
@@ -125,13 +118,23 @@ class Content:
         for key, tensor in stored.items():
             yield key, tensor, tuple(tensor.shape)
 
+    def slots(self, name: str) -> list[Slot]:
+        """The tensors of a layer, or of a parameter, as PEFT stores them."""
+        rank, layer = self.specs[name].r, self.parameters.get(name)
+        if layer is None:
+            return slots(name, self.layers[name], rank, self.lora_bias)
+        around = [one for one in layer.module.layers() if one.spec_of(self.adapter)]
+        depth = len(around) - 1 - around.index(layer)
+        shapes = FactorOrder(layer.count).shapes(rank, features(layer))
+        return parameter_slots(name.rpartition(".")[0], depth, shapes)
+
     # ---- config ----
 
     def config(
         self, base_model_name_or_path: str | None, revision: str | None, task_type: str | None
     ) -> AdapterConfig:
         """The config that selects these layers, and no others, in PEFT."""
-        use_rslora = _most_common(spec.use_rslora for spec in self.specs.values())
+        use_rslora = most_common(spec.use_rslora for spec in self.specs.values())
         as_parameters = self._layers_as_parameters()
         # The names that PEFT matches with the patterns.
         names = {path: f"{path}.weight" if path in as_parameters else path for path in self.specs}
@@ -154,13 +157,13 @@ class Content:
                 f"{sorted(set(dropouts))} the most common is stored",
                 stacklevel=4,
             )
-        r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        r, alpha = most_common(ranks.values()), most_common(alphas.values())
         modules = [path for path in self.layers if path not in as_parameters]
         target_modules, exclude_modules = module_names(self.model, modules, self.saved_names)
         return AdapterConfig(
             r=r,
             alpha=alpha,
-            dropout=_most_common(dropouts),
+            dropout=most_common(dropouts),
             use_rslora=use_rslora,
             lora_bias=self.lora_bias,
             bias=self.bias,
@@ -264,16 +267,21 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return list(module.state_dict(keep_vars=True).items())
 
 
-def _most_common(values):
+def most_common(values):
     return Counter(values).most_common(1)[0][0]
 
 
 def _alpha(spec: AdapterSpec, use_rslora: bool) -> float:
     """The alpha that gives the spec's scaling with this convention; an int if it is integral."""
-    alpha = spec.alpha
-    if spec.use_rslora != use_rslora:
-        alpha = spec.scaling * (math.sqrt(spec.r) if use_rslora else spec.r)
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
+    if spec.use_rslora == use_rslora:
+        return int(spec.alpha) if float(spec.alpha).is_integer() else float(spec.alpha)
+    return alpha_of(spec.scaling, spec.r, use_rslora)
+
+
+def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
+    """The alpha of a scaling, without the noise of its roots; an int if it is integral."""
+    alpha = float(f"{scaling * (math.sqrt(rank) if use_rslora else rank):.15g}")
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _anchored(path: str) -> str:

@@ -39,6 +39,7 @@ _PICKLE = "adapter_model.bin"
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _NEXT = ".next"
 _TMP = ".tmp"
+NEW_WEIGHTS = WEIGHTS + _TMP
 _CARD_TMP = "adapter_card.tmp"
 _OWN = (*(name + end for name in (WEIGHTS, CONFIG) for end in ("", _NEXT, _TMP)), _CARD_TMP)
 _ATTEMPTS = 100
@@ -209,7 +210,8 @@ def replace_adapter(
     Args:
         folder: made if it does not exist.
         config: bytes of adapter_config.json.
-        weights: yields the parts of the safetensors file.
+        weights: yields the parts of the safetensors file; each is in NEW_WEIGHTS when it goes on,
+            and what it raises leaves the folder unchanged.
         card: bytes of README.md.
 
     Raises:
@@ -273,7 +275,7 @@ class _Save:
         self.recover()
         try:
             # Everything that needs disk space happens before the first rename.
-            self.write(WEIGHTS + _TMP, weights())
+            self.write(NEW_WEIGHTS, weights())
             same_config = self.exists(WEIGHTS) and self.holds(CONFIG, config)
             if not same_config:
                 self.write(CONFIG + _TMP, [config])

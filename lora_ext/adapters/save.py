@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,11 @@ from ..models.model import check_not_peft, reshard
 from ..nn.adapter_spec import DEFAULT_ADAPTER
 from .content import Content
 from .errors import AdapterError, shown
-from .folder import replace_adapter
+from .folder import NEW_WEIGHTS, replace_adapter
+from .layouts import LAYOUTS, laid_out
 from .owners import inner_model, is_sharded
 from .peft_config import AdapterConfig, render_config
+from .read_back import check_written
 from .tensors import encode
 
 _TASK_TYPES = (
@@ -38,6 +40,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     revision: str | None = None,
     task_type: str | None = None,
+    layout: str = "peft",
 ) -> None:
     """Writes an adapter to a folder in the format of PEFT 0.21.2, for PEFT and `load_adapter`.
 
@@ -48,6 +51,10 @@ def save_adapter(
     LoRA is written as a plain one with the same product: PiSSA and OLoRA with rank 2 r, merged
     projections with one dense pair.
 
+    Engines may want experts in another layout (`docs/to-a-server.md`). The file is put in place if
+    its readers make the model's W + scaling B A of it. "peft" after experts in 4 bits has PEFT's
+    order of such; ``python -m lora_ext.adapters convert`` writes that of dense ones.
+
     With parameters sharded by FSDP2 every rank calls it; rank 0 writes. Else one process calls it.
 
     Args:
@@ -57,9 +64,11 @@ def save_adapter(
         bias: which biases of the base to store: "none", "all" or "lora_only"; None stores those
             that are trained or came with the adapter.
         base_model_name_or_path, revision, task_type: information for the config.
+        layout: of experts: "peft", stacks as in the model; "per-expert", a linear layer for each
+            expert's projection; "stacked", w1, w3, w2: gate, up, down of all experts ``[E, ...]``.
 
     Raises:
-        AdapterError: a ValueError. The model has no such adapter, PEFT's format cannot express it,
+        AdapterError: a ValueError. The model has no such adapter, the layout cannot express it,
             a value is not finite, another save to the folder is under way, or a file is a link.
         OSError: the folder cannot be written, or the disk is full.
 
@@ -70,6 +79,8 @@ def save_adapter(
     check_not_peft(inner, "save_adapter")
     reshard(inner)
     try:
+        if layout not in LAYOUTS:
+            raise AdapterError(f"expected layout to be one of {LAYOUTS}, but got {layout!r}")
         information = {
             "base_model_name_or_path": base_model_name_or_path,
             "revision": revision,
@@ -82,9 +93,19 @@ def save_adapter(
             raise AdapterError(f"expected task_type in {_TASK_TYPES}, but got {shown(task_type)}")
         content = Content(inner, adapter, bias)
         config = content.config(**information)
-        tensors, is_collective = _whole(content.tensors())
-        data = render_config(config, content.has_conv1d)
-        _write(folder, data, tensors, _card(config), is_collective)
+        whole, is_collective = _whole(content.tensors())
+
+        def write() -> None:
+            laid, tensors = laid_out(layout, content, config, whole)
+            data = render_config(laid, content.has_conv1d)
+
+            def weights() -> Iterator[bytes]:
+                yield encode(tensors)
+                check_written(os.path.join(folder, NEW_WEIGHTS), data, layout, content, whole)
+
+            replace_adapter(folder, data, weights, _card(laid))
+
+        _on_first_rank(write) if is_collective else write()
     except ValueError as error:
         raise AdapterError(f"lora_ext.save_adapter: {folder}: {error}") from None
 
@@ -114,16 +135,12 @@ def _whole(
     return whole, is_collective
 
 
-def _write(
-    folder: str, config: bytes, tensors: dict[str, Tensor], card: bytes, is_collective: bool
-) -> None:
-    if not is_collective:
-        replace_adapter(folder, config, lambda: [encode(tensors)], card)
-        return
+def _on_first_rank(write: Callable[[], None]) -> None:
+    """Calls it on rank 0; all raise if it fails."""
     failure: list[str | None] = [None]
     try:
         if dist.get_rank() == 0:
-            replace_adapter(folder, config, lambda: [encode(tensors)], card)
+            write()
     except BaseException as error:
         failure[0] = f"{type(error).__name__}: {error}"
         raise
@@ -146,7 +163,7 @@ def _card(config: AdapterConfig) -> bytes:
         "# LoRA adapter",
         "",
         f"Rank {config.r}, alpha {config.alpha:g}; see `adapter_config.json`. Load it with",
-        "`lora_ext.load_adapter` or `peft.PeftModel.from_pretrained`.",
+        "`lora_ext.load_adapter` or, in PEFT's layout, `peft.PeftModel.from_pretrained`.",
         "",
     ]
     return "\n".join(text).encode()

@@ -15,7 +15,8 @@ Now one stack has the rows of gate and up. Its factors combine those of both,
     A_e = [A_gate; A_up]  [2 r, in]        B_e = diag(B_gate, B_up)  [2 out, 2 r]
 
 with an alpha that keeps the scaling, so that every product stays the same; the rows of B for a
-projection without an adapter are zero. The router also was a linear layer, and now is a parameter.
+projection without an adapter are zero, and lie where the stack has that projection's rows: those of
+gate and up alternate in gpt-oss. The router also was a linear layer, and now is a parameter.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Stack:
         rank: the rank of each projection's adapter.
         features: (in, out) of each projection.
         factors: in the file.
+        alternates: whether a row of each projection follows one of the other.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Stack:
     rank: int
     features: tuple[int, int]
     factors: Factors
+    alternates: bool
 
     def shape(self, factor: str) -> tuple[int, int]:
         """The shape of lora_A ``[E R, in]`` or lora_B ``[out, R E]``; R is the rank of all
@@ -136,8 +139,11 @@ class Stack:
         out = self.features[1]
         lora_b = parts[0].new_zeros(self.shape("B")).unflatten(1, (-1, self.count))
         for number, (part, each) in enumerate(zip(self.adapted, parts, strict=True)):
-            row, column = self.rows.index(part) * out, number * self.rank
-            lora_b[row : row + out, column : column + self.rank] = each.permute(1, 2, 0)
+            row, column = self.rows.index(part), number * self.rank
+            rows = slice(row * out, (row + 1) * out)
+            if self.alternates:
+                rows = slice(row, None, len(self.rows))
+            lora_b[rows, column : column + self.rank] = each.permute(1, 2, 0)
         return lora_b.flatten(1)
 
     def _of_each(
@@ -204,7 +210,7 @@ def with_stacks(
         found = _FACTOR.fullmatch(key)
         path = _path_of_today(found[1], modules) if found else ""
         of = _PROJECTION.fullmatch(path)
-        if found and of and _is_taken(modules.get(of[1])):
+        if found and of and of[1] in modules and is_experts(modules[of[1]]):
             part, expert = _TODAY.get(of[3], of[3]), _ALL if of[2] is None else int(of[2])
             apart.setdefault(of[1], {})[part, found[2], expert] = entry
             continue
@@ -260,11 +266,6 @@ def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
     return path.replace(".block_sparse_moe.", ".mlp.")
 
 
-def _is_taken(module: Any) -> bool:
-    """Whether the module is experts whose stack has the gate's rows before those of up."""
-    return module is not None and is_experts(module) and is_concatenated(module)
-
-
 def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> list[Stack]:
     """The stacks of a module's parameters, that of the innermost wrapper first."""
     rows = {
@@ -292,7 +293,8 @@ def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> 
         first = own.get((adapted[0], "A", 0)) or own.get((adapted[0], "A", _ALL))
         found_rank = first.shape[-2] if first and len(first.shape) > 1 else 0
         rank = found_rank if found_rank in config.rank_pattern.values() else config.r
-        stack = Stack(f"{path}.{name}", rows[name], adapted, count, rank, features, own)
+        alternates = not is_concatenated(module)
+        stack = Stack(f"{path}.{name}", rows[name], adapted, count, rank, features, own, alternates)
         stack.check()
         found.append(stack)
     return found

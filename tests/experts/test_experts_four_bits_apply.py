@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoRAConfig, apply_lora
+from lora_ext.adapters.convert import convert
 from lora_ext.nn import LoRAExperts
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "intermediate_size": 96}
@@ -185,6 +186,24 @@ def test_peft_reads_our_files_and_we_read_its(place, tmp_path):
     again = two_models()[place]
     lora_ext.load_adapter(again, tmp_path / "theirs")
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "peft"])
+def test_peft_reads_on_a_dense_base_what_was_trained_on_four_bits(layout, tmp_path):
+    """A folder in PEFT's order of dense experts is converted from that of quantised ones."""
+    model, dense = two_models()
+    (model,) = adapted([model], "experts")
+    dense.config.save_pretrained(tmp_path / "base")
+    words = {"base_model_name_or_path": str(tmp_path / "base")}
+    first = tmp_path / "first"
+    lora_ext.save_adapter(model, first, layout=layout, **words)
+    if layout == "peft":
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peft.PeftModel.from_pretrained(two_models()[1], first)
+        convert(str(first), str(tmp_path / "second"), layout)
+        first = tmp_path / "second"
+    theirs = lora_ext.accelerate(peft.PeftModel.from_pretrained(dense, first))
+    assert torch.equal(logits(theirs), logits(model))
 
 
 def test_an_adapter_for_each_sample():

@@ -8,6 +8,7 @@ import torch
 from expert_helpers import Mixture, make_experts
 from hostile_helpers import assert_refused
 from mixture_helpers import edit, edited, loaded_by_peft, logits, mixture, peft_mixture, put
+from safetensors.torch import load_file
 
 from lora_ext import load_adapter, save_adapter
 
@@ -167,9 +168,14 @@ def test_factors_of_all_experts_in_one_tensor(is_shared, valid, tmp_path):
 
     whole = edited(valid, tmp_path / "whole", tensors, **OF_ALL)
     apart = edited(whole, tmp_path / "apart", of_each)
-    found = logits(load_adapter(mixture(), whole))
+    model = load_adapter(mixture(), whole)
+    found = logits(model)
     assert torch.equal(found, logits(load_adapter(mixture(), apart)))
     assert not torch.equal(found, logits(mixture()))
+    save_adapter(model, tmp_path / "again", layout="stacked")
+    first, again = (load_file(f / "adapter_model.safetensors") for f in (whole, tmp_path / "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key].to(first[key])) for key in first)
 
 
 @pytest.mark.parametrize(
