@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, code compiles, guides run, the site builds."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -86,6 +87,15 @@ def test_the_guides_run(guide, tmp_path, monkeypatch, capsys):
     if guide == "index":
         assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
         assert "fused" in capsys.readouterr().out
+    if guide == "reinforcement-learning":
+        names["urlopen"] = (sent := []).append
+        model = lora_ext.apply_lora(tiny_llama(), lora_ext.LoRAConfig(["q_proj"], r=4))
+        assert names["send"](model, tmp_path, 3) == "policy-3"
+        words = json.loads(sent[0].data)
+        assert (
+            sent[0].full_url.endswith("/v1/load_lora_adapter") and words["lora_name"] == "policy-3"
+        )
+        lora_ext.load_adapter(tiny_llama(), words["lora_path"])
 
 
 def test_every_public_name_is_in_the_reference():
