@@ -278,13 +278,13 @@ class AdapterPool:
         for parameters in held:
             detach_from_pool(parameters)
 
-    def save(self, name: str, folder: str | os.PathLike[str], **information: str | None) -> None:
+    def save(self, name: str, folder: str | os.PathLike[str], **information: Any) -> None:
         """Writes an adapter as a folder in PEFT's format, as `save_adapter` does.
 
         Args:
             name: of the adapter.
             folder: a local path.
-            information: base_model_name_or_path, revision and task_type for `save_adapter`.
+            information: base_model_name_or_path, revision, task_type and layout for `save_adapter`.
 
         Raises:
             AdapterError: no adapter has the name, or a value is not finite.
