@@ -1,5 +1,6 @@
 """Small PEFT models over layers of the libraries that quantise."""
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -38,6 +39,20 @@ def bnb_eight_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     made.load_state_dict(layer.state_dict())
     made.bias.data = made.bias.data.to(dtype)
     return nn.Sequential(made).to("cpu")[0]
+
+
+def gguf_eight_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    utils = importlib.import_module("transformers.integrations.gguf.utils")
+    dequant = importlib.import_module("transformers.integrations.gguf.dequant")
+    kinds = {name: number for number, name in dequant.GGML_NAME.items()}
+    made = utils.GgufLinear(layer.in_features, layer.out_features, kinds["Q8_0"], True)
+    weight = layer.weight.detach().float().view(layer.out_features, -1, 32)
+    scale = (weight.abs().amax(-1, keepdim=True) / 127).half()
+    codes = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
+    blocks = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1)
+    made.weight.data = blocks.view(layer.out_features, -1)
+    made.bias.data = layer.bias.detach().clone()
+    return made
 
 
 def torchao_int8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:

@@ -12,7 +12,13 @@ import torch
 from format_helpers import needs, plain_linear
 from helpers import BF16, F32, F64
 from layer_helpers import randomize
-from quantized_models import bnb_eight_bits, bnb_four_bits, hqq_four_bits, torchao_int8
+from quantized_models import (
+    bnb_eight_bits,
+    bnb_four_bits,
+    gguf_eight_bits,
+    hqq_four_bits,
+    torchao_int8,
+)
 from torch import Tensor, nn
 
 import lora_ext
@@ -27,20 +33,6 @@ ROWS = 20  # more than GGUF's kernels for few rows take
 def of(make: Callable[..., nn.Module], **words: Any) -> Callable[[torch.dtype], nn.Module]:
     """A maker of quantized_models.py on the linear layer of these tests."""
     return lambda dtype: make(plain_linear(HEIGHT, WIDTH), dtype, **words).requires_grad_(False)
-
-
-def gguf(dtype: torch.dtype) -> nn.Module:
-    utils = importlib.import_module("transformers.integrations.gguf.utils")
-    dequant = importlib.import_module("transformers.integrations.gguf.dequant")
-    kinds = {name: number for number, name in dequant.GGML_NAME.items()}
-    layer = utils.GgufLinear(WIDTH, HEIGHT, kinds["Q8_0"], True)
-    weight = plain_linear(HEIGHT, WIDTH).weight.view(HEIGHT, -1, 32)
-    scale = (weight.abs().amax(-1, keepdim=True) / 127).half()
-    codes = (weight / scale.float()).round().clamp(-127, 127).to(torch.int8)
-    blocks = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1)
-    layer.weight.data = blocks.view(HEIGHT, -1)
-    layer.bias.data = plain_linear(HEIGHT, WIDTH).bias.detach().clone()
-    return layer.requires_grad_(False)
 
 
 def fp8(dtype: torch.dtype) -> nn.Module:
@@ -60,7 +52,7 @@ MAKERS: dict[str, Callable[[torch.dtype], nn.Module]] = {
     "int8": of(bnb_eight_bits),
     "torchao": of(torchao_int8),
     "hqq": of(hqq_four_bits, optimize=False),
-    "gguf": gguf,
+    "gguf": of(gguf_eight_bits),
     "fp8": fp8,
 }
 _PACKAGES = {"torchao": "torchao", "hqq": "hqq", "gguf": "transformers", "fp8": "transformers"}

@@ -1,0 +1,506 @@
+"""The joints of features: kinds of layer, how a forward runs, and what changes before it.
+
+A cell names one of each. `cells` has all of them, `covering` a few in which each two parts meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from expert_helpers import SmallConfig, make_experts
+from helpers import F32, F64
+from peft import LoraConfig, get_peft_model
+from peft_helpers import randomize
+from quantized_models import gguf_eight_bits
+from row_helpers import Names, Step, gradient_of
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import lora_ext
+from contract.accelerated import PEFT, PeftSubject
+from contract.ours import OURS, OurSubject
+from contract.subject import Subject
+from lora_ext import AdapterPool, LoRAConfig, apply_lora
+
+IN, OUT = 6, 8
+BLOCK = 32  # of GGUF's Q8_0
+ADAPTERS = {"a": (2, 3.0), "b": (3, -2.0), "c": (1, 4.0)}  # rank, alpha
+NAMES = ["a", None, "c", "b", "a", "c"]
+OTHERS = ["a", "c", "c", "b", None, "b"]  # in the same order: a graph need not be made again
+# The names of a forward's block, and those of the block that is open in its backward.
+DROPOUT = 0.4
+CALLS: list[tuple[Names | None, Names | None]] = [(NAMES, None), (OTHERS, ["c"] * 6), (None, NAMES)]
+
+
+class Router(nn.Module):
+    """Its logits and weights."""
+
+    def __init__(self) -> None:
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+        super().__init__()
+        self.gate = Qwen3MoeTopKRouter(SmallConfig(3, (IN, 4)))
+        nn.init.normal_(self.gate.weight)
+        self.experts = make_experts("plain", 3, (IN, 4))  # a router has some
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, weights, _ = self.gate(x.flatten(0, 1))
+        return torch.cat([logits, weights], -1).view(*x.shape[:2], -1)
+
+
+class Experts(nn.Module):
+    """Each token has two of three experts in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = make_experts("plain", 3, (IN, 4))
+        self.experts.config._experts_implementation = "batched_mm"  # a graph can have it
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        index = torch.arange(2 * len(rows)).view(-1, 2) % 3
+        return self.experts(rows, index, rows[:, :2].sigmoid()).view_as(x)
+
+
+# ---- kinds of layer ----
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(IN, OUT),
+    "packed": lambda: nn.Linear(40, 70),
+    "conv1d": lambda: Conv1D(OUT, IN),
+    "embedding": lambda: nn.Embedding(12, OUT),
+    "conv2d": lambda: nn.Conv2d(IN, OUT, 1),
+    "quantised": lambda: gguf_eight_bits(nn.Linear(BLOCK, OUT), F64),
+    "saved": lambda: nn.Linear(IN, OUT),
+    "router": Router,
+    "experts": Experts,
+}
+
+
+# What comes behind: a module to save; one that PEFT's convolution has beside it, to be accelerated.
+BEHIND = {"saved": lambda: nn.Linear(OUT, OUT), "conv2d": lambda: nn.Linear(2, 2)}
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    return F32 if "packed" in kind else F64
+
+
+def make(kind: str, dropout: float = 0.0) -> Subject:
+    """A model of one layer with three adapters, of random values; biases are trained."""
+    family, _, layer = kind.partition(" ")
+    torch.manual_seed(1)
+    made = [one[layer]() for one in (BASES, BEHIND) if layer in one]
+    subject = adapted(family, nn.Sequential(*made).to(dtype_of(kind)), [*ADAPTERS], layer, dropout)
+    for name, parameter in subject.model.named_parameters():
+        if name.endswith("bias") and parameter.is_floating_point():
+            parameter.requires_grad_(layer != "packed")
+    return subject
+
+
+def adapted(
+    family: str, base: nn.Module, names: list[str], layer: str = "linear", dropout: float = 0.0
+) -> Subject:
+    """The base's model of a family, with random adapters."""
+    model = (_of_peft if family == "peft" else _ours)(base, names, layer, dropout, family == "pool")
+    randomize(model)
+    for number, parameter in enumerate(_of_pool(model).values()):
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    subject, of = (PeftSubject, PEFT) if family == "peft" else (OurSubject, OURS)
+    return subject(of, f"{family} {layer}", model.train())
+
+
+def _targets(layer: str) -> list[str]:
+    own = {"experts": ["experts"], "router": ["gate"], "conv2d": ["0", "1"], "two": ["0", "2"]}
+    return own.get(layer, ["0"])
+
+
+def our_config(layer: str, name: str, dropout: float, r: int | None = None) -> LoRAConfig:
+    rank, alpha = ADAPTERS[name]
+    words = {} if layer == "packed" else {"adapter_dtype": F64}
+    return LoRAConfig(_targets(layer), r=r or rank, alpha=alpha, dropout=dropout, **words)
+
+
+def peft_config(layer: str, name: str, dropout: float, r: int | None = None) -> LoraConfig:
+    rank, alpha = ADAPTERS[name]
+    words: dict[str, Any] = {"target_modules": _targets(layer), "lora_dropout": dropout}
+    if layer in ("experts", "router"):
+        own = {"experts": ["experts.gate_up_proj", "experts.down_proj"], "router": ["gate.weight"]}
+        words = {"target_modules": [], "target_parameters": own[layer]}
+    words |= {"modules_to_save": ["1"]} if layer == "saved" else {}
+    # This init writes the base's weight.
+    words |= {"init_lora_weights": "olora"} if r and layer == "packed" else {}
+    return LoraConfig(r=r or rank, lora_alpha=alpha, **words)
+
+
+def _ours(base: nn.Module, names: list[str], layer: str, dropout: float, in_pool: bool):
+    pool = AdapterPool(base, 4, 3, _targets(layer), dtype=F64) if in_pool else None
+    for name in names:
+        config = our_config(layer, name, dropout)
+        apply_lora(base, config, name) if pool is None else pool.add(name, config)
+    if pool is None:
+        lora_ext.models.set_adapter(base, names)
+    return base
+
+
+def _of_peft(base: nn.Module, names: list[str], layer: str, dropout: float, _: bool):
+    configs = {name: peft_config(layer, name, dropout) for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = {"autocast_adapter_dtype": False}
+        model = get_peft_model(base, configs[names[0]], names[0], **words)
+        for name in names[1:]:
+            model.add_adapter(name, configs[name], **words)
+    model.base_model.set_adapter(["a"] if layer == "saved" else names)
+    return lora_ext.accelerate(model, expert_dropout=dropout if layer == "experts" else None)
+
+
+def _of_pool(model: nn.Module) -> dict[str, nn.Parameter]:
+    try:
+        pool = AdapterPool.of(model)
+    except ValueError:
+        return {}
+    return {f"{name} {key}": p for name in pool for key, p in pool.tensors(name).items()}
+
+
+def weights(subject: Subject) -> list[tuple[nn.Module, str, Tensor]]:
+    """(module, name, value) of the layer's frozen weights."""
+    dims = (3,) if subject.name.endswith("experts") else (2, 4)
+    return [
+        (module, name, value)
+        for path, module in subject.model.named_modules()
+        if "lora_" not in path and "modules_to_save" not in path
+        for name, value in module._parameters.items()
+        if value is not None and value.dim() in dims
+    ]
+
+
+def x_of(subject: Subject, dtype: torch.dtype) -> Tensor:
+    """Six samples of four tokens."""
+    layer = subject.name.partition(" ")[2]
+    generator = torch.Generator().manual_seed(2)
+    if layer == "embedding":
+        return torch.randint(12, (6, 4), generator=generator)
+    width = {"packed": 40, "quantised": BLOCK}.get(layer, IN)
+    shape = (6, width, 2, 2) if layer == "conv2d" else (6, 4, width)
+    return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+
+def block(subject: Subject, names: Names | None) -> AbstractContextManager[Any]:
+    return lora_ext.use_adapters(subject.model, names) if names else nullcontext()
+
+
+KINDS = [f"ours {layer}" for layer in BASES if layer != "saved"]
+KINDS += [f"pool {layer}" for layer in ("linear", "experts")]
+KINDS += [f"peft {layer}" for layer in BASES if layer != "quantised"]
+
+
+# ---- what changes ----
+
+
+def _rolled(value: Tensor) -> Tensor:
+    """Other values, which quantised codes may have as well."""
+    return value.detach().roll(1, 1 if value.dim() == 3 else 0)
+
+
+def switched(subject: Subject) -> None:
+    subject.set_adapter(["b"] if subject.name == "peft saved" else ["c", "b"])
+
+
+def replaced(subject: Subject) -> None:
+    """By one of another rank."""
+    layer = subject.name.partition(" ")[2]
+    active = max(subject.active(), key=len)
+    torch.manual_seed(5)
+    if subject.name.startswith("pool"):
+        AdapterPool.of(subject.model).replace("b", our_config(layer, "b", 0.0, r=1))
+    else:
+        subject.delete("b")
+        add(subject, "b", r=1)
+        subject.set_adapter(list(active))
+
+
+def add(subject: Subject, name: str, r: int | None = None) -> None:
+    """An adapter of random values."""
+    family, _, layer = subject.name.partition(" ")
+    if family == "peft":
+        config = peft_config(layer, name, 0.0, r)
+        subject.model.add_adapter(name, config, autocast_adapter_dtype=False)
+    else:
+        apply_lora(subject.model, our_config(layer, name, 0.0, r), name)
+    for key, parameter in subject.model.named_parameters():
+        if name in key.split(".") and "lora_b" in key.lower():
+            nn.init.normal_(parameter, std=0.3)
+
+
+def merged(subject: Subject) -> Callable[[], Any]:
+    subject.merge()
+    return subject.unmerge
+
+
+@torch.no_grad()
+def written(subject: Subject) -> None:
+    for _, _, value in weights(subject):
+        value.copy_(_rolled(value))
+
+
+def written_data(subject: Subject) -> None:
+    for _, _, value in weights(subject):
+        value.data = _rolled(value)
+
+
+def cast(subject: Subject) -> Callable[[], Any]:
+    own = dtype_of(subject.name)
+    subject.model.to(F32 if own == F64 else F64)
+    return lambda: subject.model.to(own)
+
+
+def dropped(subject: Subject, mode: bool = True) -> None:
+    if subject.name == "peft experts":  # by what makes them drop
+        lora_ext.accelerate(subject.model, expert_dropout=DROPOUT * mode)
+    else:
+        subject.model.train(mode)
+
+
+def moved(subject: Subject) -> None:
+    state = copy.deepcopy(subject.model.state_dict())
+    subject.model.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def tied(subject: Subject) -> Callable[[], Any]:
+    """To parameters of another module, which then writes them."""
+    others = [nn.Parameter(_rolled(value), False) for *_, value in weights(subject)]
+    for (module, name, _), other in zip(weights(subject), others, strict=True):
+        setattr(module, name, other)
+    return lambda: [other.copy_(_rolled(other)) for other in others]
+
+
+CHANGES: dict[str, Callable[[Subject], Any]] = {
+    "switched": switched,
+    "replaced": replaced,
+    "merged": merged,
+    "written": written,
+    "written by data": written_data,
+    "cast": cast,
+    "moved": moved,
+    "tied": tied,
+    "dropout on": dropped,
+    "dropout off": partial(dropped, mode=False),
+    "written before backward": lambda subject: None,  # later
+}
+
+# ---- how a forward runs ----
+
+Forward = Callable[[Tensor], Tensor]
+Keep = Callable[[Forward, Tensor], Tensor]
+
+
+def plain(part: Forward, x: Tensor) -> Tensor:
+    """The sine is there to need y again."""
+    return torch.sin(part(x))
+
+
+def kept(part: Forward, x: Tensor, reentrant: bool = False) -> Tensor:
+    """In a checkpoint, which needs an operand and a result with a gradient."""
+    one = torch.zeros((), requires_grad=True)
+    return checkpoint(lambda x, one: plain(part, x) + one, x, one, use_reentrant=reentrant)
+
+
+def kept_on_cpu(part: Forward, x: Tensor) -> Tensor:
+    def inner(x):
+        with torch.autograd.graph.save_on_cpu():
+            return part(x)
+
+    return kept(inner, x)
+
+
+def around(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    with block(subject, names):
+        return keep(forward, x)
+
+
+def inside(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    def part(x):
+        with block(subject, names):
+            return forward(x)
+
+    return keep(part, x)
+
+
+def two(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    """Blocks of the same names in another order, and of others."""
+
+    def part(x):
+        y = 0
+        for number, own in enumerate((names, names and names[::-1], names and ["b"] * 6)):
+            with block(subject, own):
+                y = y + (number + 1) * forward(x)
+        return y
+
+    return keep(part, x)
+
+
+def by_names(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    """By PEFT's argument."""
+    words = {"adapter_names": [n or "__base__" for n in names]} if names else {}
+    return keep(lambda x: forward(x, **words), x)
+
+
+def after_inference(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    with block(subject, names):
+        with torch.inference_mode():
+            forward(x.detach())
+        torch.manual_seed(3)
+        return keep(forward, x)
+
+
+def without_grad(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    with torch.no_grad(), block(subject, names), torch.enable_grad():
+        return keep(forward, x)
+
+
+def as_function(subject: Subject, forward: Forward, keep: Keep, names: Names | None, x: Tensor):
+    """With other tensors in the place of all parameters."""
+    with block(subject, names):
+        own = {name: p.clone() for name, p in subject.model.named_parameters()}
+        return keep(lambda x: functional_call(subject.model, own, (x,)), x)
+
+
+class Way(NamedTuple):
+    """How a forward runs.
+
+    Attributes:
+        part: opens the block and runs the forward by `keep`.
+        first: names of the first call, which compiles; or there is no block yet.
+        graph: what is compiled: "", "model", the "layer" alone, or a "checkpoint" with the model.
+        where: what calls: "here", "tasks", "thread", or a "copy" is called.
+    """
+
+    part: Callable[..., Tensor] = around
+    keep: Keep = plain
+    graph: str = ""
+    first: Names | None = None
+    where: str = "here"
+
+    @property
+    def repeats(self) -> bool:
+        return self.keep is not plain or self.graph == "checkpoint"
+
+
+reentrant = partial(kept, reentrant=True)
+WAYS = {
+    "eager": Way(),
+    "compiled": Way(graph="model"),
+    "compiled in a block": Way(graph="model", first=NAMES),
+    "reentrant": Way(keep=reentrant),
+    "hooks": Way(keep=kept),
+    "reentrant around a block": Way(inside, reentrant),
+    "hooks around a block": Way(inside, kept),
+    "reentrant around two": Way(two, reentrant),
+    "hooks around two": Way(two, kept),
+    "reentrant around a graph": Way(keep=reentrant, graph="model"),
+    "hooks around a graph": Way(keep=kept, graph="model"),
+    "hooks in a graph": Way(graph="checkpoint"),
+    "names": Way(by_names),
+    "names in reentrant": Way(by_names, reentrant),
+    "names in hooks": Way(by_names, kept),
+    "names of a graph": Way(by_names, graph="layer"),
+    "block without grad": Way(without_grad, kept),
+    "hooks on the cpu": Way(keep=kept_on_cpu),
+    "tasks": Way(where="tasks"),
+    "tasks of a graph": Way(where="tasks", graph="model"),
+    "thread": Way(where="thread"),
+    "thread of a graph": Way(where="thread", graph="model"),
+    "after inference": Way(after_inference),
+    "functional": Way(as_function),
+    "copy": Way(where="copy"),
+}
+
+
+def call_of(subject: Subject, way: Way) -> Forward:
+    """The model, or its graph."""
+    model = subject.model
+    # A graph cannot ask whose block it runs in: tasks leave it.
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=way.where != "tasks")
+    if way.graph == "layer":
+        model.base_model.model[0].compile(backend="aot_eager", fullgraph=True)
+        return model
+    if way.graph == "checkpoint":
+        return compiled(lambda x: checkpoint(model, x, use_reentrant=False))
+    return compiled(model) if way.graph else model
+
+
+class Call(NamedTuple):
+    """One forward and its backward."""
+
+    subject: Subject
+    forward: Forward
+    way: Way
+    names: Names | None
+    within: Names | None
+    dtype: torch.dtype = F64
+    between: Callable[[Subject], Any] = lambda subject: None
+
+    def run(self) -> Step:
+        return self.backward(*self.start())
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        x = x_of(self.subject, self.dtype)
+        x = x.requires_grad_(x.is_floating_point())
+        torch.manual_seed(3)
+        return x, self.way.part(self.subject, self.forward, self.way.keep, self.names, x)
+
+    def backward(self, x: Tensor, y: Tensor) -> Step:
+        """y and all gradients."""
+        model = self.subject.model
+        own = {**dict(model.named_parameters()), **_of_pool(model)}
+        for parameter in own.values():
+            parameter.grad = None
+        self.between(self.subject)
+        with block(self.subject, self.within):
+            y.backward(gradient_of(y)) if y.requires_grad else None
+        found = {"y": y.detach(), "dx": x.grad} | {name: p.grad for name, p in own.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+async def _overlapping(calls: Sequence[Call]) -> list[Step]:
+    """Each in a task that was made in the block of the one before, and all blocks are open."""
+
+    async def serve(number: int) -> list[Step]:
+        call, later = calls[number], None
+        with block(call.subject, call.names):
+            if number + 1 < len(calls):
+                later = asyncio.create_task(serve(number + 1))
+            for _ in calls:
+                await asyncio.sleep(0)
+            own = call._replace(names=None).start()  # in the block that is open
+            await asyncio.sleep(0)
+            found = call.backward(*own)
+        return [found, *(await later if later else [])]
+
+    return await serve(0)
+
+
+def run_all(way: Way, calls: list[Call]) -> list[Step]:
+    named = [call for call in calls if call.names]
+    if way.where == "tasks" and named:
+        return asyncio.run(_overlapping(named))
+    if way.where == "thread":
+        with ThreadPoolExecutor(1) as thread:
+            return [thread.submit(call.run).result() for call in calls]
+    if way.where == "copy":
+        subject = calls[0].subject
+        is_pefts = subject.name.startswith("peft")  # whose copy stays disabled
+        with nullcontext() if is_pefts else subject.disabled(), block(subject, OTHERS):
+            copied = subject.holding(copy.deepcopy(subject.model))
+        calls = [call._replace(subject=copied, forward=copied.model) for call in calls]
+    return [call.run() for call in calls]
