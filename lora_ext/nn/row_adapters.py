@@ -71,6 +71,8 @@ class RowAdapters(RowIndex):
         # The name of an adapter that was removed in the meantime: another adapter may have its slot
         # or its name.
         self.gone: str | None = None
+        # Whether PEFT's forwards in a graph get the names: not while another scope is repeated.
+        self.is_in_graphs = True
         # The generator that entered the block, if it was one.
         self.opener: FrameType | None = None
 
@@ -246,9 +248,11 @@ def _names_given(rows: RowAdapters) -> Iterator[None]:
 
 
 def _add_adapter_names(
-    module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters
+    module: Any, args: Any, kwargs: Any, names: list[str], rows: RowAdapters | None
 ) -> Any:
-    if not is_traced() and _SCOPE.get().of(module) is not rows:
+    if rows is None:  # the hook of a copy, which is in no block
+        return None
+    if not (rows.is_in_graphs if is_traced() else _SCOPE.get().of(module) is rows):
         return None
     repeats = rows.repeats
     if repeats > 1 and args and len(args[0]) == len(names) * repeats:
@@ -319,18 +323,23 @@ def _held(blocks: Sequence[RowAdapters]) -> Iterator[None]:
     before = [
         (layer, layer.__dict__.get(_HELD)) for rows in (*others, *blocks) for layer in rows.layers
     ]
+    known = [(rows, rows.is_in_graphs) for rows in (*others, *blocks)]
     try:
         for rows in others:
             _hold(rows.layers, CLOSED)
+            rows.is_in_graphs = False
         with ExitStack() as stack:
             for rows in blocks:
                 _hold(rows.layers, rows)
+                rows.is_in_graphs = True
                 if not rows.is_open:
                     stack.enter_context(_names_given(rows))
             yield
     finally:
         for layer, held in reversed(before):
             _hold([layer], held)
+        for rows, is_in_graphs in known:
+            rows.is_in_graphs = is_in_graphs
 
 
 # ---- what runs in another context ----
