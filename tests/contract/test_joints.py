@@ -16,22 +16,8 @@ from pack_helpers import packable
 from torch._dynamo.exc import Unsupported
 
 import lora_ext
-from contract.joints import (
-    CALLS,
-    CHANGES,
-    DROPOUT,
-    KINDS,
-    WAYS,
-    Call,
-    Way,
-    around,
-    call_of,
-    dtype_of,
-    make,
-    run_all,
-    two,
-    written,
-)
+from contract.joint_ways import WAYS, Call, Way, around, call_of, run_all, two
+from contract.joints import CALLS, CHANGES, DROPOUT, KINDS, dtype_of, make, written
 from lora_ext.packing.layers import packable_layers
 
 LATE = "written before backward"

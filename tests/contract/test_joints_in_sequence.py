@@ -13,11 +13,11 @@ from pack_helpers import packable
 from torch import nn
 
 import lora_ext
-from contract import joints
+from contract import joint_ways
 from lora_ext.packing.layers import packable_layers
 
 ADAPTERS = st.sampled_from("abc")
-KEEPS = {"": joints.plain, "reentrant": joints.reentrant, "hooks": joints.kept}
+KEEPS = {"": joint_ways.plain, "reentrant": joint_ways.reentrant, "hooks": joint_ways.kept}
 
 
 class Sequences(RuleBasedStateMachine):
