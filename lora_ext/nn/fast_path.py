@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..dtypes import HALVES
@@ -28,7 +27,6 @@ def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
         or state["fan_in_fan_out"]
         or type(x) is not Tensor
         or x.is_nested
-        or x.layout is not torch.strided
         or is_traced()
         or is_transformed()
     ):

@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType
@@ -202,7 +202,7 @@ def entered(rows: RowAdapters) -> Iterator[None]:
         rows.is_open = True
         _SCOPE.set(scope)
         _hold(rows.layers, rows)
-        with _names_given(rows):
+        with _names_given(rows) if rows.others else nullcontext():
             yield
     finally:
         rows.is_open, rows.opener = False, None
@@ -240,7 +240,7 @@ def _overlap(one: RowAdapters, other: RowAdapters) -> bool:
 def _names_given(rows: RowAdapters) -> Iterator[None]:
     """Within the block PEFT's own forwards get adapter_names in the same way as from PEFT."""
     with ExitStack() as stack:
-        names = rows.sample_names(BASE_NAME) or [] if rows.others else []
+        names = rows.sample_names(BASE_NAME) or []
         for module in rows.others:
             hook = partial(_add_adapter_names, names=names, rows=rows)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -332,7 +332,7 @@ def _held(blocks: Sequence[RowAdapters]) -> Iterator[None]:
             for rows in blocks:
                 _hold(rows.layers, rows)
                 rows.is_in_graphs = True
-                if not rows.is_open:
+                if rows.others and not rows.is_open:
                     stack.enter_context(_names_given(rows))
             yield
     finally:

@@ -13,7 +13,7 @@ from pack_helpers import packable
 from torch import nn
 
 import lora_ext
-from contract import joint_ways
+from contract import joint_ways, joints
 from lora_ext.packing.layers import packable_layers
 
 ADAPTERS = st.sampled_from("abc")
@@ -137,7 +137,7 @@ class Sequences(RuleBasedStateMachine):
         x = self.x()
         own = x.to(self.dtype).requires_grad_()
         self.subject.model.zero_grad()
-        part = joints.inside if inside else joints.around
+        part = joint_ways.inside if inside else joint_ways.around
         y = part(self.subject, self.forward, KEEPS[keep], names, own)
         other = ["b" if "b" in self.here else None] * 4 if within and not self.merged else None
         with joints.block(self.subject, other):
