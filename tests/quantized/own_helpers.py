@@ -42,6 +42,7 @@ def fp8(dtype: torch.dtype) -> nn.Module:
     layer = module.FP8Linear(WIDTH, HEIGHT, (16, 16), has_bias=True)
     layer.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
     layer.bias.data = plain.bias.detach().clone()
+    nn.init.ones_(layer.weight_scale_inv)  # as it is made, it may be NaN, which equals nothing
     return layer.requires_grad_(False)
 
 
