@@ -1,7 +1,8 @@
 """bitsandbytes' 4-bit layers that train on a CPU after an evaluation.
 
 A forward in eval mode on a CPU with AVX512_BF16 lays a `Linear4bit`'s weight out in panels, for a
-product that has no gradient for x; nothing puts it back for training. A hook on each layer does.
+product that has no gradient for x; nothing puts it back for training, and scales are rounded to
+bfloat16. A hook on each layer puts both back.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+# What the panels' order replaces in a QuantState.
+_SCALES = ("absmax", "nested", "offset", "state2")
+
 
 def before_forward(layer: Any, args: tuple) -> None:
     """The hook: a forward that trains, or needs a gradient of x, reads the weight as quantised."""
     weight = layer._parameters["weight"]
     state = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
+        if state is not None and not layer.training:
+            state.before_panels = {name: getattr(state, name, None) for name in _SCALES}
         return
     needs_gradient = torch.is_grad_enabled() and getattr(args[0], "requires_grad", False)
     if layer.training or needs_gradient:
@@ -27,6 +33,8 @@ def before_forward(layer: Any, args: tuple) -> None:
 
         found = _convert_weight_packed_for_cpu_inverse(weight.data, state)
         weight.data, weight.quant_state = found
+        for name, value in getattr(state, "before_panels", {}).items():
+            setattr(weight.quant_state, name, value)
         layer.quant_state = weight.quant_state
 
 

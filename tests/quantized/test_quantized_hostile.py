@@ -133,14 +133,15 @@ def test_evaluation_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("adapted", [["0", "2"], ["0", "1", "2"]], ids=["some", "all"])
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("way", ["peft", "ours"])
-def test_training_goes_on_after_each_evaluation(way, adapted):
+def test_training_goes_on_after_each_evaluation(way, nested, adapted):
     """Layers without adapters pass a gradient on, too, as bitsandbytes' panels do not."""
     pytest.importorskip("bitsandbytes")
     losses, target = {}, torch.randn(40, WIDTH)
     for every in (0, 5):
         torch.manual_seed(1)
-        layers = [bnb_four_bits(nn.Linear(WIDTH, WIDTH), F32) for _ in range(3)]
+        layers = [bnb_four_bits(nn.Linear(WIDTH, WIDTH), F32, nested=nested) for _ in range(3)]
         model = nn.Sequential(*layers).requires_grad_(False)
         if way == "ours":
             lora_ext.apply_lora(model, lora_ext.LoRAConfig(adapted, r=4))
@@ -162,8 +163,8 @@ def test_training_goes_on_after_each_evaluation(way, adapted):
             optimizer.zero_grad()
             losses[every].append(loss.item())
         assert way == "ours" or set(paths(model).values()) == {"fused"}
-    # Scales are rounded to bfloat16 by the evaluation.
-    assert losses[5] == pytest.approx(losses[0], rel=1e-2)
+    # Where PEFT's layer is fused, the op reads panels, whose scales are rounded to bfloat16.
+    assert losses[5] == pytest.approx(losses[0], rel=0 if way == "ours" else 2e-3)
     assert losses[0][-1] < 0.9 * losses[0][0]
 
 
