@@ -380,9 +380,9 @@ def _check_context(
             "turn"
         )
     for other in _OPEN:
-        is_running = other.opener is not None and other.opener.f_back is not None
-        is_mine = id(layer) not in other.modules or other in scope.blocks
-        if is_running and not is_mine and other.thread == _thread():
+        if other.opener is None or other.opener.f_back is None or other in scope.blocks:
+            continue
+        if id(layer) in other.modules and other.thread == _thread():
             raise _not_nested("a generator goes on in another task or context than its block's")
     if rows is not None and rows.opener is not None and rows.opener.f_back is None:
         blocks = scope.blocks[: scope.blocks.index(rows)]
