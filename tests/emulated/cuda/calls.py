@@ -53,6 +53,7 @@ def card(
     arch: int, version: int = 99000, capturing: bool = False, route: str | None = None
 ) -> None:
     be(arch, version, int(capturing))
+    lora_ext.kernels.set_check_timeout(None)  # a machine that is busy would take the library
     if route is not None:
         _C.set_cuda_route(route)
 
