@@ -1,0 +1,5 @@
+"""One decision, one call: how a layer's forward is computed, and low-rank updates on a base."""
+
+from .decision import Decision
+
+__all__ = ["Decision"]
