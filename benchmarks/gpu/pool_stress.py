@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoRAConfig, lora_linear
 
 from ..agreement import TOLERANCE, error_of
 from ..cuda_timing import captured
@@ -44,7 +44,10 @@ class Served:
     def forward(self) -> None:
         """What a pool's layers compute."""
         for path, layer in self.pool.layers.items():
-            self.outputs[path] = layer.pool.linear(self.x, layer.weight, layer.bias, self.index)
+            lora_a, lora_b, scaling, ranks = layer.pool.updates
+            words = {"index": self.index, "ranks": ranks}
+            operands = (self.x, layer.weight, lora_a, lora_b, layer.bias, scaling)
+            self.outputs[path] = lora_linear(*operands, **words)
 
     def loop(self) -> dict[str, Tensor]:
         """The same in torch's products, one adapter after the other."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..quantized.base import QuantizedBase
+from .apply import Dense, apply
+from .kernel_path import kernel_path
+from .row_index import RowIndex
+from .updates import Slots, Update
 
 
 class Decision(NamedTuple):
@@ -37,3 +46,42 @@ class Decision(NamedTuple):
             rows: number of rows of x as ``[rows, in]``; None for many.
         """
         return (self.path, self.reason) if self.detail is None else self.detail(rows)
+
+
+def fused(
+    base: Dense | QuantizedBase, updates: Sequence[Update] | Slots, rows: RowIndex | None = None
+) -> Decision:
+    """That for one call of `lora_linear`: arguments as of `apply`."""
+    run = partial(apply, base, updates=updates, rows=rows)
+    detail = partial(_fused_path, base, updates, rows)
+    return Decision(run, "fused", "", detail, base)
+
+
+def added(
+    forward: Callable[[Tensor], Tensor],
+    updates: Sequence[Update] | Slots,
+    rows: RowIndex | None,
+    reason: str,
+    path: str = "added",
+) -> Decision:
+    """That for updates onto what the base's own forward returns, for a reason."""
+
+    def run(x: Tensor) -> Tensor:
+        return apply(forward(x), x, updates, rows)
+
+    return Decision(run, path, reason, None if rows is None else lambda _: (path, of_rows(updates)))
+
+
+def _fused_path(
+    base: Dense | QuantizedBase, updates: Any, rows: RowIndex | None, count: int | None
+) -> tuple[str, str]:
+    if rows is not None:
+        return "fused", of_rows(updates)
+    if isinstance(base, QuantizedBase):
+        return "fused", base.note
+    return kernel_path(base.weight, updates, count)
+
+
+def of_rows(names: Sequence[Any]) -> str:
+    """The reason of rows with adapters of their own, of which the layer has these."""
+    return f"each row its own adapter, {len(names)} in this batch"

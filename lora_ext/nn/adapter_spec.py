@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..call.updates import MAX_RANK
+
 DEFAULT_ADAPTER = "default"  # name of an adapter that is given none
-MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call import Decision
 from .merging import merged_tensors
 from .named_adapters import NamedAdapters
 from .row_adapters import RowAdapters, current_row_adapters
@@ -141,40 +142,61 @@ class LoRALayer(NamedAdapters):
         Args:
             rows: number of rows of x as ``[rows, in]``, which selects the kernel; None for many.
         """
-        rows_of_block = self.adapters_of_rows()
-        if not self.adapters and rows_of_block is None:
-            return "base", "no adapter" if self.pool is None else self._pool_reason()
-        if not self.adapters_enabled:
-            return "base", "adapters are disabled"
-        if rows_of_block is not None:
-            return self._mixed_path(rows, rows_of_block)
-        merged = f"merged: {', '.join(self.merged_adapters)}" if self.merged else ""
-        if self.computes_base:
-            return ("merged", merged) if merged else ("base", "no adapter is active")
-        path, reason = self._adapted_path(rows)
-        return path, f"{reason}; {merged}" if merged else reason
+        path, reason = self.decide(None, self.adapters_of_rows()).explained(rows)
+        if self.merged and path != "base":
+            merged = f"merged: {', '.join(self.merged_adapters)}"
+            reason = f"{reason}; {merged}" if reason else merged
+        return path, reason
 
-    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
+    def decide(self, x: Any, rows: RowAdapters | None) -> Decision:
+        """How a forward is computed.
+
+        Args:
+            x: None for an x in the base's dtype.
+            rows: `adapters_of_rows`.
+        """
+        if rows is None and not self.adapters:
+            detail = None if self.pool is None else self._pool_path
+            return Decision(self.base_forward, "base", "no adapter", detail)
+        if self._disabled:
+            return Decision(self.base_forward, "base", "adapters are disabled")
+        if rows is not None:
+            self.check_unmerged()
+            return self._by_row(x, rows)
+        if self.added_adapters:
+            return self._adapted(x)
+        if self.merged:
+            return Decision(self.base_forward, "merged")
+        return Decision(self.base_forward, "base", "no adapter is active")
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The base's y, without adapters but those that are merged."""
         raise NotImplementedError
 
-    def _mixed_path(self, rows: int | None, block: RowAdapters) -> tuple[str, str]:
-        """`path` within a block of `use_adapters`."""
-        self.check_unmerged()
-        names = self.row_names(block)
-        if not names:
-            return "base", "none of the adapters that rows have is in this layer"
-        return self._path_of_rows(names), f"each row its own adapter, {len(names)} in this batch"
+    def _adapted(self, x: Any) -> Decision:
+        """`decide` for the active adapters."""
+        raise NotImplementedError
+
+    def _by_row(self, x: Any, rows: RowAdapters) -> Decision:
+        """`decide` within a block of `use_adapters`."""
+        names = self.row_names(rows)
+        if names:
+            return self._of_names(x, names, rows)
+        reason = "none of the adapters that rows have is in this layer"
+        return Decision(self.base_forward, "base", reason)
+
+    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
+        """`decide` for rows that have these adapters of the layer."""
+        raise NotImplementedError
+
+    def _pool_path(self, rows: int | None) -> tuple[str, str]:
+        used, capacity = len(self.pool.names), len(self.pool.ranks)
+        what = f"a pool of {capacity} adapters, {used} of them used, in blocks of use_adapters"
+        return "base", what
 
     def workspace_bytes(self) -> int:
         """Bytes that a forward needs for a dequantised weight."""
         return 0
-
-    def _pool_reason(self) -> str:
-        used, capacity = len(self.pool.names), len(self.pool.ranks)
-        return f"a pool of {capacity} adapters, {used} of them used, in blocks of use_adapters"
-
-    def _path_of_rows(self, names: Sequence[str]) -> str:
-        return "library"
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The open block of `use_adapters` that applies to a forward now, or None."""

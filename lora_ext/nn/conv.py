@@ -55,15 +55,13 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
         down, right = self.stride
         strided = x if down == right == 1 else x[..., ::down, ::right]
         pixels = strided.movedim(-3, -1)
-        if rows is None:
-            return self.adapted(pixels).movedim(-1, -3)
-        if x.dim() == 3 or rows.index.dim() == 2:
+        if rows is not None and (x.dim() == 3 or rows.index.dim() == 2):
             raise ValueError(
                 "lora_ext.use_adapters: expected a LoRAConv2d to get [batch, channels, height, "
                 "width] and an index of samples [batch], but got x of shape "
                 f"{list(x.shape)} and an index of shape {list(rows.index.shape)}"
             )
-        return self.mixed(pixels, rows).movedim(-1, -3)
+        return self.decide(pixels, rows).run(pixels).movedim(-1, -3)
 
 
 def unsupported_reason(conv: nn.Module) -> str:

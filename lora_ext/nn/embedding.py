@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..call import Decision
+from ..call.apply import mixed_lookup
+from ..call.decision import of_rows
+from ..call.updates import Update
 from ..invariance import refuse
 from . import initialize
 from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .base import LoRALayer
-from .mixed import mixed_lookup
 from .row_adapters import RowAdapters
-from .updates import Update
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):
@@ -74,19 +80,30 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         initialize.embedding_(self.lora_a[name], self.lora_b[name])
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.adapters_of_rows()
-        if rows is not None:
-            return self._mixed(input, rows)
-        if self.computes_base:
-            return self._look_up(input, self.base_operands()[0])
-        y = self._look_up(input, self.base_operands()[0])
+        return self.decide(input, self.adapters_of_rows()).run(input)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return self._look_up(x, self.base_operands()[0])
+
+    def _adapted(self, x: Any) -> Decision:
+        reason = "an embedding's update is a lookup and a small product by torch"
+        return Decision(self._added, "library", reason)
+
+    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
+        return Decision(partial(self._mixed, names, rows), "library", of_rows(names))
+
+    def _added(self, ids: Tensor) -> Tensor:
+        y = self.base_forward(ids)
         refuse("an embedding")
-        for name in self.added_adapters:
-            lora_a, lora_b = self._checked_factors(name)
+        for update in self._updates_of(self.added_adapters):
             # A sparse gradient cannot pass through the transposition.
-            update = self._look_up(input, lora_a.t(), sparse=False) @ lora_b.t()
-            y = y + update * self.adapters[name].scaling
+            column = self._look_up(ids, update.lora_a.t(), sparse=False)
+            y = y + (column @ update.lora_b.t()) * update.scaling
         return y.to(self.weight.dtype)
+
+    def _updates_of(self, names: Sequence[str]) -> list[Update]:
+        each = ((name, *self._checked_factors(name)) for name in names)
+        return [Update(n, a, b, None, self.adapters[n].scaling, 0.0) for n, a, b in each]
 
     def _checked_factors(self, name: str) -> tuple[Tensor, Tensor]:
         lora_a, lora_b = self.factors(name)
@@ -99,25 +116,13 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             )
         return lora_a, lora_b
 
-    def _mixed(self, ids: Tensor, rows: RowAdapters) -> Tensor:
+    def _mixed(self, names: Sequence[str], rows: RowAdapters, ids: Tensor) -> Tensor:
         """The layer on ids, each row with the adapter that the block selects for it."""
-        y = self._look_up(ids, self.weight)
-        if self._disabled:
-            return y
-        self.check_unmerged()
-        names = self.row_names(rows)
-        if not names:
-            return y
-        factors = [self._checked_factors(name) for name in names]
-        updates = [
-            Update(name, a, b, None, self.adapters[name].scaling, 0.0)
-            for name, (a, b) in zip(names, factors, strict=True)
-        ]
 
         def look_up(table: Tensor) -> Tensor:
             return self._look_up(ids, table, sparse=False)
 
-        return mixed_lookup(y, ids, updates, rows, look_up)
+        return mixed_lookup(self.base_forward(ids), ids, self._updates_of(names), rows, look_up)
 
     def _look_up(self, ids: Tensor, table: Tensor, sparse: bool | None = None) -> Tensor:
         return F.embedding(
@@ -127,6 +132,3 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse if sparse is None else sparse,
         )
-
-    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
-        return "library", "an embedding's update is a lookup and a small product by torch"

@@ -9,59 +9,94 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..functional import lora_linear
+from ..call import Decision
+from ..call.apply import Dense, takes_op
+from ..call.decision import added, fused
+from ..call.updates import Slots, Update, obstacle
 from ..packed_weight import Base, Packable, PackedWeight, prepack
-from ..torch_state import is_onnx_export, is_plain, is_transformed
+from ..quantized.base import QuantizedBase
+from ..torch_state import is_plain
 from .base import LoRALayer
-from .kernel_path import kernel_path
-from .mixed import mixed_linear
 from .row_adapters import RowAdapters
-from .updates import Update, added_by_torch, obstacle, stacked, with_biases
-
-
-def check_dense(x: Tensor) -> None:
-    """Raises TypeError for a nested x, whose rows cannot have adapters of their own."""
-    if x.is_nested:
-        raise TypeError(
-            "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
-            "the model without the block"
-        )
 
 
 class FusedLoRALayer(Packable, LoRALayer):
-    """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T."""
+    """y = x W^T + bias + sum over active adapters of scaling * (drop(x) A^T) B^T.
+
+    Several active adapters become one with the sum of their ranks, and share one dropout mask.
+    """
+
+    # The path of updates that are not one call with the weight.
+    added_path = "library"
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
         self.packed: PackedWeight | None = None
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """The layer with its active adapters on x ``[..., in]``: ``[..., out]``.
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decide(x, self.adapters_of_rows()).run(x)
 
-        Several adapters become one with the sum of their ranks, and share one dropout mask. Cases
-        that one call of the op does not support (`obstacle`, a nested x, ONNX, torch.func) are
-        computed by torch in PEFT's order of operations.
-        """
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        updates = self._updates()
-        is_others = x.is_nested or is_onnx_export() or is_transformed()
-        if is_others or obstacle(updates, self.weight.dtype):
-            weight, bias = self.base_operands()
-            return added_by_torch(F.linear(x, self.matrix(weight), bias), x, updates)
-        lora_a, lora_b, scaling = stacked(updates, x)
-        _, bias = self.base_operands()
-        dropout_p = updates[0].dropout
-        bias = with_biases(bias, updates)
-        return lora_linear(x, self._operand(), lora_a, lora_b, bias, scaling, dropout_p)
+    def base_forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.base_operands()
+        return F.linear(x, self.matrix(weight), bias)
+
+    def decide(self, x: Any, rows: RowAdapters | None) -> Decision:
+        if isinstance(x, Proxy) and not (rows is None and self.computes_base):
+            return Decision(self._traced, "fused")
+        return super().decide(x, rows)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
-    def _operand(self) -> Tensor | PackedWeight:
+    def _adapted(self, x: Any) -> Decision:
+        return self._call(x, self._updates_of(self.added_adapters), None)
+
+    def _by_row(self, x: Any, rows: RowAdapters) -> Decision:
+        if x is None:
+            return super()._by_row(x, rows)
+        if x.is_nested:
+            raise TypeError(
+                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
+                "the model without the block"
+            )
+        pool = self.pool
+        if rows.slots is None or pool is None or pool.needs_lists(self, x):
+            return super()._by_row(x, rows)
+        return self._call(x, pool.updates, rows)
+
+    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
+        return self._call(x, self._updates_of(names), rows)
+
+    def _call(
+        self, x: Any, updates: Sequence[Update] | Slots, rows: RowAdapters | None
+    ) -> Decision:
+        base = self.base_for(x, updates, rows)
+        if isinstance(base, str):
+            return added(self.base_forward, updates, rows, base, self.added_path)
+        return fused(base, updates, rows)
+
+    def base_for(
+        self, x: Tensor | None, updates: Sequence[Update] | Slots, rows: RowAdapters | None
+    ) -> Dense | QuantizedBase | str:
+        """The base for one call of the op, or why its own forward has to be called.
+
+        Args:
+            x: ``[..., in]``; None for an x in the base's preferred dtype.
+            updates: at least one.
+            rows: which of them each row has, None: all.
+        """
+        if rows is None:
+            if x is not None and not takes_op(x):
+                return "a nested x, ONNX or torch.func: added by torch"
+            reason = obstacle(updates, self.weight.dtype)
+            if reason:
+                return f"{reason}: added by torch"
+        weight, bias = self.base_operands()
+        return Dense(self._operand(weight), bias)
+
+    def _operand(self, weight: Tensor) -> Tensor | PackedWeight:
         """The base's weight as ``[out, in]``, or its pack."""
-        weight, _ = self.base_operands()
         if not is_plain(weight) and type(weight).__module__.startswith("torchao."):
             raise TypeError(
                 f"lora_ext.nn.{type(self).__name__}: expected the weight with which the layer was "
@@ -69,29 +104,6 @@ class FusedLoRALayer(Packable, LoRALayer):
                 "torchao.quantization.quantize_ before apply_lora"
             )
         return self.pack_of(weight) or self.matrix(weight)
-
-    def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer on x ``[..., in]``, each row with the adapter that the block selects for it."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        check_dense(x)
-        pool, bias = self.pool, self.bias
-        if not self._disabled:
-            self.check_unmerged()
-            if rows.slots is not None and pool is not None and not pool.needs_lists(self, x):
-                index = rows.slots_of(x.shape[:-1], x.device)
-                return pool.linear(x, self._operand(), bias, index)
-            updates = self._updates_of(self.row_names(rows))
-            if updates:
-                return mixed_linear(x, self._operand(), bias, updates, rows)
-        return F.linear(x, self.matrix(self.weight), bias)
-
-    def _path_of_rows(self, names: Sequence[str]) -> str:
-        return "fused"
-
-    def _updates(self) -> list[Update]:
-        """The updates of the active adapters."""
-        return [self._update(name) for name in self.added_adapters]
 
     def _updates_of(self, names: Sequence[str]) -> list[Update]:
         """The updates of these adapters; plain ones take a microsecond each."""
@@ -125,13 +137,6 @@ class FusedLoRALayer(Packable, LoRALayer):
         dropout = spec.dropout if self.training else 0.0
         bias = self.lora_bias[name] if spec.lora_bias else None
         return Update(name, *self.factors(name), bias, spec.scaling, dropout)
-
-    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
-        updates = self._updates()
-        reason = obstacle(updates, self.weight.dtype)
-        if reason:
-            return "library", f"{reason}: added by torch"
-        return kernel_path(self._operand(), updates, rows)
 
     def packable(self) -> Base | None:
         """The weight of a linear layer."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..call.updates import Slots
 from ..dtypes import HALVES
-from ..functional import lora_linear, lora_update
 from ..torch_state import compute_dtype
 from .adapter_spec import AdapterSpec
 
@@ -114,24 +114,10 @@ class LayerPool(nn.Module):
             return True
         return dtype in HALVES and dtype is not compute_dtype(x)
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None, index: Tensor) -> Tensor:
-        """The base with the adapter of each row's slot; no gradient reaches the pool."""
-        return lora_linear(
-            x,
-            weight,
-            self.lora_a,
-            self.lora_b,
-            bias,
-            self.scaling,
-            index=index,
-            ranks=self.ranks,
-        )
-
-    def added(self, y: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        """The update of each row's slot added onto y, the output of any base for x."""
-        return lora_update(
-            y, x, self.lora_a, self.lora_b, self.scaling, index=index, ranks=self.ranks
-        )
+    @property
+    def updates(self) -> Slots:
+        """Those of all slots, for `apply`."""
+        return Slots(self.lora_a, self.lora_b, self.scaling, self.ranks)
 
     # Used by a pool.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import lora_linear
@@ -86,18 +85,12 @@ class LoRALinear(FromLinear, nn.Linear):
         return Base(self.weight, self.bias, self.fan_in_fan_out)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.row_adapters is not None:
-            rows = self.adapters_of_rows()
-            if rows is not None:
-                return self.mixed(input, rows)
-        if type(self) is LoRALinear:  # a subclass may override `matrix` or `factors`
+        rows = None if self.row_adapters is None else self.adapters_of_rows()
+        if rows is None and type(self) is LoRALinear:  # a subclass may override `matrix`, `factors`
             operands = fast_path_operands(self, input)
             if operands is not None:
                 return lora_linear(input, *operands)
-        if not self.computes_base:
-            return self.adapted(input)
-        weight, bias = self.base_operands()
-        return F.linear(input, self.matrix(weight), bias)
+        return self.decide(input, rows).run(input)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call import Decision
+from ..call.decision import of_rows
 from ..experts.factors import a_by_expert, b_by_expert
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stored_parameter, whole_parameter
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
+from .row_adapters import RowAdapters
 
 
 class LoRAParameter(LoRALayer):
@@ -186,11 +189,11 @@ class LoRAParameter(LoRALayer):
         stack = self.stack
         return 0 if stack is None else stack.matrix_bytes
 
-    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
-        return self.module.adapted_path(rows)
+    def _adapted(self, x: Any) -> Decision:
+        return Decision(self.module.forward, *self.module.adapted_path(None))
 
-    def _path_of_rows(self, names: Sequence[str]) -> str:
-        return self.module.path_of_rows
+    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
+        return Decision(self.module.forward, self.module.path_of_rows, of_rows(names))
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"

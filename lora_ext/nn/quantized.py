@@ -8,18 +8,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
+from ..call.apply import takes_op
+from ..call.updates import Slots, Update, updates_obstacle
 from ..packed_weight import PackedWeight
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
-from ..torch_state import is_onnx_export, is_plain, is_transformed
+from ..torch_state import is_plain
 from .from_linear import FromLinear
-from .fused import FusedLoRALayer, check_dense
-from .mixed import mixed_onto
-from .quantized_base import linear_on, mixed_linear_on, pool_linear_on
+from .fused import FusedLoRALayer
 from .row_adapters import RowAdapters
-from .updates import Update, added, added_by_torch, dtypes_obstacle, updates_obstacle
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
@@ -48,6 +46,7 @@ class LoRAQuantizedLinear(FromLinear):
     # The replaced class is a base of the layer's own class, see `class_over`.
     in_features: int
     out_features: int
+    added_path = "added"
 
     @classmethod
     def around(cls, base: nn.Module) -> Any:
@@ -137,70 +136,19 @@ class LoRAQuantizedLinear(FromLinear):
 
     # What a forward computes.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.row_adapters is not None:
-            rows = self.adapters_of_rows()
-            if rows is not None:
-                return self.mixed(x, rows)
-        return self.base_forward(x) if self.computes_base else self.adapted(x)
-
     def base_forward(self, x: Tensor) -> Tensor:
         """The forward of the base layer, without adapters."""
         return self.base_type.forward(self, x)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        """The layer with its active adapters on x ``[..., in]``: ``[..., out]``."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        updates = self._updates()
-        if _needs_torch(x):
-            return added_by_torch(self.base_forward(x), x, updates)
-        found = self.base_for(x, updates)
-        if isinstance(found, QuantizedBase):
-            return linear_on(found, x, updates)
-        return added(self.base_forward(x), x, updates)
-
-    def base_for(self, x: Tensor | None, updates: Sequence[Update]) -> QuantizedBase | str:
-        """The base for one call of the op, or why its own forward has to be called.
-
-        Args:
-            x: ``[..., in]``; None for an x in the base's preferred dtype.
-            updates: at least one.
-        """
+    def base_for(
+        self, x: Tensor | None, updates: Sequence[Update] | Slots, rows: RowAdapters | None
+    ) -> QuantizedBase | str:
+        if rows is None and x is not None and not (is_plain(x) and takes_op(x)):
+            return "a tensor subclass, ONNX or torch.func: added by torch"
         found = quantized_base(self, x, self.base_type)
         if not isinstance(found, QuantizedBase):
             return found or "its weight is no longer quantised"
-        return updates_obstacle(found.dtype, x, updates) or found
-
-    def mixed(self, x: Tensor, rows: RowAdapters) -> Tensor:
-        """The layer on x ``[..., in]``, each row with the adapter that the block selects for it."""
-        if isinstance(x, Proxy):
-            return self._traced(x)
-        check_dense(x)
-        pool = self.pool
-        if self._disabled:
-            return self.base_forward(x)
-        if rows.slots is not None and pool is not None and not pool.needs_lists(self, x):
-            index = rows.slots_of(x.shape[:-1], x.device)
-            found = quantized_base(self, x, self.base_type)
-            if isinstance(found, QuantizedBase):
-                return pool_linear_on(found, x, pool, index)
-            return pool.added(self.base_forward(x), x, index)
-        updates = self._updates_of(self.row_names(rows))
-        if not updates:
-            return self.base_forward(x)
-        found = quantized_base(self, x, self.base_type)
-        if isinstance(found, QuantizedBase) and not dtypes_obstacle(found.dtype, x, updates):
-            return mixed_linear_on(found, x, updates, rows)
-        return mixed_onto(self.base_forward(x), x, updates, rows)
-
-    def _adapted_path(self, rows: int | None) -> tuple[str, str]:
-        found = self.base_for(None, self._updates())
-        return ("fused", found.note) if isinstance(found, QuantizedBase) else ("added", found)
-
-    def _path_of_rows(self, names: Sequence[str]) -> str:
-        found = quantized_base(self, None, self.base_type)
-        return "fused" if isinstance(found, QuantizedBase) else "added"
+        return updates_obstacle(found.dtype, x, updates, rows) or found
 
     def workspace_bytes(self) -> int:
         """Bytes of the dequantised weight in the base's preferred dtype; 0 if the base is called
@@ -247,12 +195,6 @@ class LoRAQuantizedLinear(FromLinear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle cannot find it by name.
         return _new, (self.base_type,), self.__getstate__()
-
-
-def _needs_torch(x: Tensor) -> bool:
-    """Whether the op does not support x, or a tracer or transform of the call does not support
-    the op."""
-    return not is_plain(x) or x.is_nested or is_transformed() or is_onnx_export()
 
 
 def _new(base_type: type[nn.Module], base: nn.Module | None = None) -> LoRAQuantizedLinear:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from ..call.row_index import RowIndex
 from ..torch_state import is_traced
-from .row_index import RowIndex
 
 _current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident

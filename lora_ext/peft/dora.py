@@ -18,8 +18,8 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor
 
+from ..call.updates import Update, stacked
 from ..functional import base_linear, draw_seed, lora_linear
-from ..nn.updates import Update, stacked
 from ..quantized.weight import QuantizedWeight, dense
 from .reasons import has_hooks
 from .row_blocks import combine, drop, shrink, without_autocast

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
+from ..call.updates import Update
 from ..nn.row_adapters import current_row_adapters
-from ..nn.updates import Update
 from ..packed_weight import writes_weight
 from . import mixed_batch
 from .reasons import ADDED, BASE, PEFT, ForwardPath, active_names, adapters_state, embedding_reason

@@ -9,11 +9,10 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
-from ..functional import lora_linear
-from ..nn.kernel_path import kernel_path
-from ..nn.quantized_base import linear_on
+from ..call.apply import Dense, apply
+from ..call.kernel_path import kernel_path
+from ..call.updates import Update, updates_obstacle
 from ..nn.row_adapters import current_row_adapters
-from ..nn.updates import Update, added, stacked, updates_obstacle, with_biases
 from ..packed_weight import Base, Packable, writes_weight
 from ..quantized.base import QuantizedBase
 from . import mixed_batch
@@ -148,11 +147,8 @@ def _fused(
 ) -> Tensor:
     """Base and updates as one call of the op."""
     if quantized is None:
-        base = layer._modules["base_layer"]
-        lora_a, lora_b, scaling = stacked(updates, x)
-        bias = with_biases(base.bias, updates)
-        return lora_linear(x, operand_of(layer), lora_a, lora_b, bias, scaling, updates[0].dropout)
-    return linear_on(quantized, x, updates)
+        return apply(Dense(operand_of(layer), layer._modules["base_layer"].bias), x, updates)
+    return apply(quantized, x, updates)
 
 
 def _of_variant(layer: Any, x: Tensor, path: ForwardPath) -> Tensor:
@@ -168,4 +164,4 @@ def _of_variant(layer: Any, x: Tensor, path: ForwardPath) -> Tensor:
 
 def called(layer: Any, x: Tensor, updates: Sequence[Update]) -> Tensor:
     """The base's own forward, with the updates added onto its y."""
-    return added(layer._modules["base_layer"](x), x, updates)
+    return apply(layer._modules["base_layer"](x), x, updates)

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from ..nn.mixed import mixed_linear, mixed_lookup, mixed_onto
-from ..nn.quantized_base import mixed_linear_on
+from ..call.apply import Dense, apply, mixed_lookup
+from ..call.updates import Update, updates_obstacle
 from ..nn.row_adapters import BASE_NAME, RowAdapters, entered, forget
-from ..nn.updates import Update, dtypes_obstacle
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain, outside_inference
 from .operands import fast_path_updates, operand_of, update_of
@@ -81,14 +80,14 @@ def linear(
     if updates is None:
         updates = [update_of(layer, name) for name in names]
     if not _kept(layer, x, updates):
-        return mixed_linear(x, operand_of(layer), base.bias, updates, rows)
+        return apply(Dense(operand_of(layer), base.bias), x, updates, rows)
     found = dequantized_base(base, x)
     if isinstance(found, QuantizedBase):
-        return mixed_linear_on(found, x, updates, rows)
+        return apply(found, x, updates, rows)
     y = base(x)
     if not is_plain(y) or y.shape[:-1] != x.shape[:-1]:
         return _left_to_peft(layer, theirs, x, rows, "the base's y is not plain", args, kwargs)
-    return mixed_onto(y, x, updates, rows)
+    return apply(y, x, updates, rows)
 
 
 def linear_path(layer: Any, rows: RowAdapters | None) -> tuple[str, str]:
@@ -182,7 +181,7 @@ def _kept(layer: Any, x: Tensor, updates: Sequence[Update]) -> str:
         return reason
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is trained"
-    return dtypes_obstacle(base.weight.dtype, x, updates)
+    return updates_obstacle(base.weight.dtype, x, updates, rows=True)
 
 
 def _left_to_peft(

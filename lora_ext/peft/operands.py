@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call.updates import Update
 from ..dtypes import FLOATS
-from ..nn.updates import Update
 from ..packed_weight import PackedWeight
 
 

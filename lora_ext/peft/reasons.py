@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..call.updates import Update
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
-from ..nn.updates import Update
 from ..quantized.layers import QuantizedBase, quantized_base
 from ..quantized.panels import has_others
 from ..torch_state import is_onnx_export, is_plain, is_transformed

@@ -11,7 +11,6 @@ import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
 from benchmarks.gpu import cases, cells, decode, mixtures, pool_stress, profile, quantized, stress
 from benchmarks.problem import make_problem
-from lora_ext.nn.layer_pool import LayerPool
 
 
 def test_cuda_cells_time_every_route_and_baseline():
@@ -114,19 +113,14 @@ def test_a_pool_that_changes_between_replays_agrees_with_a_loop():
 @pytest.mark.parametrize("what", ["lora_a", "lora_b", "ranks", "scaling", "index"])
 def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, capsys):
     """As a graph would that had copied a tensor when it was captured."""
-    linear = LayerPool.linear
+    linear, kept = pool_stress.lora_linear, {}
 
-    def stale(self, x, weight, bias, index):
-        if what == "index":
-            return linear(self, x, weight, bias, vars(self).setdefault("first", index.clone()))
-        current = getattr(self, what)
-        setattr(self, what, vars(self).setdefault("first", current.clone()))
-        try:
-            return linear(self, x, weight, bias, index)
-        finally:
-            setattr(self, what, current)
+    def stale(x, weight, lora_a, lora_b, bias, scaling, **words):
+        now = {"lora_a": lora_a, "lora_b": lora_b, "scaling": scaling, **words}
+        now[what] = kept.setdefault(weight.data_ptr(), now[what].clone())
+        return linear(x, weight, bias=bias, **now)
 
-    monkeypatch.setattr(LayerPool, "linear", stale)
+    monkeypatch.setattr(pool_stress, "lora_linear", stale)
     assert pool_stress.main(["--device", "cpu"]) == 1
     assert "after " in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_ext import prepack
-from lora_ext.nn import AdapterSpec, fused
+from lora_ext.nn import AdapterSpec
 from lora_ext.nn.fast_path import fast_path_operands
 
 SPECS = {"a": AdapterSpec(4, 6.0, dropout=0.25), "b": AdapterSpec(3, 3.0)}
@@ -89,11 +89,11 @@ def test_the_fast_path_has_the_operands_of_the_full_one(change, monkeypatch):
     layer = layer_with(change)
     x = x_for(change, layer)
     called = []
-    monkeypatch.setattr(fused, "lora_linear", lambda *operands: called.append(operands))
+    monkeypatch.setattr("lora_ext.call.apply.lora_linear", lambda *each: called.append(each))
     with region(change, layer):
         operands = fast_path_operands(layer, x)
         if CHANGES[change][0]:
-            layer.adapted(x)
+            layer.decide(x, None).run(x)
     assert (operands is not None) == CHANGES[change][0]
     if operands is None:
         return

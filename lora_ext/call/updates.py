@@ -7,17 +7,15 @@ one call, and with which factors, is decided here for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import FLOATS, HALVES
-from ..functional import lora_update
-from ..invariance import refuse
-from ..torch_state import compute_dtype, is_autocast, is_plain
-from .adapter_spec import MAX_RANK
+from ..dtypes import HALVES
+from ..torch_state import compute_dtype, is_autocast
+
+MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
 
 
 class Update(NamedTuple):
@@ -38,6 +36,22 @@ class Update(NamedTuple):
     bias: Tensor | None
     scaling: float | Tensor
     dropout: float
+
+
+class Slots(NamedTuple):
+    """The updates of all slots of a pool, of which each row has one, or none.
+
+    Attributes:
+        lora_a: ``[capacity, max_rank, in]``.
+        lora_b: ``[capacity, out, max_rank]``.
+        scaling: float32 ``[capacity]``.
+        ranks: int32 ``[capacity]``.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    ranks: Tensor
 
 
 def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
@@ -71,19 +85,23 @@ def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
     return "the adapters' dtype is not x's or float32"
 
 
-def updates_obstacle(dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update]) -> str:
-    """Why updates on a base that multiplies in `dtype` cannot be one call of the op, or ""."""
-    if dtype in HALVES and any(update.bias is not None for update in updates):
+def updates_obstacle(
+    dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update] | Slots, rows: Any = None
+) -> str:
+    """Why updates on a base that multiplies in `dtype` cannot be one call of the op, or "".
+
+    Args:
+        x: None: the dtypes of x are not looked at.
+        rows: None if all rows have all updates; else only dtypes can be an obstacle.
+    """
+    if isinstance(updates, Slots):
+        return ""
+    if rows is None and dtype in HALVES and any(update.bias is not None for update in updates):
         # The op would round the sum of both biases, and sum dy over a float32 copy of it.
         return "a lora_bias on a half base"
-    reason = "" if x is None else dtype_obstacle(x, dtype, updates[0].lora_a.dtype)
-    return reason or obstacle(updates, dtype)
-
-
-def dtypes_obstacle(dtype: torch.dtype, x: Tensor, updates: Sequence[Update]) -> str:
-    """Why the dtypes do not allow per-row updates in one call of the op, or ""."""
-    dtypes = {update.lora_a.dtype for update in updates}
-    return next(filter(None, (dtype_obstacle(x, dtype, each) for each in dtypes)), "")
+    dtypes = () if x is None else dict.fromkeys(update.lora_a.dtype for update in updates)
+    reasons = (dtype_obstacle(x, dtype, each) for each in dtypes)
+    return next(filter(None, reasons), "") or (obstacle(updates, dtype) if rows is None else "")
 
 
 def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -118,47 +136,3 @@ def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None
                 added = update.bias.float() * update.scaling
             bias = added if bias is None else bias + added
     return bias
-
-
-def added(y: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """y + sum of scaling * ((drop(x) A^T) B^T + bias) as a new tensor, in y's dtype.
-
-    It is one call of `lora_update` if the updates can be one call, for any base. y may be in use
-    elsewhere, so it is never written.
-
-    Args:
-        y: ``[..., out]``, the output of the base for x.
-        x: ``[..., in]``, any floating dtype.
-        updates: with factors in any floating dtypes.
-    """
-    if _needs_torch(y, x, updates):
-        return added_by_torch(y, x, updates)
-    lora_a, lora_b, scaling = stacked(updates, x)
-    wide_beside_half = x.dtype in HALVES and lora_a.dtype == torch.float32
-    if not (wide_beside_half or is_autocast(x)):
-        x = x.to(lora_a.dtype)
-    return lora_update(y, x, lora_a, lora_b, scaling, updates[0].dropout)
-
-
-def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
-    """Whether `lora_update` cannot add the updates: y has a shape or kind that torch has to
-    resolve, there is a bias, which is added in the widest dtype, or they cannot be one call."""
-    lora_a, lora_b = updates[0].lora_a, updates[0].lora_b
-    if not is_plain(y) or y.dtype not in FLOATS or y.device != x.device:
-        return True
-    if y.shape != (*x.shape[:-1], lora_b.shape[0]) or obstacle(updates, y.dtype):
-        return True
-    if is_autocast(x) and torch.float64 in (x.dtype, lora_a.dtype):
-        return True
-    return any(update.bias is not None for update in updates)
-
-
-def added_by_torch(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
-    """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
-    refuse("updates that torch adds")
-    total = base
-    for update in updates:
-        dropped = F.dropout(x.to(update.lora_a.dtype), update.dropout)
-        shrunk = F.linear(dropped, update.lora_a)
-        total = total + F.linear(shrunk, update.lora_b, update.bias) * update.scaling
-    return total.to(base.dtype)
