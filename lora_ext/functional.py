@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouped import Factors, Scaling, check_no_gradient, is_grouped, operands
+from .grouped import Factors, Scaling, check_no_gradient, operands
 from .invariance import refuse, row_block
 from .packed_weight import PackedWeight, prepack
 from .quantized.linear import Call, quantized_linear, quantized_product
@@ -104,60 +104,33 @@ def lora_linear(
         TypeError: a dtype does not fit, an operand is not a tensor, x is nested, or scaling is not
             a number.
     """
-    if is_grouped(index, offs, ranks):
-        return _linear_of_many(
-            x, weight, lora_a, lora_b, bias, scaling, dropout_p, training, index, offs, ranks
-        )
-    packed = packed_t = None
-    if not (isinstance(x, Tensor) and isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)):
+    many = index is not None or offs is not None or ranks is not None
+    is_each = many or (isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor))
+    if not (is_each and isinstance(x, Tensor)):
         raise _not_a_tensor("lora_linear", x=x, lora_a=lora_a, lora_b=lora_b)
     if x.is_nested or x.layout is not torch.strided:
         raise _not_dense("lora_linear", "x", x)
-    _check_scaling("lora_linear", scaling)
+    if many:
+        lora_a, lora_b, scaling = operands("lora_linear", x, lora_a, lora_b, scaling)
+    else:
+        _check_scaling("lora_linear", scaling)
     if not training:
         dropout_p = _turned_off(dropout_p)
-    if isinstance(weight, PackedWeight):
-        weight, packed, packed_t = weight.operands(x)
-    elif isinstance(weight, QuantizedWeight):
-        seed = draw_seed(x.device) if dropout_p > 0.0 else None
-        call = Call(weight, scaling, dropout_p, seed, row_block=row_block(x))
-        return quantized_linear(call, x, (lora_a,), (lora_b,), bias)
-    elif not isinstance(weight, Tensor):
-        raise _not_a_tensor("lora_linear", weight=weight)
     seed = None if dropout_p == 0.0 else draw_seed(x.device)
-    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
-    return _lora(x, weight, None, lora_a, lora_b, scaling, bias, *rest)
-
-
-def _linear_of_many(
-    x: Tensor,
-    weight: Tensor | PackedWeight | QuantizedWeight,
-    lora_a: Factors,
-    lora_b: Factors,
-    bias: Tensor | None,
-    scaling: Scaling,
-    dropout_p: float,
-    training: bool,
-    *groups: Tensor | None,
-) -> Tensor:
     packed = packed_t = None
-    if not isinstance(x, Tensor):
-        raise _not_a_tensor("lora_linear", x=x)
-    if x.is_nested or x.layout is not torch.strided:
-        raise _not_dense("lora_linear", "x", x)
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
-    elif not isinstance(weight, Tensor | QuantizedWeight):
-        raise _not_a_tensor("lora_linear", weight=weight)
-    if not training:
-        dropout_p = _turned_off(dropout_p)
-    first, second, scalings = operands("lora_linear", x, lora_a, lora_b, scaling)
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    if isinstance(weight, QuantizedWeight):
-        call = Call(weight, scalings, dropout_p, seed, groups, row_block(x))
+    elif not isinstance(weight, Tensor):
+        if not isinstance(weight, QuantizedWeight):
+            raise _not_a_tensor("lora_linear", weight=weight)
+        call = Call(weight, scaling, dropout_p, seed, (index, offs, ranks), row_block(x))
+        first, second = (lora_a, lora_b) if many else ((lora_a,), (lora_b,))
         return quantized_linear(call, x, first, second, bias)
     rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
-    return _grouped(x, weight, None, first, second, scalings, *groups, bias, *rest)
+    if many:
+        groups = (index, offs, ranks)
+        return _grouped(x, weight, None, lora_a, lora_b, scaling, *groups, bias, *rest)
+    return _lora(x, weight, None, lora_a, lora_b, scaling, bias, *rest)
 
 
 def lora_update(
@@ -210,7 +183,7 @@ def lora_update(
             a number.
     """
     refuse("lora_update, onto what another base returned")
-    many = is_grouped(index, offs, ranks)
+    many = index is not None or offs is not None or ranks is not None
     one = () if many else (("lora_a", lora_a), ("lora_b", lora_b))
     for name, tensor in (("y", y), ("x", x), *one):
         if not isinstance(tensor, Tensor):

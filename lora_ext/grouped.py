@@ -20,11 +20,6 @@ Factors: TypeAlias = Tensor | Sequence[Tensor]
 Scaling: TypeAlias = float | Sequence[float] | Tensor
 
 
-def is_grouped(index: Tensor | None, offs: Tensor | None, ranks: Tensor | None) -> bool:
-    """Whether a call has many adapters."""
-    return index is not None or offs is not None or ranks is not None
-
-
 def operands(
     function: str, x: Tensor, lora_a: Factors, lora_b: Factors, scaling: Scaling
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:

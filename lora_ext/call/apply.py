@@ -23,7 +23,7 @@ from ..packed_weight import PackedWeight
 from ..quantized.base import QuantizedBase
 from ..torch_state import compute_dtype, is_autocast, is_onnx_export, is_plain, is_transformed
 from .row_index import RowIndex
-from .updates import Slots, Update, obstacle, stacked, with_biases
+from .updates import Slots, Update, obstacle
 
 
 class Dense(NamedTuple):
@@ -72,7 +72,7 @@ def _product(
     weight: Any, bias: Tensor | None, x: Tensor, updates: Any, rows: RowIndex | None
 ) -> Tensor:
     if rows is None:
-        bias = with_biases(bias, updates)
+        bias = _with_biases(bias, updates)
     elif _has_biases(updates):
         return _onto(base_linear(x, weight, bias), x, updates, rows)
     (lora_a, lora_b, scaling, p, groups), *others = _calls(x, updates, rows)
@@ -112,9 +112,43 @@ def _calls(x: Tensor, updates: Any, rows: RowIndex | None) -> list[_Call]:
     if rows is None:
         return [_Call(*stacked(updates, x), updates[0].dropout, {})]
     if isinstance(updates, Slots):
-        groups = {"index": rows.slots_of(x.shape[:-1], x.device), "ranks": updates.ranks}
+        groups = {"index": rows.index_of(x.shape[:-1], x.device, None), "ranks": updates.ranks}
         return [_Call(*updates[:3], 0.0, groups)]
     return [_call_of_rows(part, x, rows) for part in _by_call(updates, x)]
+
+
+def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(A ``[R, in]``, B ``[out, R]``, scaling) whose product is the sum of the updates.
+
+    Half adapters become float32 if their dtype differs from that of x in the op.
+    """
+    first = updates[0]
+    scalings = [update.scaling for update in updates]
+    in_tensors = any(isinstance(scaling, Tensor) for scaling in scalings)
+    one_scaling = not in_tensors and all(scaling == scalings[0] for scaling in scalings)
+    factors = [(update.lora_a, update.lora_b) for update in updates]
+    dtype = first.lora_a.dtype
+    # A half B times a scaling would be rounded again.
+    if dtype in HALVES and not (one_scaling and dtype == compute_dtype(x)):
+        factors = [(a.float(), b.float()) for a, b in factors]
+    if not one_scaling:
+        pairs = zip(factors, scalings, strict=True)
+        factors = [(a, b * scaling) for (a, b), scaling in pairs]
+    scaling = float(scalings[0]) if one_scaling else 1.0
+    if len(updates) == 1:
+        return *factors[0], scaling
+    return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1), scaling
+
+
+def _with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
+    """The base's bias plus those of the updates, summed in float32: the op rounds it once."""
+    for update in updates:
+        if update.bias is not None:
+            added = update.bias * update.scaling
+            if update.bias.dtype in HALVES:
+                added = update.bias.float() * update.scaling
+            bias = added if bias is None else bias + added
+    return bias
 
 
 def _by_call(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:

@@ -43,40 +43,44 @@ class RowIndex:
         self._tokens = 0
         self._made: dict[Any, Tensor] = {}
 
-    def index_of(self, lead: torch.Size, device: torch.device, names: Sequence[str]) -> Tensor:
-        """int32 ``[rows]``: for each row its position in `names`, or -1.
+    def index_of(
+        self, lead: torch.Size, device: torch.device, names: Sequence[str] | None
+    ) -> Tensor:
+        """int32 ``[rows]``: for each row its position in `names`, or its slot of the pool; or -1.
 
         Args:
             lead: the shape of x without its features.
             device: that of x.
-            names: those of this block that the layer has, in the block's order.
+            names: those of this block that the layer has, in the block's order; None for slots.
 
         Raises:
             ValueError: the rows do not correspond to the block's samples.
         """
+        own = self.index if names is not None else self.slots
+        assert own is not None
         if is_traced():
-            return self._chosen(self._expanded(self.in_graph(self.index), lead, device), names)
+            return self._chosen(self._expanded(self.in_graph(own), lead, device), names)
         if len(lead) > 1:
             self._tokens = lead[1]
-        key = (lead, device, None if len(names) == len(self.names) else tuple(names), self._tokens)
-        found = self._made.get(key)
-        if found is None:
-            found = self._keep(
-                key, lambda: self._chosen(self._expanded(self.index, lead, device), names)
-            )
-        return found
+        which = "slots"
+        if names is not None:
+            which = None if len(names) == len(self.names) else tuple(names)
+        key = (lead, device, which, self._tokens)
+        return self._kept(key, lambda: self._chosen(self._expanded(own, lead, device), names))
 
     def in_graph(self, index: Tensor) -> Tensor:
         """The index or the slots as an operand of a graph that is being traced."""
         return index
 
-    def _keep(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _kept(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that later forwards take, too; the oldest one goes."""
-        with outside_inference():  # a forward of a training step may be the next
-            found = make()
-        if len(self._made) >= _KEPT:
-            self._made.pop(next(iter(self._made)), None)
-        self._made[key] = found
+        found = self._made.get(key)
+        if found is None:
+            with outside_inference():  # a forward of a training step may be the next
+                found = make()
+            if len(self._made) >= _KEPT:
+                self._made.pop(next(iter(self._made)), None)
+            self._made[key] = found
         return found
 
     def index_for(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -126,20 +130,6 @@ class RowIndex:
             )
         return torch.Size(fits[0]) if fits else lead
 
-    def slots_of(self, lead: torch.Size, device: torch.device) -> Tensor:
-        """int32 ``[rows]``: for each row its slot of the pool, or -1; errors as in `index_of`."""
-        assert self.slots is not None
-        if is_traced():
-            return self._expanded(self.in_graph(self.slots), lead, device)
-        if len(lead) > 1:
-            self._tokens = lead[1]
-        key = (lead, device, "slots", self._tokens)
-        found = self._made.get(key)
-        if found is None:
-            slots = self.slots
-            found = self._keep(key, lambda: self._expanded(slots, lead, device))
-        return found
-
     def scaling_of(self, scalings: tuple[Any, ...], device: torch.device) -> Any:
         """float32 ``[adapters]``, made once for the same numbers; the numbers under a compiler."""
         if any(isinstance(scaling, Tensor) for scaling in scalings):
@@ -148,13 +138,8 @@ class RowIndex:
             )
         if is_traced():
             return scalings
-        key = (scalings, device)
-        found = self._made.get(key)
-        if found is None:
-            found = self._keep(
-                key, lambda: torch.tensor(scalings, dtype=torch.float32, device=device)
-            )
-        return found
+        like = {"dtype": torch.float32, "device": device}
+        return self._kept((scalings, device), lambda: torch.tensor(scalings, **like))
 
     def sample_names(self, nobody: str) -> list[str] | None:
         """A name for each sample; None if the tokens of one sample may differ."""
@@ -162,9 +147,9 @@ class RowIndex:
             return None
         return [nobody if i < 0 else self.names[i] for i in self.index.tolist()]
 
-    def _chosen(self, index: Tensor, names: Sequence[str]) -> Tensor:
+    def _chosen(self, index: Tensor, names: Sequence[str] | None) -> Tensor:
         """The index renumbered to refer to `names`."""
-        if len(names) == len(self.names):
+        if names is None or len(names) == len(self.names):
             return index
         places = {name: place for place, name in enumerate(names)}
         count = len(self.names)

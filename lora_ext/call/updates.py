@@ -1,7 +1,6 @@
-"""Low-rank updates of one matrix as values, and how several of them become one call of the op.
+"""Low-rank updates of one matrix as values, and which of them can be one call of the op.
 
-A layer of this package or of PEFT describes its active adapters as `Update`s. Which of them can be
-one call, and with which factors, is decided here for both.
+A layer of this package or of PEFT describes its active adapters as `Update`s.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
-from ..torch_state import compute_dtype, is_autocast
+from ..torch_state import is_autocast
 
 MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
 
@@ -102,37 +101,3 @@ def updates_obstacle(
     dtypes = () if x is None else dict.fromkeys(update.lora_a.dtype for update in updates)
     reasons = (dtype_obstacle(x, dtype, each) for each in dtypes)
     return next(filter(None, reasons), "") or (obstacle(updates, dtype) if rows is None else "")
-
-
-def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(A ``[R, in]``, B ``[out, R]``, scaling) whose product is the sum of the updates.
-
-    Half adapters become float32 if their dtype differs from that of x in the op.
-    """
-    first = updates[0]
-    scalings = [update.scaling for update in updates]
-    in_tensors = any(isinstance(scaling, Tensor) for scaling in scalings)
-    one_scaling = not in_tensors and all(scaling == scalings[0] for scaling in scalings)
-    factors = [(update.lora_a, update.lora_b) for update in updates]
-    dtype = first.lora_a.dtype
-    # A half B times a scaling would be rounded again.
-    if dtype in HALVES and not (one_scaling and dtype == compute_dtype(x)):
-        factors = [(a.float(), b.float()) for a, b in factors]
-    if not one_scaling:
-        pairs = zip(factors, scalings, strict=True)
-        factors = [(a, b * scaling) for (a, b), scaling in pairs]
-    scaling = float(scalings[0]) if one_scaling else 1.0
-    if len(updates) == 1:
-        return *factors[0], scaling
-    return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1), scaling
-
-
-def with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
-    """The base's bias plus those of the updates, summed in float32: the op rounds it once."""
-    for update in updates:
-        if update.bias is not None:
-            added = update.bias * update.scaling
-            if update.bias.dtype in HALVES:
-                added = update.bias.float() * update.scaling
-            bias = added if bias is None else bias + added
-    return bias

@@ -1,6 +1,6 @@
 """A fast path for the most common forward of a `LoRALinear`: one plain adapter, in a microsecond.
 
-`FusedLoRALayer.adapted` handles all cases; with one row its checks would take as long as the
+`FusedLoRALayer.decide` handles all cases; with one row its checks would take as long as the
 product. If the conditions here hold, it would call the op with the same operands (tested).
 """
 

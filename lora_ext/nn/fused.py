@@ -109,34 +109,18 @@ class FusedLoRALayer(Packable, LoRALayer):
         """The updates of these adapters; plain ones take a microsecond each."""
         tables, adapters, training = self.__dict__["_modules"], self.adapters, self.training
         first, second = tables["lora_a"]._parameters, tables["lora_b"]._parameters
-        subtracted = tables["lora_a_init"]._parameters
-        has_plain_factors = type(self).factors is LoRALayer.factors
-        pool = tables.get("pool")
-        pooled, slots = ({}, {}) if pool is None else (pool.specs, pool.slots)
+        has_other_factors = type(self).factors is not LoRALayer.factors
+        changed, biases = tables["lora_a_init"]._parameters, tables["lora_bias"]
         found = []
         for name in names:
-            spec = adapters.get(name)
-            if spec is None:
-                spec = pooled[name]
-                lora_a, lora_b = slots[name]
-                dropout = spec.dropout if training else 0.0
-                found.append(Update(name, lora_a, lora_b, None, spec.scaling, dropout))
-                continue
+            spec = adapters.get(name) or self.pool.specs[name]
             lora_a, lora_b = first.get(name), second.get(name)
-            is_plain = has_plain_factors and name not in subtracted
-            if spec.lora_bias or lora_a is None or lora_b is None or not is_plain:
-                found.append(self._update(name))
-                continue
+            if lora_a is None or lora_b is None or name in changed or has_other_factors:
+                lora_a, lora_b = self.factors(name)
+            bias = biases[name] if spec.lora_bias else None
             dropout = spec.dropout if training else 0.0
-            found.append(Update(name, lora_a, lora_b, None, spec.scaling, dropout))
+            found.append(Update(name, lora_a, lora_b, bias, spec.scaling, dropout))
         return found
-
-    def _update(self, name: str) -> Update:
-        """The update of one adapter, of the layer or of its pool."""
-        spec = self.adapters[name]
-        dropout = spec.dropout if self.training else 0.0
-        bias = self.lora_bias[name] if spec.lora_bias else None
-        return Update(name, *self.factors(name), bias, spec.scaling, dropout)
 
     def packable(self) -> Base | None:
         """The weight of a linear layer."""

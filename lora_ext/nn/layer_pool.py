@@ -145,29 +145,27 @@ class LayerPool(nn.Module):
         if spec is None:
             self._free(name, slot)
             return
-        before = self.specs[name] if name in self else None
-        if before is None or before.r != spec.r:
-            self.slots[name] = self._views(slot, spec.r, trainable)
-        with torch.no_grad():
-            for parameter, value in zip(self.slots[name], values, strict=True):
-                parameter.copy_(value)
-            if before is None or before.scaling != spec.scaling:
-                self.scaling[slot] = spec.scaling
-            if before is None or before.r != spec.r:
-                self.ranks[slot] = spec.r
-        self.specs[name] = spec
+        is_kept = name in self and self.specs[name].r == spec.r
+        parameters = self.slots[name] if is_kept else self._views(slot, spec.r, trainable)
+        self._fill(name, slot, SlotContent(spec, parameters, values))
 
     def put_back(self, name: str, slot: int, content: SlotContent) -> None:
         """Undoes a `write`."""
-        if content.spec is None or content.parameters is None or content.values is None:
+        if content.spec is None:
             self._free(name, slot)
-            return
-        self.slots[name], self.specs[name] = content.parameters, content.spec
+        else:
+            self._fill(name, slot, content)
+
+    def _fill(self, name: str, slot: int, content: SlotContent) -> None:
+        spec, parameters, values = content
+        assert spec is not None and parameters is not None and values is not None
+        self.slots[name] = parameters
         with torch.no_grad():
-            for parameter, value in zip(content.parameters, content.values, strict=True):
+            for parameter, value in zip(parameters, values, strict=True):
                 parameter.copy_(value)
-            self.scaling[slot] = content.spec.scaling
-            self.ranks[slot] = content.spec.r
+            self.scaling[slot] = spec.scaling
+            self.ranks[slot] = spec.r
+        self.specs[name] = spec
 
     def _free(self, name: str, slot: int) -> None:
         self.specs.pop(name, None)

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import parameter_names, parametrized, stack_of
 from ..torch_state import is_plain, is_transformed
+from .over import Over, check_own_forward, empty_over
 from .parameter import LoRAParameter
 from .row_adapters import RowAdapters
 from .rows_apart import by_adapter
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-# The child that holds the adapters, and the other attributes that are set besides the base's.
+# The child that holds the adapters.
 _LAYERS = "lora"
-_OWN = frozenset(("base_type", *_TABLES))
 
 
-class LoRAModule(nn.Module):
+class LoRAModule(Over):
     """A module of any class with adapters on some of its parameters.
 
         y = base(x) with W + scaling * B A instead of each such parameter W
@@ -41,10 +40,9 @@ class LoRAModule(nn.Module):
     """
 
     lora: nn.ModuleDict
-    kind: type[LoRAModule]
+    own_names = Over.own_names | {_LAYERS}
     has_dropout = False
     path_of_rows = "library"
-    base_type: type[nn.Module]
 
     @classmethod
     def around(cls, base: nn.Module, parameters: Iterable[str] | None = None) -> Any:
@@ -58,15 +56,10 @@ class LoRAModule(nn.Module):
             TypeError: base has a forward on the instance, or parametrized parameters.
         """
         name = f"lora_ext.nn.{cls.__name__}"
-        if "forward" in base.__dict__:
-            raise TypeError(
-                f"{name}: expected a plain {type(base).__name__}, but its forward is replaced on "
-                "the instance; remove that first (of accelerate's hooks: "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
-            )
+        check_own_forward(name, base)
         cls._check_stored(name, base)
         cls._check_base(base)
-        module = _new(cls, type(base))
+        module = empty_over(cls, type(base))
         module._adopt(base)
         names = adaptable_parameters(base) if parameters is None else tuple(parameters)
         transposed = bool(getattr(base, "is_transposed", False))
@@ -90,27 +83,6 @@ class LoRAModule(nn.Module):
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
         """Raises TypeError or ValueError for a module that `around` cannot replace."""
-
-    def _adopt(self, base: nn.Module) -> None:
-        self.__dict__.update(base.__dict__)
-        for table in _TABLES:
-            self.__dict__[table] = base.__dict__[table].copy()
-
-    def restored(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A module of the class that was replaced, with its parameters or merged ones.
-
-        Args:
-            weights: parameter's name -> the tensor to use instead.
-        """
-        base = self.base_type.__new__(self.base_type)
-        nn.Module.__init__(base)
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
-        for table in _TABLES:
-            base.__dict__[table] = self.__dict__[table].copy()
-        del base._modules[_LAYERS]
-        for name, weight in (weights or {}).items():
-            base._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        return base
 
     def layers(self) -> list[LoRAParameter]:
         """The parameters that may have adapters."""
@@ -188,13 +160,12 @@ class LoRAModule(nn.Module):
         module.__dict__.update(weights)  # takes precedence over `_parameters`
         return module
 
+    def __getstate__(self) -> Any:
+        return self.__dict__
+
     def adapted_path(self, rows: int | None) -> tuple[str, str]:
         """(path, reason) of a forward with adapters."""
         return "library", "the module's own forward with W + scaling B A"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle cannot find it by name.
-        return _new, (self.kind, self.base_type), self.__dict__
 
 
 def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -211,19 +182,3 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     if isinstance(found, QuantizedStack):
         return found.sizes
     return tuple(found.shape) if isinstance(found, Tensor) else ()
-
-
-_classes: dict[tuple[type, type], type[LoRAModule]] = {}
-
-
-def _new(kind: type[LoRAModule], base_type: type[nn.Module]) -> LoRAModule:
-    """An empty module of the class made for the base's class."""
-    found = _classes.get((kind, base_type))
-    if found is None:
-        words = {"__module__": kind.__module__, "__doc__": kind.__doc__, "kind": kind}
-        made = type(f"LoRA{base_type.__name__}", (kind, base_type), words)
-        found = _classes.setdefault((kind, base_type), made)
-    module = found.__new__(found)
-    nn.Module.__init__(module)
-    module.base_type = base_type
-    return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,12 +17,11 @@ from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_plain
 from .from_linear import FromLinear
 from .fused import FusedLoRALayer
+from .over import Over, check_own_forward, empty_over
 from .row_adapters import RowAdapters
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
-
-class LoRAQuantizedLinear(FromLinear):
+class LoRAQuantizedLinear(Over, FromLinear):
     """A frozen, quantised linear layer of another library with low-rank adapters.
 
         y = base(x) + sum over active adapters of scaling * ((drop(x) lora_a^T) lora_b^T + bias)
@@ -46,6 +45,12 @@ class LoRAQuantizedLinear(FromLinear):
     # The replaced class is a base of the layer's own class, see `class_over`.
     in_features: int
     out_features: int
+    # What `_init_lora` and its callers set.
+    own_names = Over.own_names | {
+        *("base_attributes", "adapters", "active_adapters", "merged_adapters", "_disabled"),
+        *("packed", "pool", "row_adapters", "merged_weight", "merged_bias"),
+        *("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init"),
+    }
     added_path = "added"
 
     @classmethod
@@ -58,13 +63,15 @@ class LoRAQuantizedLinear(FromLinear):
                 instance.
         """
         cls._check_base(base)
-        if "forward" in base.__dict__:
-            raise TypeError(
-                f"lora_ext.nn.LoRAQuantizedLinear: expected a plain {type(base).__name__}, but its "
-                "forward is replaced on the instance; remove that first (of accelerate's hooks: "
-                "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
-            )
-        return _new(type(base), base)
+        check_own_forward("lora_ext.nn.LoRAQuantizedLinear", base)
+        layer = empty_over(LoRAQuantizedLinear, type(base))
+        layer._init_lora(base)
+        return layer
+
+    @classmethod
+    def _name_over(cls, base_type: type[nn.Module]) -> str:
+        # The weight of a plain one is a torchao tensor.
+        return "LoRATorchaoLinear" if base_type is nn.Linear else super()._name_over(base_type)
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:
@@ -76,27 +83,14 @@ class LoRAQuantizedLinear(FromLinear):
             )
 
     def _adopt(self, base: nn.Module) -> None:
-        """Takes over all attributes of the base, not only weight and bias: its forward reads
-        them."""
-        self.__dict__.update(base.__dict__)
-        for table in _TABLES:
-            self.__dict__[table] = base.__dict__[table].copy()
+        super()._adopt(base)
         # torchao sets one on the instance, which would hide ours.
         shown = self.__dict__.pop("extra_repr", None)
         self.base_attributes = {} if shown is None else {"extra_repr": shown}
 
-    def restored(self) -> nn.Module:
-        base = self.base_type.__new__(self.base_type)
-        nn.Module.__init__(base)
-        base.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN_ATTRIBUTES})
+    def restored(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+        base = super().restored(weights)
         base.__dict__.update(self.base_attributes)
-        for table in _TABLES:
-            kept = self.__dict__[table]
-            if isinstance(kept, set):
-                base.__dict__[table] = kept - _OWN_TENSORS
-            else:
-                own = _OWN_TENSORS | set(self.tables()) | {"pool"}
-                base.__dict__[table] = type(kept)((k, v) for k, v in kept.items() if k not in own)
         return base
 
     def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -191,50 +185,3 @@ class LoRAQuantizedLinear(FromLinear):
             if child is not None:
                 child.state_dict(**{**words, "prefix": f"{words['prefix']}{name}."})
         return words["destination"]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle cannot find it by name.
-        return _new, (self.base_type,), self.__getstate__()
-
-
-def _new(base_type: type[nn.Module], base: nn.Module | None = None) -> LoRAQuantizedLinear:
-    """A layer of the class made for `base_type`, with the contents of `base`, or empty."""
-    kind = class_over(base_type)
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    if base is not None:
-        layer._init_lora(base)
-    return layer
-
-
-_classes: dict[type[nn.Module], type[LoRAQuantizedLinear]] = {}
-
-
-def class_over(base_type: type[nn.Module]) -> type[LoRAQuantizedLinear]:
-    """The class of the layers that replace this one, made once for each."""
-    found = _classes.get(base_type)
-    if found is None:
-        is_plain_linear = base_type is nn.Linear  # its weight is a torchao tensor
-        name = "LoRATorchaoLinear" if is_plain_linear else f"LoRA{base_type.__name__}"
-        words = {"__module__": __name__, "__doc__": LoRAQuantizedLinear.__doc__}
-        made = type(name, (LoRAQuantizedLinear, base_type), words)
-        found = _classes.setdefault(base_type, made)
-    return found
-
-
-# The attributes that `_init_lora` and its callers set besides those of the base.
-_OWN_ATTRIBUTES = frozenset(
-    (
-        "base_attributes",
-        "base_type",
-        "adapters",
-        "active_adapters",
-        "merged_adapters",
-        "_disabled",
-        "packed",
-        "pool",
-        "row_adapters",
-        *_TABLES,
-    )
-)
-_OWN_TENSORS = frozenset(("merged_weight", "merged_bias"))

@@ -18,7 +18,8 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor
 
-from ..call.updates import Update, stacked
+from ..call.apply import stacked
+from ..call.updates import Update
 from ..functional import base_linear, draw_seed, lora_linear
 from ..quantized.weight import QuantizedWeight, dense
 from .reasons import has_hooks

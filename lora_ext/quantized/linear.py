@@ -32,7 +32,7 @@ class Call(NamedTuple):
         adapters: number of adapters; with `groups` many, as a list or a pool.
         scaling: a number, or with many adapters a float32 tensor.
         dropout_p, seed: as in `lora_linear`.
-        groups: (index, offs, ranks) for many adapters, or None.
+        groups: (index, offs, ranks), of which one adapter has none.
         row_block: the op's, positive in `lora_ext.batch_invariant`.
     """
 
@@ -40,8 +40,12 @@ class Call(NamedTuple):
     scaling: Any
     dropout_p: float
     seed: Tensor | None
-    groups: tuple[Tensor | None, ...] | None = None
+    groups: tuple[Tensor | None, ...] = (None, None, None)
     row_block: int = 0
+
+    @property
+    def is_grouped(self) -> bool:
+        return any(each is not None for each in self.groups)
 
 
 def quantized_linear(
@@ -81,7 +85,7 @@ def _apply(
         return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
     # needs_input_grad is true without grad mode too, so S would be computed without being used.
     with dense(call.weight, x) as weight:
-        return _forward(call, x, weight, lora_a, lora_b, bias)
+        return _op("lora", call, (x, weight, None), (*lora_a, *lora_b), bias=bias)
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -115,17 +119,13 @@ class _QuantizedLinear(torch.autograd.Function):
         # ctx, and with only the factors in *args it mistakes a call with one adapter for one
         # without ctx.
         call, x, bias, *factors = operands
-        half = len(factors) // 2
-        lora_a, lora_b = factors[:half], factors[half:]
-        wants = ctx.needs_input_grad
         with dense(call.weight, x) as weight:
-            if not any(wants):
-                return _forward(call, x, weight, lora_a, lora_b, bias)
-            y, s = _forward_for_backward(call, x, weight, lora_a, lora_b, bias)
+            if not any(ctx.needs_input_grad):
+                return _op("lora", call, (x, weight, None), factors, bias=bias)
+            y, s = _op("lora_forward", call, (x, weight, None), factors, bias=bias)
         ctx.call, ctx.has_bias, ctx.versions = call, bias is not None, Versions(call.weight)
-        tensors = (call.seed, *(call.groups or (None, None, None)))
-        scaling = call.scaling if call.groups is not None else None
-        ctx.save_for_backward(x, s, scaling, *tensors, *factors)
+        scaling = call.scaling if call.is_grouped else None
+        ctx.save_for_backward(x, s, scaling, call.seed, *call.groups, *factors)
         return y
 
     @staticmethod
@@ -133,22 +133,18 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, s, scaling, seed, *rest = ctx.saved_tensors
         groups, factors = tuple(rest[:3]), rest[3:]
-        half = len(factors) // 2
-        lora_a, lora_b = factors[:half], factors[half:]
+        call = ctx.call._replace(seed=seed, groups=groups)
+        if call.is_grouped:
+            call = call._replace(scaling=scaling)
         _, want_x, want_bias, *want = ctx.needs_input_grad
-        call = ctx.call._replace(seed=seed)
-        if call.groups is not None:
-            call = call._replace(scaling=scaling, groups=groups)
-        want_bias = want_bias and ctx.has_bias
+        wants = (want_x, want_bias and ctx.has_bias, *want)
         if want_x:
             ctx.versions.check()
             with dense(call.weight, x) as weight:
-                return None, *_backward(
-                    call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want
-                )
+                return None, *_backward(call, grad, s, x, weight, factors, wants)
         # It is read only for dX.
         weight = x.new_empty(()).expand(call.weight.shape)
-        return None, *_backward(call, grad, x, weight, lora_a, lora_b, s, want_x, want_bias, want)
+        return None, *_backward(call, grad, s, x, weight, factors, wants)
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -172,72 +168,39 @@ class _QuantizedProduct(torch.autograd.Function):
         return None, dx, dbias
 
 
-def _options(call: Call) -> dict[str, Any]:
-    """What the op takes beside tensors with a gradient."""
-    options = {
-        "scaling": call.scaling,
-        "dropout_p": call.dropout_p,
-        "seed": call.seed,
-        "row_block": call.row_block,
-    }
-    if call.groups is None:
-        return options
-    index, offs, ranks = call.groups
-    return options | {"index": index, "offs": offs, "ranks": ranks}
-
-
-def _forward(
-    call: Call,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    bias: Tensor | None,
-) -> Tensor:
-    if call.groups is None:
-        return _ops.lora(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
-    return _ops.lora_grouped(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
-
-
-def _forward_for_backward(
-    call: Call,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if call.groups is None:
-        return _ops.lora_forward(x, weight, None, *lora_a, *lora_b, bias=bias, **_options(call))
-    return _ops.lora_grouped_forward(x, weight, None, lora_a, lora_b, bias=bias, **_options(call))
+def _op(
+    name: str, call: Call, operands: Sequence[Any], factors: Sequence[Tensor], **more: Any
+) -> Any:
+    """An op of one adapter, or its namesake of many."""
+    words = {"scaling": call.scaling, "dropout_p": call.dropout_p, "seed": call.seed}
+    words |= {"row_block": call.row_block, **more}
+    if not call.is_grouped:
+        return getattr(_ops, name)(*operands, *factors, **words)
+    half = len(factors) // 2
+    words |= dict(zip(("index", "offs", "ranks"), call.groups, strict=True))
+    many = name.replace("lora", "lora_grouped")
+    return getattr(_ops, many)(*operands, factors[:half], factors[half:], **words)
 
 
 def _backward(
     call: Call,
     grad: Tensor,
+    s: Tensor,
     x: Tensor,
     weight: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    s: Tensor,
-    want_x: bool,
-    want_bias: bool,
-    want: Sequence[bool],
+    factors: Sequence[Tensor],
+    wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, dbias, gradients of the factors), None if not requested."""
-    if call.groups is None:
-        wanted = [want_x, *want, want_bias]
-        dx, da, db, dbias = _ops.lora_backward(
-            grad, s, wanted, x, weight, None, *lora_a, *lora_b, **_options(call)
-        )
-        found = (dx, dbias, da, db)
-        flags = (want_x, want_bias, *want)
-        return tuple(g if wants else None for g, wants in zip(found, flags, strict=True))
+    want_x, want_bias, *want = wants
     half = len(want) // 2
-    wanted = ([want_x, want_bias], list(want[:half]), list(want[half:]))
-    dx, da, db, dbias = _ops.lora_grouped_backward(
-        grad, s, *wanted, x, weight, None, lora_a, lora_b, **_options(call)
-    )
+    wanted: tuple[list[bool], ...] = ([want_x, *want, want_bias],)
+    if call.is_grouped:
+        wanted = [want_x, want_bias], want[:half], want[half:]
+    operands = (grad, s, *wanted, x, weight, None)
+    dx, da, db, dbias = _op("lora_backward", call, operands, factors)
+    if not call.is_grouped:
+        da, db = [da] * want[0], [db] * want[1]
     found = iter((*da, *db))  # only those that are requested
     gradients = [next(found) if wants else None for wants in want]
     return dx if want_x else None, dbias if want_bias else None, *gradients
