@@ -124,8 +124,8 @@ def lora_linear(
         if not isinstance(weight, QuantizedWeight):
             raise _not_a_tensor("lora_linear", weight=weight)
         call = Call(weight, scaling, dropout_p, seed, (index, offs, ranks), row_block(x))
-        first, second = (lora_a, lora_b) if many else ((lora_a,), (lora_b,))
-        return quantized_linear(call, x, first, second, bias)
+        factors = (*lora_a, *lora_b) if many else (lora_a, lora_b)
+        return quantized_linear(call, x, bias, factors)
     rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
     if many:
         groups = (index, offs, ranks)

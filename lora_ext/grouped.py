@@ -71,22 +71,18 @@ def _scaling(function: str, scaling: Scaling, adapters: int, x: Tensor) -> Tenso
     }
     try:
         if isinstance(scaling, Sequence):
-            if not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_initialized():
-                return _copied(scaling, **kind)
-            return torch.tensor(scaling, **kind)
+            if torch.compiler.is_compiling() or not (x.is_cuda and torch.cuda.is_initialized()):
+                return torch.tensor(scaling, **kind)
+            # Without waiting for the device: from pinned memory. A graph that is captured would
+            # read that again in each replay, so there torch refuses the copy, as it does from
+            # other memory.
+            pinned = not torch.cuda.is_current_stream_capturing()
+            # The host by its name: torch.set_default_device may name another, without pages.
+            host = torch.tensor(scaling, dtype=kind["dtype"], device="cpu", pin_memory=pinned)
+            return host.to(x.device, non_blocking=pinned)
         return torch.full((adapters,), float(scaling), **kind)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"lora_ext.{function}: expected scaling to be a number, a sequence of numbers or a "
             f"float32 tensor, one for each adapter, but got {scaling!r}"
         ) from error
-
-
-def _copied(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CUDA device, without waiting for it: from pinned memory. A graph that is captured would
-    read that again in each replay, so there torch refuses the copy, as it does from other memory.
-    """
-    pinned = not torch.cuda.is_current_stream_capturing()
-    # The host by its name: torch.set_default_device may name another, whose memory has no pages.
-    host = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
-    return host.to(device, non_blocking=pinned)

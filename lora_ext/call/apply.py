@@ -60,60 +60,43 @@ def apply(
     Returns:
         A new tensor ``[..., out]``.
     """
+    y: Any = None
+    weight = bias = dtype = None
     if isinstance(base, Tensor):
-        return _onto(base, x, updates, rows)
-    if isinstance(base, Dense):
-        return _product(*base, x, updates, rows)
-    y = _product(base.weight, base.call_bias, x.to(base.dtype), updates, rows)
-    return y.to(base.y_dtype)
+        if rows is None and _needs_torch(base, x, updates):
+            return _by_torch(base, x, updates)
+        y, dtype = base, base.dtype
+    elif isinstance(base, Dense):
+        weight, bias = base
+    else:
+        weight, bias, dtype, x = base.weight, base.call_bias, base.y_dtype, x.to(base.dtype)
+    if not isinstance(updates, Slots) and any(update.bias is not None for update in updates):
+        if rows is None:
+            bias = _with_biases(bias, updates)
+        elif y is None:
+            y = apply(base_linear(x, weight, bias), x, updates, rows)
+            return y if dtype is None else y.to(dtype)
+        else:
+            y = _with_biases_of_rows(y, x.shape[:-1], updates, rows)
+    for lora_a, lora_b, scaling, p, groups in _calls(x, updates, rows):
+        if y is None:
+            y = lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, **groups)
+            continue
+        given = (lora_a if isinstance(lora_a, Tensor) else lora_a[0]).dtype
+        is_fit = is_autocast(x) or (x.dtype in HALVES and given == torch.float32)
+        y = lora_update(y, x if is_fit else x.to(given), lora_a, lora_b, scaling, p, **groups)
+    return y if dtype is None else y.to(dtype)
 
 
-def _product(
-    weight: Any, bias: Tensor | None, x: Tensor, updates: Any, rows: RowIndex | None
-) -> Tensor:
+def _calls(
+    x: Tensor, updates: Any, rows: RowIndex | None
+) -> list[tuple[Any, Any, Any, float, dict[str, Tensor]]]:
+    """(lora_a, lora_b, scaling, dropout_p, index and ranks) of each call of the op."""
     if rows is None:
-        bias = _with_biases(bias, updates)
-    elif _has_biases(updates):
-        return _onto(base_linear(x, weight, bias), x, updates, rows)
-    (lora_a, lora_b, scaling, p, groups), *others = _calls(x, updates, rows)
-    y = lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, **groups)
-    return _updated(y, x, others) if others else y
-
-
-def _onto(y: Tensor, x: Tensor, updates: Any, rows: RowIndex | None) -> Tensor:
-    dtype = y.dtype
-    if rows is None:
-        if _needs_torch(y, x, updates):
-            return _by_torch(y, x, updates)
-    elif _has_biases(updates):
-        y = _with_biases_of_rows(y, x.shape[:-1], updates, rows)
-    return _updated(y, x, _calls(x, updates, rows)).to(dtype)
-
-
-def _updated(y: Tensor, x: Tensor, calls: Sequence[_Call]) -> Tensor:
-    for lora_a, lora_b, scaling, p, groups in calls:
-        dtype = (lora_a if isinstance(lora_a, Tensor) else lora_a[0]).dtype
-        is_fit = is_autocast(x) or (x.dtype in HALVES and dtype == torch.float32)
-        y = lora_update(y, x if is_fit else x.to(dtype), lora_a, lora_b, scaling, p, **groups)
-    return y
-
-
-class _Call(NamedTuple):
-    """The operands of one call of the op besides x and the base; groups: its index and ranks."""
-
-    lora_a: Any
-    lora_b: Any
-    scaling: Any
-    dropout_p: float
-    groups: dict[str, Tensor]
-
-
-def _calls(x: Tensor, updates: Any, rows: RowIndex | None) -> list[_Call]:
-    if rows is None:
-        return [_Call(*stacked(updates, x), updates[0].dropout, {})]
+        return [(*stacked(updates, x), updates[0].dropout, {})]
     if isinstance(updates, Slots):
         groups = {"index": rows.index_of(x.shape[:-1], x.device, None), "ranks": updates.ranks}
-        return [_Call(*updates[:3], 0.0, groups)]
+        return [(*updates[:3], 0.0, groups)]
     return [_call_of_rows(part, x, rows) for part in _by_call(updates, x)]
 
 
@@ -168,7 +151,7 @@ def _by_call(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
     return list(parts.values())
 
 
-def _call_of_rows(part: Sequence[Update], x: Tensor, rows: RowIndex) -> _Call:
+def _call_of_rows(part: Sequence[Update], x: Tensor, rows: RowIndex) -> Any:
     lora_a = [update.lora_a for update in part]
     lora_b = [update.lora_b for update in part]
     scalings = tuple([update.scaling for update in part])
@@ -177,11 +160,7 @@ def _call_of_rows(part: Sequence[Update], x: Tensor, rows: RowIndex) -> _Call:
         scalings = (1.0,) * len(part)
     scaling = rows.scaling_of(scalings, x.device)
     index = rows.index_of(x.shape[:-1], x.device, [update.name for update in part])
-    return _Call(lora_a, lora_b, scaling, part[0].dropout, {"index": index})
-
-
-def _has_biases(updates: Any) -> bool:
-    return not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
+    return lora_a, lora_b, scaling, part[0].dropout, {"index": index}
 
 
 def _with_biases_of_rows(
@@ -209,7 +188,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
         return True
     if is_autocast(x) and torch.float64 in (x.dtype, lora_a.dtype):
         return True
-    return _has_biases(updates)
+    return any(update.bias is not None for update in updates)
 
 
 def takes_op(x: Tensor) -> bool:
@@ -232,23 +211,30 @@ def mixed_lookup(
     y: Tensor,
     ids: Tensor,
     updates: Sequence[Update],
-    rows: RowIndex,
+    rows: RowIndex | None,
     look_up: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The updates added onto y, an embedding's output for ids. S of a row is a column of A:
 
-        y[m] + s_g A_g[:, ids[m]]^T B_g^T
+        y    + sum over updates of s A[:, ids]^T B^T
+        y[m] + s_g A_g[:, ids[m]]^T B_g^T               rows: g of each m
 
     S is computed by one lookup for each adapter over all rows, r numbers a row; the product with B
-    is computed by `lora_update` with an identity as A.
+    is computed by torch, or for rows of their own by `lora_update` with an identity as A.
 
     Args:
         y: ``[..., dim]``.
         ids: ``[...]``.
         updates: at least one, with lora_a ``[r, vocab]``.
-        rows: the block.
+        rows: as in `apply`.
         look_up: looks up the ids in a table ``[vocab, r]``.
     """
+    if rows is None:
+        refuse("an embedding")
+        total = y
+        for update in updates:
+            total = total + (look_up(update.lora_a.t()) @ update.lora_b.t()) * update.scaling
+        return total.to(y.dtype)
     index = rows.index_of(ids.shape, y.device, [update.name for update in updates])
     mine = index.view(*ids.shape, 1)
     width = max(update.lora_a.shape[0] for update in updates)

@@ -51,10 +51,13 @@ class Decision(NamedTuple):
 def fused(
     base: Dense | QuantizedBase, updates: Sequence[Update] | Slots, rows: RowIndex | None = None
 ) -> Decision:
-    """That for one call of `lora_linear`: arguments as of `apply`."""
+    """That for one call of `lora_linear`, onto which only a lora_bias of each row is added:
+    arguments as of `apply`."""
     run = partial(apply, base, updates=updates, rows=rows)
-    detail = partial(_fused_path, base, updates, rows)
-    return Decision(run, "fused", "", detail, base)
+    if rows is not None:
+        has_bias = not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
+        return Decision(run, "added" if has_bias else "fused", of_rows(updates), None, base)
+    return Decision(run, "fused", "", partial(_fused_path, base, updates), base)
 
 
 def added(
@@ -72,11 +75,7 @@ def added(
     return Decision(run, path, reason, None if rows is None else lambda _: (path, of_rows(updates)))
 
 
-def _fused_path(
-    base: Dense | QuantizedBase, updates: Any, rows: RowIndex | None, count: int | None
-) -> tuple[str, str]:
-    if rows is not None:
-        return "fused", of_rows(updates)
+def _fused_path(base: Dense | QuantizedBase, updates: Any, count: int | None) -> tuple[str, str]:
     if isinstance(base, QuantizedBase):
         return "fused", base.note
     return kernel_path(base.weight, updates, count)

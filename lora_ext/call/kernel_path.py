@@ -33,7 +33,10 @@ def kernel_path(
     weight = operand.matrix if isinstance(operand, PackedWeight) else operand
     rank = sum(update.lora_a.shape[0] for update in updates)
     if weight.device.type == "cuda" and _C.with_cuda:
-        return _cuda_path(weight, updates, rows, rank)
+        (out, within), has_dropout = weight.shape, any(each.dropout > 0 for each in updates)
+        dtypes = weight.dtype, updates[0].lora_a.dtype
+        problem = problem_of(min(rows, 2**16), within, out, rank, *dtypes, has_dropout)
+        return cuda_path(weight.device, problem)
     if weight.device.type == "cpu":
         reason = _C.cpu_library_reason(weight.dtype, rank)
     else:
@@ -57,19 +60,6 @@ def kernel_path(
         panels = _C.cpu_panels_of(weight.dtype, within, out, weight.stride(0) != 1, rows)
     one_pass = "" if panels is None else f" in one pass by panels of {str(panels)[6:]}"
     return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
-
-
-def _cuda_path(weight: Tensor, updates: Sequence[Update], rows: int, rank: int) -> tuple[str, str]:
-    problem = problem_of(
-        min(rows, 2**16),
-        weight.shape[1],
-        weight.shape[0],
-        rank,
-        weight.dtype,
-        updates[0].lora_a.dtype,
-        any(update.dropout > 0 for update in updates),
-    )
-    return cuda_path(weight.device, problem)
 
 
 def cuda_path(device: torch.device, problem: _C.Problem) -> tuple[str, str]:

@@ -164,7 +164,10 @@ class RowIndex:
             lead = self._unflattened(index, lead)
         if len(lead) == 0:
             raise self._mismatch(lead)
-        index = self._repeated(index, lead)
+        if lead[0] != index.shape[0]:
+            if lead[0] != index.shape[0] * self.repeats:
+                raise self._mismatch(lead)
+            index = index.repeat_interleave(self.repeats, 0)
         if index.dim() == 2:
             if lead[1] == 1:
                 index = index[:, -1:]  # a step after the prompt: the last adapter of each sample
@@ -183,13 +186,6 @@ class RowIndex:
         for batch in batches:
             if tokens and batch * tokens == lead[0]:
                 return torch.Size((batch, tokens))
-        raise self._mismatch(lead)
-
-    def _repeated(self, index: Tensor, lead: torch.Size) -> Tensor:
-        if lead[0] == index.shape[0]:
-            return index
-        if lead[0] == index.shape[0] * self.repeats:
-            return index.repeat_interleave(self.repeats, 0)
         raise self._mismatch(lead)
 
     def _mismatch(self, lead: torch.Size) -> ValueError:

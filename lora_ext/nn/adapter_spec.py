@@ -17,7 +17,7 @@ def expect(condition: bool, where: str, expected: str, got: Any) -> None:
         raise ValueError(f"lora_ext.{where}: expected {expected}, but got {got!r}")
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -74,7 +74,7 @@ class AdapterSpec:
 
 def check_rank(rank: Any, where: str) -> None:
     expect(
-        _is_integer(rank) and 1 <= rank <= MAX_RANK,
+        is_integer(rank) and 1 <= rank <= MAX_RANK,
         where,
         f"an integer rank r of 1 to {MAX_RANK}",
         rank,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -37,6 +37,9 @@ class LoRALayer(NamedAdapters):
     merged_bias: Tensor | None
     # Set on the instance by `use_adapters`; a graph guards what is declared.
     row_adapters: Any = None
+    # Whether the weight is dense, and its name for messages.
+    can_merge = True
+    weight_name = "weight"
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
@@ -87,8 +90,18 @@ class LoRALayer(NamedAdapters):
     ) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
         """(names, weight, bias) for `install_merged`; changes nothing."""
         names = self._known(self.active_adapters if names is None else names, "merge")
+        if names and not self.can_merge:
+            self._refuse_merge()
         weight, bias = merged_tensors(self, names) if names else (None, None)
         return names, weight, bias
+
+    def _refuse_merge(self) -> NoReturn:
+        raise RuntimeError(
+            f"lora_ext.nn.{type(self).__name__}.merge: expected a dense {self.weight_name} to "
+            "merge into, but it is quantised, and W + B A, quantised again, would be another "
+            "layer; keep the adapters beside it, or save_adapter and merge into the model that "
+            "was quantised"
+        )
 
     def install_merged(
         self, names: tuple[str, ...], weight: Tensor | None, bias: Tensor | None
@@ -162,31 +175,22 @@ class LoRALayer(NamedAdapters):
             return Decision(self.base_forward, "base", "adapters are disabled")
         if rows is not None:
             self.check_unmerged()
-            return self._by_row(x, rows)
-        if self.added_adapters:
-            return self._adapted(x)
+        names = self.added_adapters if rows is None else self.row_names(rows)
+        if names:
+            return self._decide_for(names, x, rows)
+        if rows is not None:
+            reason = "none of the adapters that rows have is in this layer"
+            return Decision(self.base_forward, "base", reason)
         if self.merged:
             return Decision(self.base_forward, "merged")
         return Decision(self.base_forward, "base", "no adapter is active")
 
+    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
+        """`decide` for adapters of the layer, which all rows have, or with `rows` each its own."""
+        raise NotImplementedError
+
     def base_forward(self, x: Tensor) -> Tensor:
         """The base's y, without adapters but those that are merged."""
-        raise NotImplementedError
-
-    def _adapted(self, x: Any) -> Decision:
-        """`decide` for the active adapters."""
-        raise NotImplementedError
-
-    def _by_row(self, x: Any, rows: RowAdapters) -> Decision:
-        """`decide` within a block of `use_adapters`."""
-        names = self.row_names(rows)
-        if names:
-            return self._of_names(x, names, rows)
-        reason = "none of the adapters that rows have is in this layer"
-        return Decision(self.base_forward, "base", reason)
-
-    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
-        """`decide` for rows that have these adapters of the layer."""
         raise NotImplementedError
 
     def _pool_path(self, rows: int | None) -> tuple[str, str]:

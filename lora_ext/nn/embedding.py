@@ -14,7 +14,6 @@ from ..call import Decision
 from ..call.apply import mixed_lookup
 from ..call.decision import of_rows
 from ..call.updates import Update
-from ..invariance import refuse
 from . import initialize
 from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .base import LoRALayer
@@ -85,44 +84,29 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def base_forward(self, x: Tensor) -> Tensor:
         return self._look_up(x, self.base_operands()[0])
 
-    def _adapted(self, x: Any) -> Decision:
-        reason = "an embedding's update is a lookup and a small product by torch"
-        return Decision(self._added, "library", reason)
+    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
+        what = "an embedding's update is a lookup and a small product by torch"
+        reason = what if rows is None else of_rows(names)
+        return Decision(partial(self._added, names, rows), "library", reason)
 
-    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
-        return Decision(partial(self._mixed, names, rows), "library", of_rows(names))
-
-    def _added(self, ids: Tensor) -> Tensor:
-        y = self.base_forward(ids)
-        refuse("an embedding")
-        for update in self._updates_of(self.added_adapters):
-            # A sparse gradient cannot pass through the transposition.
-            column = self._look_up(ids, update.lora_a.t(), sparse=False)
-            y = y + (column @ update.lora_b.t()) * update.scaling
-        return y.to(self.weight.dtype)
+    def _added(self, names: Sequence[str], rows: RowAdapters | None, ids: Tensor) -> Tensor:
+        # A sparse gradient cannot pass through the transposition.
+        look_up = partial(self._look_up, ids, sparse=False)
+        return mixed_lookup(self.base_forward(ids), ids, self._updates_of(names), rows, look_up)
 
     def _updates_of(self, names: Sequence[str]) -> list[Update]:
-        each = ((name, *self._checked_factors(name)) for name in names)
-        return [Update(n, a, b, None, self.adapters[n].scaling, 0.0) for n, a, b in each]
-
-    def _checked_factors(self, name: str) -> tuple[Tensor, Tensor]:
-        lora_a, lora_b = self.factors(name)
-        if lora_a.shape[1] != self.weight.shape[0]:
-            raise RuntimeError(
-                f"lora_ext.nn.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
-                f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
-                "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
-                "it again"
-            )
-        return lora_a, lora_b
-
-    def _mixed(self, names: Sequence[str], rows: RowAdapters, ids: Tensor) -> Tensor:
-        """The layer on ids, each row with the adapter that the block selects for it."""
-
-        def look_up(table: Tensor) -> Tensor:
-            return self._look_up(ids, table, sparse=False)
-
-        return mixed_lookup(self.base_forward(ids), ids, self._updates_of(names), rows, look_up)
+        found = []
+        for name in names:
+            lora_a, lora_b = self.factors(name)
+            if lora_a.shape[1] != self.weight.shape[0]:
+                raise RuntimeError(
+                    f"lora_ext.nn.LoRAEmbedding: expected a table of {lora_a.shape[1]} rows, for "
+                    f"which adapter {name!r} was made, but it has {self.weight.shape[0]}; resize "
+                    "it (resize_token_embeddings) before apply_lora, or delete the adapter and add "
+                    "it again"
+                )
+            found.append(Update(name, lora_a, lora_b, None, self.adapters[name].scaling, 0.0))
+        return found
 
     def _look_up(self, ids: Tensor, table: Tensor, sparse: bool | None = None) -> Tensor:
         return F.embedding(

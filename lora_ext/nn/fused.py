@@ -28,6 +28,8 @@ class FusedLoRALayer(Packable, LoRALayer):
 
     # The path of updates that are not one call with the weight.
     added_path = "library"
+    # Why `packable` has none.
+    unpacked_reason = "the weight is no matrix"
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
@@ -43,18 +45,8 @@ class FusedLoRALayer(Packable, LoRALayer):
     def decide(self, x: Any, rows: RowAdapters | None) -> Decision:
         if isinstance(x, Proxy) and not (rows is None and self.computes_base):
             return Decision(self._traced, "fused")
-        return super().decide(x, rows)
-
-    def _traced(self, x: Any) -> Any:
-        """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-
-    def _adapted(self, x: Any) -> Decision:
-        return self._call(x, self._updates_of(self.added_adapters), None)
-
-    def _by_row(self, x: Any, rows: RowAdapters) -> Decision:
-        if x is None:
-            return super()._by_row(x, rows)
+        if rows is None or x is None or self._disabled:
+            return super().decide(x, rows)
         if x.is_nested:
             raise TypeError(
                 "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
@@ -62,10 +54,15 @@ class FusedLoRALayer(Packable, LoRALayer):
             )
         pool = self.pool
         if rows.slots is None or pool is None or pool.needs_lists(self, x):
-            return super()._by_row(x, rows)
+            return super().decide(x, rows)
+        self.check_unmerged()
         return self._call(x, pool.updates, rows)
 
-    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
+    def _traced(self, x: Any) -> Any:
+        """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+
+    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
         return self._call(x, self._updates_of(names), rows)
 
     def _call(
@@ -93,17 +90,13 @@ class FusedLoRALayer(Packable, LoRALayer):
             if reason:
                 return f"{reason}: added by torch"
         weight, bias = self.base_operands()
-        return Dense(self._operand(weight), bias)
-
-    def _operand(self, weight: Tensor) -> Tensor | PackedWeight:
-        """The base's weight as ``[out, in]``, or its pack."""
         if not is_plain(weight) and type(weight).__module__.startswith("torchao."):
             raise TypeError(
                 f"lora_ext.nn.{type(self).__name__}: expected the weight with which the layer was "
                 f"made, but torchao put a {type(weight).__name__} in its place; call "
                 "torchao.quantization.quantize_ before apply_lora"
             )
-        return self.pack_of(weight) or self.matrix(weight)
+        return Dense(self.pack_of(weight) or self.matrix(weight), bias)
 
     def _updates_of(self, names: Sequence[str]) -> list[Update]:
         """The updates of these adapters; plain ones take a microsecond each."""
@@ -137,13 +130,12 @@ class FusedLoRALayer(Packable, LoRALayer):
         Returns:
             The `PackedWeight`, whose ``reason`` says why there is none.
         """
-        transposed = getattr(self, "fan_in_fan_out", False)
-        if self.matrix(self.weight) is self.weight or transposed:
-            packed = prepack(self.weight, backward=backward, transposed=transposed)
-            self.packed = packed.of_layer()
+        base = self.packable()
+        if base is None:
+            packed = PackedWeight(self.stored_weight, None, None, self.unpacked_reason)
         else:
-            reason = "the weight is no matrix"
-            self.packed = PackedWeight(self.weight, None, None, reason)
+            packed = prepack(base.weight, backward=backward, transposed=base.transposed)
+        self.packed = packed.of_layer()
         return self.packed
 
     def _apply(self, fn, recurse=True):

@@ -9,16 +9,14 @@ from .adapter_spec import AdapterSpec
 
 
 @torch.no_grad()
-def kaiming_(lora_a: Tensor, lora_b: Tensor) -> None:
-    """lora_a as nn.Linear's weight (Kaiming uniform, a = sqrt(5)), lora_b zero, as in loralib."""
-    nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    nn.init.zeros_(lora_b)
-
-
-@torch.no_grad()
-def gaussian_(lora_a: Tensor, lora_b: Tensor, r: int) -> None:
-    """lora_a normal with standard deviation 1 / r, lora_b zero, as PEFT's "gaussian"."""
-    nn.init.normal_(lora_a, std=1.0 / r)
+def plain_(spec: AdapterSpec, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Of an init that takes nothing from the weight: lora_a as nn.Linear's weight (Kaiming uniform,
+    a = sqrt(5)), as in loralib, or normal with standard deviation 1 / r, as PEFT's "gaussian";
+    lora_b zero."""
+    if spec.init == "kaiming":
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    else:
+        nn.init.normal_(lora_a, std=1.0 / spec.r)
     nn.init.zeros_(lora_b)
 
 

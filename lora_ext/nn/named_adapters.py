@@ -83,17 +83,16 @@ class NamedAdapters(DropIn):
     def initialize(self, name: str) -> None:
         """Sets the initial values of the adapter, by the init of its spec."""
         spec, lora_a, lora_b = self.adapters[name], self.lora_a[name], self.lora_b[name]
-        if spec.init == "kaiming":
-            initialize.kaiming_(lora_a, lora_b)
-        elif spec.init == "gaussian":
-            initialize.gaussian_(lora_a, lora_b, spec.r)
+        if not spec.subtracts_init:
+            initialize.plain_(spec, lora_a, lora_b)
         else:
             factors = initialize.pissa if spec.init == "pissa" else initialize.olora
             first_a, first_b = factors(self.weight_values(), spec)
-            with torch.no_grad():
-                for table, first in ((self.lora_a, first_a), (self.lora_b, first_b)):
-                    table[name].copy_(first)
-            self._freeze_init(name)
+            pairs = (lora_a, self.lora_a_init, first_a), (lora_b, self.lora_b_init, first_b)
+            for factor, subtracted, first in pairs:
+                with torch.no_grad():
+                    factor.copy_(first)
+                subtracted[name] = nn.Parameter(factor.detach().clone(), requires_grad=False)
 
     def spec_of(self, name: str) -> AdapterSpec | None:
         """The spec of an adapter of the layer or of its pool, None if there is none."""
@@ -115,11 +114,6 @@ class NamedAdapters(DropIn):
             return [name for name in rows.names if name in own]
         specs, names = pooled.specs, pooled.names
         return [n for n in rows.names if n in own or (n in specs and n in names)]
-
-    def _freeze_init(self, name: str) -> None:
-        """Stores the current factors as those to subtract."""
-        for table, kept in ((self.lora_a, self.lora_a_init), (self.lora_b, self.lora_b_init)):
-            kept[name] = nn.Parameter(table[name].detach().clone(), requires_grad=False)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(A ``[R, in]``, B ``[out, R]``) with delta W = scaling * B A; R is r, or 2 r if the init

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,31 +169,23 @@ class LoRAParameter(LoRALayer):
                 weight = weight + delta.to(weight.dtype).view(weight.shape)
         return weight
 
-    def compute_merged(
-        self, names: str | Iterable[str] | None = None
-    ) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
-        if self.stack is None:
-            return super().compute_merged(names)
-        names = self._known(self.active_adapters if names is None else names, "merge")
-        if names:
-            raise RuntimeError(
-                f"lora_ext.nn.LoRAParameter.merge: expected a dense {self.parameter!r} to merge "
-                "into, but it is quantised, and W + B A, quantised again, would be another layer; "
-                "keep the adapters beside it, or save_adapter and merge into the model that was "
-                "quantised"
-            )
-        return names, None, None
+    @property
+    def can_merge(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.stack is None
+
+    @property
+    def weight_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return repr(self.parameter)
 
     def workspace_bytes(self) -> int:
         """Bytes of one dequantised matrix of a quantised stack; else 0."""
         stack = self.stack
         return 0 if stack is None else stack.matrix_bytes
 
-    def _adapted(self, x: Any) -> Decision:
-        return Decision(self.module.forward, *self.module.adapted_path(None))
-
-    def _of_names(self, x: Any, names: Sequence[str], rows: RowAdapters) -> Decision:
-        return Decision(self.module.forward, self.module.path_of_rows, of_rows(names))
+    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
+        module = self.module
+        path = module.adapted_path(None) if rows is None else (module.path_of_rows, of_rows(names))
+        return Decision(module.forward, *path)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..call.apply import takes_op
 from ..call.updates import Slots, Update, updates_obstacle
-from ..packed_weight import PackedWeight
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_plain
-from .from_linear import FromLinear
 from .fused import FusedLoRALayer
+from .linear import FromLinear
 from .over import Over, check_own_forward, empty_over
 from .row_adapters import RowAdapters
 
@@ -52,6 +51,8 @@ class LoRAQuantizedLinear(Over, FromLinear):
         *("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init"),
     }
     added_path = "added"
+    can_merge = False
+    unpacked_reason = "the weight is quantised"
 
     @classmethod
     def around(cls, base: nn.Module) -> Any:
@@ -148,27 +149,6 @@ class LoRAQuantizedLinear(Over, FromLinear):
         """Bytes of the dequantised weight in the base's preferred dtype; 0 if the base is called
         itself."""
         return workspace_bytes(quantized_base(self, None, self.base_type))
-
-    def pack_weight(self, backward: bool = False) -> PackedWeight:
-        """Returns a `PackedWeight` without a pack, with the reason: the weight is quantised."""
-        return PackedWeight(self.stored_weight, None, None, "the weight is quantised")
-
-    # Merging.
-
-    def compute_merged(
-        self, names: str | Iterable[str] | None = None
-    ) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
-        names = self._known(self.active_adapters if names is None else names, "merge")
-        if names:
-            self._refuse_merge()
-        return names, None, None
-
-    def _refuse_merge(self) -> NoReturn:
-        raise RuntimeError(
-            f"lora_ext.nn.{type(self).__name__}.merge: expected a dense weight to merge into, but "
-            "it is quantised, and W + B A, quantised again, would be another layer; keep the "
-            "adapters beside it, or save_adapter and merge into the model that was quantised"
-        )
 
     # Methods of nn.Module.
 

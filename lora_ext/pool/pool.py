@@ -16,10 +16,9 @@ from ..models.find import ALL_LINEAR, find_targets
 from ..models.mixtures import warn_of_other_experts
 from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAParameter
-from ..nn.adapter_spec import AdapterSpec, check_rank, expect
+from ..nn.adapter_spec import AdapterSpec, check_rank, expect, is_integer
 from ..nn.fused import FusedLoRALayer
-from ..nn.layer_pool import LayerPool, detach_from_pool
-from ..nn.parameter_pool import ParameterPool
+from ..nn.layer_pool import LayerPool, ParameterPool, detach_from_pool
 from ..nn.row_adapters import forget
 from .sources import Incoming, Source, layer_name, naming, read
 
@@ -74,7 +73,7 @@ class AdapterPool:
         dtype: torch.dtype | None = None,
     ) -> None:
         where = "AdapterPool"
-        expect(_is_count(capacity), where, "a capacity of 1 or more", capacity)
+        expect(is_integer(capacity) and capacity >= 1, where, "a capacity of 1 or more", capacity)
         check_rank(max_rank, f"{where} (max_rank)")
         check_not_peft(model, "AdapterPool")
         if any(layer.pool is not None for _, layer in lora_layers(model)):
@@ -320,10 +319,6 @@ class AdapterPool:
                 f"got {name!r}"
             )
         return name
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_layer(path: str, layer: LoRALayer) -> None:

@@ -88,7 +88,7 @@ def _random(
     for path, layer, spec in _targets(model, config):
         if layer is None or layer is not layers.get(path):
             raise _unknown(path)
-        if spec.init not in ("kaiming", "gaussian"):
+        if spec.subtracts_init:
             raise AdapterError(
                 f"expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which subtracts "
                 "factors of the weight"
@@ -96,10 +96,7 @@ def _random(
         like = {"dtype": dtype, "device": layer.stored_weight.device}
         shape_a, shape_b = layer.factor_shapes(spec.r)
         lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
-        if spec.init == "kaiming":
-            initialize.kaiming_(lora_a, lora_b)
-        else:
-            initialize.gaussian_(lora_a, lora_b, spec.r)
+        initialize.plain_(spec, lora_a, lora_b)
         incoming.specs[path], incoming.values[path] = spec, (lora_a, lora_b)
     return incoming
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from .base import is_autocast
+from ..torch_state import compute_dtype, is_autocast
 from .weight import QuantizedWeight, Versions, dense
 
 _ops = torch.ops.lora_ext
@@ -49,54 +49,42 @@ class Call(NamedTuple):
 
 
 def quantized_linear(
-    call: Call,
-    x: Tensor,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    bias: Tensor | None,
+    call: Call, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """y with one adapter or many, in the autocast dtype of x, or in x's dtype."""
+    """y with one adapter or many, in the autocast dtype of x, or in x's dtype.
+
+    Args:
+        factors: first each lora_a, then each lora_b.
+    """
     _check(call.weight, x)
-    if not is_autocast(x):
-        return _apply(call, x, bias, lora_a, lora_b)
-    # As in the op's own autocast, float32 adapters are never rounded.
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    x = x.to(dtype)
-    lora_a, lora_b = (
-        [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in factors]
-        for factors in (lora_a, lora_b)
-    )
-    bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
-        return _apply(call, x, bias, lora_a, lora_b)
-
-
-def _apply(
-    call: Call, x: Tensor, bias: Tensor | None, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]
-) -> Tensor:
-    if torch.is_grad_enabled():
-        if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
-            raise NotImplementedError(
-                "lora_ext.lora_linear: expected a call outside of torch.func's transforms with a "
-                "quantised weight, but got one within; give it weight.dequantize(x.dtype), or take "
-                "lora_ext.reference.lora_linear_reference"
-            )
-        return _QuantizedLinear.apply(call, x, bias, *lora_a, *lora_b)
-    # needs_input_grad is true without grad mode too, so S would be computed without being used.
-    with dense(call.weight, x) as weight:
-        return _op("lora", call, (x, weight, None), (*lora_a, *lora_b), bias=bias)
+    if is_autocast(x):
+        # As in the op's own autocast, float32 adapters are never rounded.
+        dtype = compute_dtype(x)
+        factors = [f if f.dtype in (dtype, torch.float32) else f.to(dtype) for f in factors]
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return quantized_linear(call, x.to(dtype), bias, factors)
+    if not torch.is_grad_enabled():
+        # needs_input_grad is true here too, so S would be computed without being used.
+        with dense(call.weight, x) as weight:
+            return _op("lora", call, (x, weight, None), factors, bias=bias)
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "lora_ext.lora_linear: expected a call outside of torch.func's transforms with a "
+            "quantised weight, but got one within; give it weight.dequantize(x.dtype), or take "
+            "lora_ext.reference.lora_linear_reference"
+        )
+    return _QuantizedLinear.apply(call, x, bias, *factors)
 
 
 def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """x W^T + bias of the dequantised weight, in x's dtype or autocast's; nothing is saved."""
     _check(weight, x)
-    if not is_autocast(x):
-        return _QuantizedProduct.apply(weight, x, bias if bias is None else bias.to(x.dtype))
-    device = x.device.type
-    x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return _QuantizedProduct.apply(weight, x, bias if bias is None else bias.to(x.dtype))
+    if is_autocast(x):
+        x = x.to(compute_dtype(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return quantized_product(x, weight, bias)
+    return _QuantizedProduct.apply(weight, x, None if bias is None else bias.to(x.dtype))
 
 
 def _check(weight: QuantizedWeight, x: Tensor) -> None:
@@ -124,7 +112,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 return _op("lora", call, (x, weight, None), factors, bias=bias)
             y, s = _op("lora_forward", call, (x, weight, None), factors, bias=bias)
         ctx.call, ctx.has_bias, ctx.versions = call, bias is not None, Versions(call.weight)
-        scaling = call.scaling if call.is_grouped else None
+        scaling = call.scaling if isinstance(call.scaling, Tensor) else None
         ctx.save_for_backward(x, s, scaling, call.seed, *call.groups, *factors)
         return y
 
@@ -133,9 +121,8 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, s, scaling, seed, *rest = ctx.saved_tensors
         groups, factors = tuple(rest[:3]), rest[3:]
-        call = ctx.call._replace(seed=seed, groups=groups)
-        if call.is_grouped:
-            call = call._replace(scaling=scaling)
+        scaling = ctx.call.scaling if scaling is None else scaling
+        call = ctx.call._replace(scaling=scaling, seed=seed, groups=groups)
         _, want_x, want_bias, *want = ctx.needs_input_grad
         wants = (want_x, want_bias and ctx.has_bias, *want)
         if want_x:
