@@ -14,7 +14,7 @@ from .models.model import lora_layers
 from .nn import LoRALayer
 from .packing import packed_bytes
 from .peft.reasons import HOOKED, PEFT, has_hooks
-from .peft.report import peft_layers, peft_path, peft_workspace_bytes
+from .peft.report import peft_layers, peft_path
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,7 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
         if has_shards or _is_in_pieces(layer, managed):
             found.append(_sharded(name, layer))
             continue
-        path, reason = peft_path(layer, rows)
-        nbytes = peft_workspace_bytes(layer, path)
-        found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
+        found.append(LayerPath(name, type(layer).__name__, *peft_path(layer, rows)))
     found.packed_bytes = packed_bytes(model)
     return found
 

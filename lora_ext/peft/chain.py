@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
 from ..torch_state import is_onnx_export, is_plain
-from .reasons import BASE, PEFT, active_names, adapter_reason, adapters_state, has_hooks
+from .reasons import BASE, PEFT, active_names, adapters_state, has_hooks, update_of
 
 # Releases that do not remove the update of one adapter from a stack that already has a
 # parametrization.
@@ -104,9 +104,9 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
         if not (is_dense or isinstance(stored, QuantizedStack)):
             return PEFT, "a parameter is quantised or sharded"
         for adapter in adapters:
-            reason = adapter_reason(wrapper, adapter)
-            if reason:
-                return PEFT, reason
+            found = update_of(wrapper, adapter)
+            if isinstance(found, str):
+                return PEFT, found
     return None
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
+from ..call import Decision
+from ..call.apply import mixed_lookup
 from ..call.updates import Update
-from ..nn.row_adapters import current_row_adapters
+from ..nn.row_adapters import RowAdapters
 from ..packed_weight import writes_weight
-from . import mixed_batch
-from .reasons import ADDED, BASE, PEFT, ForwardPath, active_names, adapters_state, embedding_reason
+from .layer import Accelerated, Call, by_peft, by_row, example_of, names_of, run, settled
+from .reasons import ADDED, embedding_reason
 from .row_blocks import combine
-from .variants import EMBEDDING, variant_of
+from .variants import EMBEDDING, Variant, variant_of
 
 
-class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
+class Embedding(Accelerated, peft_layers.Embedding):
     """`peft.tuners.lora.Embedding` with another forward and nothing else.
 
         y = base(ids) + sum over active adapters of scaling * A[:, ids]^T B^T
@@ -28,69 +32,62 @@ class Embedding(mixed_batch.ByRow, peft_layers.Embedding):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if getattr(self, "row_adapters", None) is not None:  # absent after `decelerate`
-            rows = current_row_adapters(self)
-            if rows is not None:
-                return mixed_batch.embedding(self, peft_layers.Embedding, x, rows, args, kwargs)
-        if not (args or kwargs) and type(self) is not peft_layers.Embedding:
-            path = embedding_path(self, x)
-            if path.name == ADDED:
-                return _added(self, x, path)
-        return peft_layers.Embedding.forward(self, x, *args, **kwargs)  # by name, as in linear.py
+        if type(self) is peft_layers.Embedding:  # as in linear.py
+            return peft_layers.Embedding.forward(self, x, *args, **kwargs)
+        return run(self, x, args, kwargs)
 
     merge = writes_weight(peft_layers.Embedding.merge)
     unmerge = writes_weight(peft_layers.Embedding.unmerge)
 
-    def path(self, rows: int | None = None) -> tuple[str, str]:
-        """How the next forward is computed, and why."""
-        if self.row_adapters is not None and current_row_adapters(self) is not None:
-            return mixed_batch.embedding_path(self, current_row_adapters(self))
-        path = embedding_path(self, None)
-        return path.name, path.reason
+    def decide(self: Any, call: Call) -> Decision:
+        rows, table = call.rows, self.lora_embedding_A
+        names = names_of(self, table._parameters, rows)
+        found = settled(self, call, names)
+        if found is not None:
+            return found
+        reason, variant = embedding_reason(self, call.x, names), None
+        if rows is None and not reason:
+            variant, reason = variant_of(EMBEDDING, self, names)
+        if reason:
+            return by_peft(self, call, reason)
+        other, scaling = self.lora_embedding_B, self.scaling
+        updates = [Update(n, table[n], other[n], None, scaling[n], 0.0) for n in names]
+        what = "a lookup and a small product by torch"
+        if rows is not None:
+            what = "a lookup for each, and a small product"
+        elif variant is not None:
+            what = f"{variant.name}: {what}"
+        return Decision(
+            lambda ids: _added(self, ids, updates, variant, rows), ADDED, by_row(rows, names, what)
+        )
+
+    def example(self: Any, rows: RowAdapters | None) -> Tensor:
+        return example_of(self, rows, torch.int64)
 
 
-def embedding_path(layer: Any, ids: Tensor | None) -> ForwardPath:
-    """The path for ids, or for a plain tensor of ids if None."""
-    state = adapters_state(layer)
-    if state is not None:
-        return ForwardPath(*state)
-    table = layer._modules["lora_embedding_A"]._parameters
-    names = active_names(layer, table)
-    if not names:
-        return ForwardPath(BASE, "none of the active adapters is in this layer")
-    reason = embedding_reason(layer, ids, names)
-    variant = None
-    if not reason:
-        variant, reason = variant_of(EMBEDDING, layer, names)
-    if reason:
-        return ForwardPath(PEFT, reason)
-    updates = [
-        Update(name, table[name], layer.lora_embedding_B[name], None, layer.scaling[name], 0.0)
-        for name in names
-    ]
-    what = "" if variant is None else f"{variant.name}: "
-    return ForwardPath(ADDED, f"{what}a lookup and a small product by torch", updates, variant)
-
-
-def _added(layer: Any, ids: Tensor, path: ForwardPath) -> Tensor:
+def _added(
+    layer: Any,
+    ids: Tensor,
+    updates: Sequence[Update],
+    variant: Variant | None,
+    rows: RowAdapters | None,
+) -> Tensor:
     """The base's own forward, with the updates added."""
     base = layer._modules["base_layer"]
-    parts = [
-        F.embedding(
-            ids,
-            update.lora_a.t(),
-            base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-        )
-        for update in path.updates
-    ]
-    y = base(ids)
-    first = path.updates[0]
-    if path.variant is not None:
-        return path.variant.forward(layer, y, parts[0], first)
+
+    def look_up(columns: Tensor) -> Tensor:
+        by_count = base.scale_grad_by_freq
+        return F.embedding(ids, columns, base.padding_idx, scale_grad_by_freq=by_count)
+
+    if rows is not None:
+        return mixed_lookup(base(ids), ids, updates, rows, look_up)
+    parts = [look_up(update.lora_a.t()) for update in updates]
+    y, first = base(ids), updates[0]
+    if variant is not None:
+        return variant.forward(layer, y, parts[0], first)
     if len(parts) == 1:
         return combine(y, None, None, parts[0], first.lora_b, first.scaling)
     total = y
-    for part, update in zip(parts, path.updates, strict=True):
+    for part, update in zip(parts, updates, strict=True):
         total = total + (part @ update.lora_b.t()) * update.scaling
     return total.to(y.dtype)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from ..dtypes import FLOATS
 from ..quantized.stacks import stack_of
-from ..torch_state import is_transformed
+from ..torch_state import is_plain, is_transformed
 from .chain import Chain
 from .reasons import no_export_reason
 
@@ -28,7 +28,7 @@ def are_all(chain: Chain) -> bool:
     return all(isinstance(each, Tensor) and each.dim() == 2 for each in stored)
 
 
-def reason(chain: Chain) -> str:
+def reason(chain: Chain, by_row: bool = False) -> str:
     """Why PEFT's own forward is needed, or ""."""
     if any(chain.base._parameters[name].dtype not in FLOATS for _, name, _ in chain.targets):
         return "a parameter is not of a floating dtype"
@@ -37,12 +37,13 @@ def reason(chain: Chain) -> str:
 
 def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """The arguments of the module, or None if they need PEFT's own forward."""
-    return (args, kwargs) if are_supported() and not kwargs.get("adapter_names") else None
+    return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
 
 
-def are_supported() -> bool:
-    """Whether the module can be called with other weights now."""
-    return not is_transformed()
+def has_rows(operands: tuple) -> bool:
+    """Whether the arguments are one plain x, whose rows can be called apart."""
+    (x, *others), named = operands
+    return not (others or named) and is_plain(x) and x.dim() >= 2
 
 
 def forward(chain: Chain, operands: tuple) -> Any:

@@ -13,7 +13,7 @@ cheap.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +26,12 @@ from ..quantized.layers import QuantizedBase, quantized_base
 from ..quantized.panels import has_others
 from ..torch_state import is_onnx_export, is_plain, is_transformed
 
-if TYPE_CHECKING:
-    from .variants import Variant
-
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
 HOOKED = "a factor or its dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
 # Attribute of a layer: the forward that replaced PEFT's on the instance before `accelerate`.
 REPLACED = "replaced_forward"
-
-
-class ForwardPath(NamedTuple):
-    """The path that one forward takes, and what it adds there.
-
-    Attributes:
-        name: FUSED, ADDED, PEFT or BASE.
-        reason: why, as text.
-        updates: those of the active adapters, if they are computed here.
-        variant: the variant of LoRA of the only update; None for plain updates.
-        base: for a quantised layer, the base for the op.
-    """
-
-    name: str
-    reason: str
-    updates: Sequence[Update] = ()
-    variant: Variant | None = None
-    base: QuantizedBase | None = None
 
 
 def adapters_state(layer: Any) -> tuple[str, str] | None:
@@ -124,8 +103,8 @@ def is_replaced(module: nn.Module) -> bool:
     return not (is_hooks and getattr(own, "__func__", None) is type(module).forward)
 
 
-def adapter_reason(layer: Any, name: str) -> str:
-    """Why one adapter of a linear layer needs PEFT's own forward, or ""."""
+def update_of(layer: Any, name: str) -> Update | str:
+    """The update of one adapter of a linear layer, or why it needs PEFT's own forward."""
     tables = layer._modules
     lora_a, lora_b = tables["lora_A"]._modules[name], tables["lora_B"]._modules[name]
     dropout = tables["lora_dropout"]._modules[name]
@@ -134,22 +113,25 @@ def adapter_reason(layer: Any, name: str) -> str:
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return HOOKED
     first, second = lora_a.weight, lora_b.weight
+    are_plain = is_plain(first) and is_plain(second)
     if is_replaced(lora_a) or is_replaced(lora_b):
-        if not (is_plain(first) and is_plain(second)):
+        if not are_plain:
             return "the adapters are sharded for tensor parallelism"
         return "a factor's forward is replaced on the instance"
     if lora_a.bias is not None:
         return "lora_A has a bias"
+    p = 0.0
     if type(dropout) is nn.Dropout:
         if dropout.p >= 1.0:
             return "the dropout drops everything"
+        p = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:
         return "the dropout is not nn.Dropout"
-    if not (is_plain(first) and is_plain(second)):
+    if not are_plain:
         return "a factor is a tensor subclass, such as a sharded one"
     if first.dtype != second.dtype or first.dtype not in FLOATS:
         return "the factors' dtypes are not the same floating dtype"
-    return ""
+    return Update(name, first, second, lora_b.bias, layer.scaling[name], p)
 
 
 def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:

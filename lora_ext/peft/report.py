@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..quantized.base import workspace_bytes
-from .reasons import ADDED, BASE, FUSED, PEFT, adapters_state, dequantized_base, is_passed_over
+from .reasons import BASE, FUSED, PEFT, adapters_state, is_passed_over
 
 
 def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -28,31 +28,22 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str]:
-    """(path, reason) of a PEFT layer's next forward, accelerated or not."""
-    if hasattr(type(layer), "path"):
-        path, reason = layer.path(rows)
+def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str, int]:
+    """(path, reason, bytes of workspace) of a PEFT layer's next forward, accelerated or not."""
+    if hasattr(type(layer), "decision"):
+        decision = layer.decision()
+        path, reason = decision.explained(rows)
         if path != BASE and is_passed_over(layer):
-            return PEFT, "the layer's forward was replaced on the instance before accelerate"
-        return path, reason
+            replaced = "the layer's forward was replaced on the instance before accelerate"
+            return PEFT, replaced, 0
+        is_of_experts = path == FUSED and hasattr(layer, "workspace_bytes")
+        nbytes = layer.workspace_bytes() if is_of_experts else workspace_bytes(decision.base)
+        return path, reason, nbytes
     from .swap import classes
 
     state = adapters_state(layer)
     if state is not None:
-        return state
+        return *state, 0
     if type(layer) in classes():
-        return PEFT, "not accelerated; call lora_ext.accelerate(model)"
-    return PEFT, f"no faster forward for peft's {type(layer).__name__}"
-
-
-def peft_workspace_bytes(layer: Any, path: str) -> int:
-    """Workspace of the base of a PEFT layer on a path, if it is dequantised there; else 0."""
-    if path == FUSED and hasattr(type(layer), "workspace_bytes"):
-        return layer.workspace_bytes()
-    if path == FUSED:
-        return workspace_bytes(dequantized_base(layer.get_base_layer(), None))
-    if path != ADDED or type(layer.get_base_layer()) is nn.Embedding:
-        return 0
-    from .linear import linear_path
-
-    return workspace_bytes(linear_path(layer, None).base)  # for DoRA
+        return PEFT, "not accelerated; call lora_ext.accelerate(model)", 0
+    return PEFT, f"no faster forward for peft's {type(layer).__name__}", 0

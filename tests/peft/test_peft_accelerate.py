@@ -25,13 +25,15 @@ from peft_helpers import (
     reasons,
     step,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from benchmarks.memory import peak_bytes
 from lora_ext.functional import draw_seed
 from lora_ext.peft.fast_path import fast_path_operands
-from lora_ext.peft.linear import linear_path
+from lora_ext.peft.layer import Call
 
 CASES = [
     (kind, adapters)
@@ -224,7 +226,7 @@ def test_paths_of_a_whole_model(adapters):
 CHANGES = {
     "nothing": lambda layer: None,
     "scaling": lambda layer: layer.set_scale("a", 3.0),
-    "p": lambda layer: setattr(layer.lora_dropout["a"], "p", 0.5),
+    "training": lambda layer: layer.train(),
     "disable": lambda layer: layer.enable_adapters(False),
     "merge": lambda layer: layer.merge(),
     "train base": lambda layer: layer.base_layer.weight.requires_grad_(),
@@ -238,21 +240,42 @@ CHANGES = {
 }
 
 
+class Ops(TorchDispatchMode):
+    """Notes the ops of this package and their operands."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lora_ext":
+            self.seen.append((func, tree_map(_as_value, (args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+def _as_value(each):
+    if not isinstance(each, torch.Tensor) or each.numel() == 1:  # a seed
+        return each
+    return each.data_ptr(), each.shape, each.stride()
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_fast_path_has_the_operands_of_the_full_one(change):
-    """Where `fast_path_operands` answers, `linear_path` says fused with the same operands."""
-    model = accelerated(layer_model("linear", "three", lora_dropout=0.25))
+    """Where `fast_path_operands` answers, the decision is fused and calls the op with the same."""
+    model = accelerated(layer_model("linear", "three", lora_dropout=0.25)).eval()
     model.set_adapter("a")
     layer = model.base_model.model[0]
     CHANGES[change](layer)
     x = make_x("linear", F64 if change == "x in another dtype" else F32)
     with torch.autocast("cpu", enabled=change == "autocast"):
-        operands, path = fast_path_operands(layer, x), linear_path(layer, x)
-    assert (operands is not None) == (change in ("nothing", "scaling", "p"))
+        operands, decision = fast_path_operands(layer, x), layer.decide(Call(x))
+    assert (operands is not None) == (change in ("nothing", "scaling", "training"))
     if operands is not None:
-        weight, lora_a, lora_b, bias, scaling, p = operands
-        (update,) = path.updates
-        assert path.name == "fused" and path.variant is None
-        assert weight is layer.base_layer.weight and bias is layer.base_layer.bias
-        assert lora_a is update.lora_a and lora_b is update.lora_b
-        assert (scaling, p) == (update.scaling, update.dropout)
+        assert decision.path == "fused"
+        seen = []
+        for run in (decision.run, lambda x: lora_ext.lora_linear(x, *operands)):
+            torch.manual_seed(3)
+            with torch.no_grad(), Ops() as ops:
+                run(x)
+            seen.append([(func, str(given)) for func, given in ops.seen])
+        assert seen[0] == seen[1] and seen[0]

@@ -12,13 +12,20 @@ from helpers import F64
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Conv2d
 from peft.tuners.lora.model import LoraModel
-from peft_helpers import accelerated, make_ids, net, peft_model, plain_copy, randomize, tiny_llama
+from peft_helpers import (
+    accelerated,
+    make_ids,
+    net,
+    paths,
+    peft_model,
+    plain_copy,
+    randomize,
+    tiny_llama,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext.peft.operands import fast_path_updates, update_of
-from lora_ext.peft.reasons import adapter_reason
 
 NAMES = ["a", "__base__", "c", "b", "a", "c"]
 
@@ -210,19 +217,15 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_fast_path_decides_as_the_full_one(change):
-    """`adapter_reason` finds nothing wrong with what `fast_path_updates` takes; both agree."""
+def test_rows_that_only_pefts_loop_computes(change):
+    """PEFT's loop computes what the op cannot, and explain says so."""
     model = net("three", F64, lora_dropout=0.3).train()
     layer = lora_ext.accelerate(model).base_model.model.up
-    fast = fast_path_updates(layer, ["a", "b", "c"])
-    assert fast == [update_of(layer, name) for name in "abc"]
-    assert [adapter_reason(layer, name) for name in "abc"] == ["", "", ""]
     CHANGES[change](layer)
-    assert fast_path_updates(layer, ["a", "b", "c"]) is None
-    assert adapter_reason(layer, "b")
+    with lora_ext.use_adapters(model, [name.replace("__base__", "a") for name in NAMES]):
+        assert paths(model)["up"] == "peft"
     if change == "dtype":
         return
-    # PEFT's loop computes what the op cannot.
     wanted = plain_copy(model).eval()
     found = model.eval()(make_ids(), adapter_names=NAMES)
     torch.testing.assert_close(found, wanted(make_ids(), adapter_names=NAMES))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from benchmarks.memory import peak_bytes
-from lora_ext.peft.linear import linear_path
+from lora_ext.peft.layer import Call
 
 WIDTH, HEIGHT = 128, 192
 WORDS = {
@@ -113,8 +113,7 @@ def test_same_as_peft(kind, dtype, words):
     model.train(training)
     layer = fast.base_model.model[0]
     leaf = x.clone().requires_grad_()
-    path = linear_path(layer, leaf)
-    assert path.name == expected_path(kind, words, dtype, training)
+    assert layer.decide(Call(leaf)).path == expected_path(kind, words, dtype, training)
     found, wanted = step(fast, x), step(model, x)
     assert found.keys() == wanted.keys() and len(found) >= 4
     for name, value in wanted.items():

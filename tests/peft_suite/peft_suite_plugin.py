@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
-from lora_ext.peft import mixed_batch, quantized
+from lora_ext.peft.layer import Call, rows_of
 from lora_ext.peft.report import peft_path
 from lora_ext.peft.swap import classes, swap
 from lora_ext.quantized.layers import is_quantized
@@ -62,22 +62,6 @@ class Recorder:
             for kind in (*classes().values(), *others):
                 if issubclass(kind, LoraLayer):
                     self._count(kind)
-            self._count_quantized()
-
-    def _count_quantized(self) -> None:
-        """Of a layer over a quantised base the path for its x, not for one in the base's dtype."""
-        computed, of_rows = quantized.computed, mixed_batch.linear
-
-        def noted(layer, x, path):
-            self.quantized_paths[path.name] += 1
-            return computed(layer, x, path)
-
-        def noted_of_rows(layer, theirs, x, rows, args, kwargs):
-            if _is_quantized(layer):
-                self.quantized_paths[mixed_batch.linear_path(layer, rows)[0]] += 1
-            return of_rows(layer, theirs, x, rows, args, kwargs)
-
-        quantized.computed, mixed_batch.linear = noted, noted_of_rows
 
     def _count(self, kind: type) -> None:
         forward = kind.forward
@@ -85,11 +69,12 @@ class Recorder:
         def counted(layer, x, *args, **kwargs):
             if (args or kwargs) and not isinstance(layer, peft_layers.ParamWrapper):
                 self.paths["peft: arguments beside x"] += 1
-                if layer.__dict__.get("row_adapters") is None:  # else noted with its rows
-                    self.quantized_paths["peft"] += _is_quantized(layer)
             else:
-                path, reason = peft_path(layer)
+                path, reason, _ = peft_path(layer)
                 self.paths[f"peft: {reason}" if path == "peft" else path] += 1
+            if _is_quantized(layer):  # for its x, not for one in the base's dtype
+                decision = layer.decide(Call(x, rows_of(layer, kwargs), args, kwargs))
+                self.quantized_paths[decision.path] += 1
             return forward(layer, x, *args, **kwargs)
 
         kind.forward = counted

@@ -1,0 +1,161 @@
+"""What PEFT's accelerated layers share: one decision, which a forward runs and `explain` shows.
+
+Within a block of `lora_ext.use_adapters`, and with PEFT's adapter_names, rows have different
+adapters:
+
+    y[m] = base(x)[m] + scaling_g * ((drop(x)[m] A_g^T) B_g^T + bias_g)       g: adapter of row m
+
+PEFT loops over the adapters, each with a copy of its samples, and raises an error in training.
+Cases that are not computed here are left to that loop if a name for each sample is sufficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from ..call import Decision
+from ..call.decision import of_rows
+from ..nn.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
+from .reasons import BASE, PEFT, active_names, adapters_state
+from .variants import row_reason
+
+NONE_ACTIVE = "none of the active adapters is in this layer"
+NONE_OF_ROWS = "none of the adapters that rows have is in this layer"
+
+
+class Call(NamedTuple):
+    """The arguments of one forward.
+
+    Attributes:
+        x: of the layer.
+        rows: the block whose adapters the rows of x have, None for the active ones.
+        args, kwargs: what PEFT's forward gets besides x.
+    """
+
+    x: Tensor
+    rows: RowAdapters | None = None
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = {}
+
+
+class Accelerated:
+    """A mix-in placed before a class of PEFT, whose rows can have different adapters."""
+
+    row_adapters: Any = None  # as in lora_ext.nn.LoRALayer
+
+    def decide(self, call: Call) -> Decision:
+        """How a forward is computed, and why."""
+        raise NotImplementedError
+
+    def example(self, rows: RowAdapters | None) -> Tensor:
+        """An x that suits the base."""
+        raise NotImplementedError
+
+    def decision(self: Any) -> Decision:
+        """`decide` for the next forward on an x that suits the base."""
+        rows = rows_of(self, {})
+        return self.decide(Call(self.example(rows), rows))
+
+    def path(self, rows: int | None = None) -> tuple[str, str]:
+        """How the next forward on an x in the base's dtype is computed, and why."""
+        return self.decision().explained(rows)
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        forget(self, adapter_name)
+        LoraLayer.delete_adapter(self, adapter_name)
+
+    def pefts_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        return parent.forward(x, *args, **kwargs)
+
+
+def run(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward of an accelerated layer."""
+    rows = rows_of(layer, kwargs)
+    if rows is not None:
+        kwargs.pop("alora_offsets", None)  # the rows with aLoRA's adapters are in the block
+    return layer.decide(Call(x, rows, args, kwargs)).run(x)
+
+
+def rows_of(layer: Any, kwargs: Mapping[str, Any]) -> RowAdapters | None:
+    """The block whose adapters the rows of a forward have, None for the active ones."""
+    rows = None if layer.row_adapters is None else current_row_adapters(layer)
+    return None if layer._disable_adapters or "adapter_names" in kwargs else rows
+
+
+def names_of(layer: Any, table: Container[str], rows: RowAdapters | None) -> list[str]:
+    """The adapters of a layer's table that a forward has."""
+    if rows is None:
+        return active_names(layer, table)
+    return [name for name in rows.names if name in table]
+
+
+def by_row(rows: RowAdapters | None, names: list[str], kept: str) -> str:
+    """The reason of a path, for rows that have adapters of their own with their number."""
+    return kept if rows is None else f"{of_rows(names)}: {kept}"
+
+
+def settled(layer: Any, call: Call, names: list[str]) -> Decision | None:
+    """The decision by conditions that hold for any layer, or None if there are updates to add.
+
+    A forward on the instance is not a reason: if the layer's own forward runs, the one on the
+    instance has called it.
+    """
+    rows, state = call.rows, adapters_state(layer)
+    if rows is not None and layer.merged_adapters:
+        merged = f"{layer.merged_adapters} are merged into the weight; call unmerge_adapter first"
+        return by_peft(layer, call, merged, is_refused=True)
+    if state is not None:
+        return by_peft(layer, call, state[1], state[0])
+    if call.args or call.kwargs:
+        return by_peft(layer, call, "the layer gets more than x")
+    if rows is None:
+        return None if names else by_peft(layer, call, NONE_ACTIVE, BASE)
+    reason = row_reason(layer, names, rows.is_pefts)
+    if reason:
+        return by_peft(layer, call, reason, is_refused=True)
+    if rows.is_pefts and (call.x.dim() == 0 or len(call.x) != len(rows.index)):
+        return by_peft(layer, call, "the number of samples is another")
+    return None if names else Decision(layer._modules["base_layer"], BASE, NONE_OF_ROWS)
+
+
+def by_peft(
+    layer: Any, call: Call, reason: str, path: str = PEFT, is_refused: bool = False
+) -> Decision:
+    """PEFT's own forward; for rows its loop, if it supports the case and computes it correctly.
+
+    Args:
+        is_refused: whether it does not.
+    """
+    given, rows, args, kwargs = call
+    if rows is None:
+        return Decision(lambda x: layer.pefts_forward(x, *args, **kwargs), path, reason)
+    index = rows.index
+    if rows.is_pefts or (not is_refused and index.dim() == 1 and len(given) == len(index)):
+
+        def loop(x: Tensor) -> Tensor:
+            names = rows.sample_names(BASE_NAME)
+            return layer.pefts_forward(x, *args, adapter_names=names, **kwargs)
+
+        return Decision(loop, PEFT, f"each row its own adapter, in PEFT's loop: {reason}")
+
+    def refuse(x: Tensor) -> Tensor:
+        raise ValueError(
+            f"lora_ext.use_adapters: expected a layer whose rows can have different adapters, but "
+            f"in a {type(layer).__name__} {reason}"
+        )
+
+    return Decision(refuse, PEFT, f"each row its own adapter, which PEFT refuses: {reason}")
+
+
+def example_of(layer: Any, rows: RowAdapters | None, dtype: torch.dtype, *width: int) -> Tensor:
+    """A tensor ``[..., *width]`` of the rows of a block, of one element's memory."""
+    lead = (1,) if rows is None else rows.index.shape
+    lead = (*lead, 1) if len(lead) == 1 else lead
+    device = next((parameter.device for parameter in layer.parameters()), None)
+    return torch.empty((), dtype=dtype, device=device).expand(*lead, *width)
