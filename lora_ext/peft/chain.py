@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -10,10 +9,12 @@ from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..nn.row_adapters import RowAdapters
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
 from ..torch_state import is_onnx_export, is_plain
-from .reasons import BASE, PEFT, active_names, adapters_state, has_hooks, update_of
+from .layer import NONE_ACTIVE, names_of
+from .reasons import BASE, PEFT, adapters_state, has_hooks, update_of
 
 # Releases that do not remove the update of one adapter from a stack that already has a
 # parametrization.
@@ -55,22 +56,14 @@ class Chain(NamedTuple):
         return getattr(outermost, EXPERT_DROPOUT, 0.0) if outermost.training else 0.0
 
 
-def chain_of(outermost: Any, names: Sequence[str] | None = None) -> Chain:
-    """The chain that begins with a wrapper.
-
-    Args:
-        names: the adapters that rows have, instead of the active ones.
-    """
+def chain_of(outermost: Any, rows: RowAdapters | None = None) -> Chain:
+    """The chain that begins with a wrapper, with the adapters of a block or the active ones."""
     targets: list[Target] = []
     module: Any = outermost
     while isinstance(module, peft_layers.ParamWrapper):
-        is_off = module._disable_adapters or module.merged_adapters
+        is_off = rows is None and (module._disable_adapters or module.merged_adapters)
         tables: Any = module._modules
-        table = tables["lora_A"]._modules
-        if names is None:
-            here = [] if is_off else active_names(module, table)
-        else:
-            here = [name for name in names if name in table]
+        here = [] if is_off else names_of(module, tables["lora_A"]._modules, rows)
         targets.append(Target(module, module.parameter_name, here))
         module = tables["base_layer"]
     return Chain(targets, module)
@@ -117,8 +110,7 @@ def has_updates(chain: Chain) -> bool:
 
 def base_state(chain: Chain) -> tuple[str, str]:
     """(path, reason) of a forward that adds nothing."""
-    none_here = "none of the active adapters is in this layer"
-    return adapters_state(chain.targets[0].wrapper) or (BASE, none_here)
+    return adapters_state(chain.targets[0].wrapper) or (BASE, NONE_ACTIVE)
 
 
 def _parametrization_reason(chain: Chain, name: str) -> str:

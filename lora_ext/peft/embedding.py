@@ -15,7 +15,7 @@ from ..call.apply import mixed_lookup
 from ..call.updates import Update
 from ..nn.row_adapters import RowAdapters
 from ..packed_weight import writes_weight
-from .layer import Accelerated, Call, by_peft, by_row, example_of, names_of, run, settled
+from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
 from .reasons import ADDED, embedding_reason
 from .row_blocks import combine
 from .variants import EMBEDDING, Variant, variant_of
@@ -31,10 +31,7 @@ class Embedding(Accelerated, peft_layers.Embedding):
         ids ``[...]`` to y ``[..., embedding_dim]`` in the base weight's dtype.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) is peft_layers.Embedding:  # as in linear.py
-            return peft_layers.Embedding.forward(self, x, *args, **kwargs)
-        return run(self, x, args, kwargs)
+    forward = forward_over(peft_layers.Embedding)
 
     merge = writes_weight(peft_layers.Embedding.merge)
     unmerge = writes_weight(peft_layers.Embedding.unmerge)

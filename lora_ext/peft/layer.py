@@ -21,7 +21,7 @@ from torch import Tensor
 from ..call import Decision
 from ..call.decision import of_rows
 from ..nn.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
-from .reasons import BASE, PEFT, active_names, adapters_state
+from .reasons import BASE, PEFT, adapters_state
 from .variants import row_reason
 
 NONE_ACTIVE = "none of the active adapters is in this layer"
@@ -48,13 +48,8 @@ class Accelerated:
 
     row_adapters: Any = None  # as in lora_ext.nn.LoRALayer
 
-    def decide(self, call: Call) -> Decision:
-        """How a forward is computed, and why."""
-        raise NotImplementedError
-
-    def example(self, rows: RowAdapters | None) -> Tensor:
-        """An x that suits the base."""
-        raise NotImplementedError
+    decide: Any  # (self, call) -> how a forward is computed, and why
+    example: Any  # (self, rows) -> an x that suits the base
 
     def decision(self: Any) -> Decision:
         """`decide` for the next forward on an x that suits the base."""
@@ -74,12 +69,20 @@ class Accelerated:
         return parent.forward(x, *args, **kwargs)
 
 
-def run(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward of an accelerated layer."""
-    rows = rows_of(layer, kwargs)
-    if rows is not None:
-        kwargs.pop("alora_offsets", None)  # the rows with aLoRA's adapters are in the block
-    return layer.decide(Call(x, rows, args, kwargs)).run(x)
+def forward_over(theirs: Any) -> Any:
+    """The forward of a class that replaces `theirs`. It calls `theirs` by name: hooks on the
+    instance may keep a bound method that outlives `decelerate`, in which self is of PEFT's class.
+    """
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self) is theirs:
+            return theirs.forward(self, x, *args, **kwargs)
+        rows = rows_of(self, kwargs)
+        if rows is not None:
+            kwargs.pop("alora_offsets", None)  # the rows with aLoRA's adapters are in the block
+        return self.decide(Call(x, rows, args, kwargs)).run(x)
+
+    return forward
 
 
 def rows_of(layer: Any, kwargs: Mapping[str, Any]) -> RowAdapters | None:
@@ -89,10 +92,9 @@ def rows_of(layer: Any, kwargs: Mapping[str, Any]) -> RowAdapters | None:
 
 
 def names_of(layer: Any, table: Container[str], rows: RowAdapters | None) -> list[str]:
-    """The adapters of a layer's table that a forward has."""
-    if rows is None:
-        return active_names(layer, table)
-    return [name for name in rows.names if name in table]
+    """The adapters of a layer's table that a forward has, in PEFT's order or the block's."""
+    active = layer._active_adapter if rows is None else rows.names
+    return [name for name in ([active] if isinstance(active, str) else active) if name in table]
 
 
 def by_row(rows: RowAdapters | None, names: list[str], kept: str) -> str:

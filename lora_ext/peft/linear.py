@@ -20,7 +20,7 @@ from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain
 from .fast_path import fast_path_forward
-from .layer import Accelerated, Call, by_peft, by_row, example_of, names_of, run, settled
+from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
 from .reasons import ADDED, base_obstacle, dequantized_base, input_reason, update_of
 from .variants import LINEAR, variant_of
 
@@ -65,6 +65,9 @@ class OverLinear(Accelerated):
         return example_of(self, rows, dtype, self.in_features)
 
 
+_forward = forward_over(peft_layers.Linear)
+
+
 class Linear(Packable, OverLinear, peft_layers.Linear):
     """`peft.tuners.lora.Linear` with another forward and nothing else.
 
@@ -78,15 +81,11 @@ class Linear(Packable, OverLinear, peft_layers.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) is peft_layers.Linear:
-            # Hooks on the instance may keep a bound method that outlives `decelerate`, in which
-            # self is of PEFT's class.
-            return peft_layers.Linear.forward(self, x, *args, **kwargs)
-        if self.row_adapters is None and not (args or kwargs):
-            y = fast_path_forward(self, x)
+        if not (args or kwargs) and type(self) is not peft_layers.Linear:
+            y = fast_path_forward(self, x) if self.row_adapters is None else None
             if y is not None:
                 return y
-        return run(self, x, args, kwargs)
+        return _forward(self, x, *args, **kwargs)
 
     def packable(self) -> Base | None:
         base: Any = self._modules["base_layer"]

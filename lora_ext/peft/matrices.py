@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -17,7 +18,6 @@ from ..dtypes import FLOATS
 from ..quantized.stacks import stack_of
 from ..torch_state import is_plain, is_transformed
 from .chain import Chain
-from .reasons import no_export_reason
 
 SUM = "the module is called with W + B A, as PEFT makes it"
 
@@ -32,7 +32,8 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     """Why PEFT's own forward is needed, or ""."""
     if any(chain.base._parameters[name].dtype not in FLOATS for _, name, _ in chain.targets):
         return "a parameter is not of a floating dtype"
-    return no_export_reason()
+    is_exported = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return "the model is exported or traced" if is_exported else ""
 
 
 def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

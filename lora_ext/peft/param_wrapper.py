@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
-from torch import Tensor
 
 from ..call import Decision
 from ..experts import decorated
 from . import wrappers
 from .chain import chain_of
-from .layer import Accelerated, Call, run
+from .layer import Accelerated, Call, forward_over
 
 
 class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
@@ -37,10 +36,7 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
     # Set on the instance by `accelerate(model, expert_dropout=p)`; a graph guards what is declared.
     expert_dropout: float = 0.0
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if type(self) is peft_layers.ParamWrapper:  # as in linear.py
-            return peft_layers.ParamWrapper.forward(self, x, *args, **kwargs)
-        return run(self, x, args, kwargs)
+    forward = forward_over(peft_layers.ParamWrapper)
 
     def decide(self, call: Call) -> Decision:
         return wrappers.decide(self, call)

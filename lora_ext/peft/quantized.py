@@ -10,61 +10,33 @@ Each class exists only if PEFT has the corresponding one.
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_available
 from peft.tuners.lora import torchao as peft_torchao
-from torch import Tensor
 
-from .layer import run
+from .layer import forward_over
 from .linear import OverLinear
 
-
-def forward_over(theirs: Any) -> Any:
-    """The forward of a class that replaces `theirs`. It calls `theirs` by name: in a bound method
-    that outlives `decelerate`, self is of PEFT's class."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) is theirs:
-            return theirs.forward(self, x, *args, **kwargs)
-        return run(self, x, args, kwargs)
-
-    return forward
-
-
-class TorchaoLoraLinear(OverLinear, peft_torchao.TorchaoLoraLinear):
-    """`peft.tuners.lora.torchao.TorchaoLoraLinear` with another forward."""
-
-    forward = forward_over(peft_torchao.TorchaoLoraLinear)
-
-
-CLASSES: dict[type, type] = {peft_torchao.TorchaoLoraLinear: TorchaoLoraLinear}
+_THEIRS: list[type] = [peft_torchao.TorchaoLoraLinear]
 
 if is_bnb_available():
     from peft.tuners.lora import bnb as peft_bnb
 
-    class Linear8bitLt(OverLinear, peft_bnb.Linear8bitLt):
-        """`peft.tuners.lora.bnb.Linear8bitLt` with another forward."""
-
-        forward = forward_over(peft_bnb.Linear8bitLt)
-
-    CLASSES[peft_bnb.Linear8bitLt] = Linear8bitLt
-
+    _THEIRS.append(peft_bnb.Linear8bitLt)
     if is_bnb_4bit_available():
-
-        class Linear4bit(OverLinear, peft_bnb.Linear4bit):
-            """`peft.tuners.lora.bnb.Linear4bit` with another forward."""
-
-            forward = forward_over(peft_bnb.Linear4bit)
-
-        CLASSES[peft_bnb.Linear4bit] = Linear4bit
+        _THEIRS.append(peft_bnb.Linear4bit)
 
 if is_hqq_available():
     from peft.tuners.lora import hqq as peft_hqq
 
-    class HqqLoraLinear(OverLinear, peft_hqq.HqqLoraLinear):
-        """`peft.tuners.lora.hqq.HqqLoraLinear` with another forward."""
+    _THEIRS.append(peft_hqq.HqqLoraLinear)
 
-        forward = forward_over(peft_hqq.HqqLoraLinear)
 
-    CLASSES[peft_hqq.HqqLoraLinear] = HqqLoraLinear
+def _class_over(theirs: type) -> type:
+    name = theirs.__name__
+    doc = f"`{theirs.__module__}.{name}` with another forward."
+    words = {"__module__": __name__, "__doc__": doc, "forward": forward_over(theirs)}
+    return type(name, (OverLinear, theirs), words)
+
+
+CLASSES = {theirs: _class_over(theirs) for theirs in _THEIRS}
+globals().update({kind.__name__: kind for kind in CLASSES.values()})  # where pickle finds them

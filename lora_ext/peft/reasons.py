@@ -12,10 +12,9 @@ cheap.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -59,20 +58,6 @@ def is_passed_over(layer: Any) -> bool:
     method, bases = getattr(forward, "__func__", None), type(layer).__mro__[1:]
     is_pefts = any(method is vars(base).get("forward", forward) for base in bases)
     return is_pefts or forward is layer.__dict__.get(REPLACED)
-
-
-def active_names(layer: Any, table: Mapping[str, Any]) -> list[str]:
-    """The active adapters that the layer has, in PEFT's order."""
-    active = layer._active_adapter
-    names = (active,) if isinstance(active, str) else active
-    return [name for name in names if name in table]
-
-
-def no_export_reason() -> str:
-    """Why a program that is exported or traced uses PEFT's own forward, or ""."""
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return "the model is exported or traced"
-    return ""
 
 
 def has_hooks(module: nn.Module) -> bool:

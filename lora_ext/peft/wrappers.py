@@ -12,79 +12,71 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..call import Decision
+from ..call.decision import of_rows
 from ..nn.row_adapters import RowAdapters
 from ..nn.rows_apart import by_adapter
 from . import expert_dropout, experts, matrices
 from .chain import Chain, base_state, chain_of, chain_state, has_updates
-from .layer import NONE_OF_ROWS, Call, by_row, names_of
+from .layer import NONE_OF_ROWS, Call
 from .reasons import ADDED, BASE, FUSED, PEFT
 
 
 def decide(layer: Any, call: Call) -> Decision:
     """The decision of the outermost wrapper; with x None, for arguments that suit the module."""
     given, rows, args, kwargs = call
-    chain = chain_of(layer, None if rows is None else rows.names)
-    state = chain_state(chain)
-    are_matrices = state is None and matrices.are_all(chain)
-    kind: Any = matrices if are_matrices else experts
-    operands: Any = ()
+    is_mixed = rows is not None
+    chain = chain_of(layer, rows)
+    here = dict.fromkeys(name for target in chain.targets for name in target.adapters)
+    names = list(here) if rows is None else [name for name in rows.names if name in here]
+    state, operands = chain_state(chain), ()
+    kind: Any = matrices if state is None and matrices.are_all(chain) else experts
+    merged = [wrapper.merged_adapters for wrapper, _, _ in chain.targets if wrapper.merged_adapters]
+    if is_mixed and merged:
+        state = PEFT, f"{merged[0]} are merged into the weight; call unmerge_adapter first"
     if state is None:
-        reason = kind.reason(chain, by_row=rows is not None)
+        reason = kind.reason(chain, by_row=is_mixed)
         if not reason and given is not None:
             operands = kind.operands(chain, (given, *args), kwargs)
-            if operands is None or (are_matrices and rows and not matrices.has_rows(operands)):
+            if operands is None or (is_mixed and kind is matrices and not kind.has_rows(operands)):
                 reason = "these arguments, or a transform of torch.func, are not supported"
         if reason:
             state = (PEFT, reason) if has_updates(chain) else base_state(chain)
-    if rows is not None:
-        merged = next(
-            filter(None, (target.wrapper.merged_adapters for target in chain.targets)), ()
-        )
-        if merged:
-            state = PEFT, f"{merged} are merged into the weight; call unmerge_adapter first"
-        return _of_rows(chain, call, rows, state, kind, operands)
     if state is not None:
-
-        def pefts(x: Any) -> Any:
-            expert_dropout.refuse_pefts_forward(chain)
-            return layer.pefts_forward(x, *args, **kwargs)
-
-        return Decision(pefts, *state)
-    path, why = (ADDED, matrices.SUM) if are_matrices else (FUSED, experts.rows_of_experts(chain))
+        return _of_others(layer, chain, call, *state)
+    path, note = FUSED if kind is experts else ADDED, of_rows(names) if is_mixed else ""
     if not has_updates(chain):  # quantised
-        path, note = base_state(chain)
-        why = f"{note}: {why}"
-    return Decision(lambda _: kind.forward(chain, operands), path, why)
+        path, note = (BASE, NONE_OF_ROWS) if is_mixed else base_state(chain)
+        rows = None
+
+    def run(x: Any) -> Any:
+        if rows is None:
+            return kind.forward(chain, operands)
+        if kind is matrices:
+            return _by_adapter(chain, names, x, rows)
+        return experts.forward_by_row(chain, operands, names, rows.index_for(operands[0], names))
+
+    def detail(_: Any) -> tuple[str, str]:
+        what = f"{matrices.SUM}{', for the rows of each' * is_mixed}"
+        what = experts.rows_of_experts(chain) if kind is experts else what
+        return path, f"{note}: {what}" if note else what
+
+    return Decision(run, path, note, detail)
 
 
-def _of_rows(
-    chain: Chain,
-    call: Call,
-    rows: RowAdapters,
-    state: tuple[str, str] | None,
-    kind: Any,
-    operands: Any,
-) -> Decision:
-    """`decide` within a block."""
-    here = {name for target in chain.targets for name in target.adapters}
-    names = names_of(None, here, rows)
-    if state is not None and state[0] == PEFT:
-        why = f"each row its own adapter, which PEFT refuses: {state[1]}"
-        return Decision(lambda _: _refuse(chain, rows, state[1]), PEFT, why)
-    if state is not None:
-        return Decision(lambda x: chain.base(x, *call.args, **call.kwargs), BASE, NONE_OF_ROWS)
-    if kind is matrices:
-        why = by_row(rows, names, f"{matrices.SUM}, for the rows of each")
-        return Decision(lambda x: _of_matrices(chain, names, x, rows), ADDED, why)
-    what = experts.rows_of_experts(chain)
-    if not names:  # quantised
-        return Decision(lambda _: experts.forward(chain, operands), BASE, f"{NONE_OF_ROWS}: {what}")
+def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> Decision:
+    """The decision for PEFT's own forward; for rows the module alone, or an error."""
+    _, rows, args, kwargs = call
 
-    def of_experts(_: Any) -> Tensor:
-        index = rows.index_for(operands[0], names)
-        return experts.forward_by_row(chain, operands, names, index)
+    def run(x: Any) -> Any:
+        expert_dropout.refuse_pefts_forward(chain)
+        return layer.pefts_forward(x, *args, **kwargs)
 
-    return Decision(of_experts, FUSED, by_row(rows, names, what))
+    if rows is None:
+        return Decision(run, path, reason)
+    if path == BASE:
+        return Decision(lambda x: chain.base(x, *args, **kwargs), BASE, NONE_OF_ROWS)
+    why = f"each row its own adapter, which PEFT refuses: {reason}"
+    return Decision(lambda _: _refuse(chain, rows, reason), PEFT, why)
 
 
 def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:
@@ -101,7 +93,7 @@ def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:
     )
 
 
-def _of_matrices(chain: Chain, names: list[str], x: Tensor, rows: RowAdapters) -> Any:
+def _by_adapter(chain: Chain, names: list[str], x: Tensor, rows: RowAdapters) -> Any:
     def call(place: int, own: Tensor) -> Any:
         name = names[place] if place >= 0 else None
         targets = [
