@@ -1,8 +1,8 @@
 """A fast path for the most common forward: one plain adapter on a plain nn.Linear.
 
-`linear_path` handles all cases and gives the reason; with small inputs it would take as long as the
-products. Here the decision takes a few microseconds; the conditions imply that `linear_path` would
-return "fused" with the same operands (tested).
+`OverLinear.decide` handles all cases and gives the reason; with small inputs it would take as long
+as the products. Here the decision takes a few microseconds; the conditions imply that it would be
+"fused" with the same operands (tested).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
 def fast_path_forward(layer: Any, x: Tensor) -> Tensor | None:
-    """y of a `lora_ext.peft.linear.Linear`, or None where `linear_path` has to decide."""
+    """y of a `lora_ext.peft.linear.Linear`, or None where `decide` has to."""
     operands = fast_path_operands(layer, x)
     return None if operands is None else lora_linear(x, *operands)
 
