@@ -15,7 +15,7 @@ from ..call.apply import Dense, apply
 from ..call.decision import fused
 from ..call.updates import Update, updates_obstacle
 from ..dtypes import FLOATS
-from ..nn.row_adapters import RowAdapters
+from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain
@@ -36,8 +36,7 @@ class OverLinear(Accelerated):
             return found
         reason = input_reason(self, call.x, names)
         updates: Any = [] if reason else [update_of(self, name) for name in names]
-        for update in updates:
-            reason = reason or (update if isinstance(update, str) else "")
+        reason = reason or next((each for each in updates if isinstance(each, str)), "")
         if reason:
             return by_peft(self, call, reason)
         base, kept = _base_or_reason(self, call, updates)
@@ -81,8 +80,9 @@ class Linear(Packable, OverLinear, peft_layers.Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not (args or kwargs) and type(self) is not peft_layers.Linear:
-            y = fast_path_forward(self, x) if self.row_adapters is None else None
+        is_ours = not (args or kwargs) and type(self) is not peft_layers.Linear
+        if is_ours and (self.row_adapters is None or current_row_adapters(self) is None):
+            y = fast_path_forward(self, x)
             if y is not None:
                 return y
         return _forward(self, x, *args, **kwargs)

@@ -34,6 +34,7 @@ from benchmarks.memory import peak_bytes
 from lora_ext.functional import draw_seed
 from lora_ext.peft.fast_path import fast_path_operands
 from lora_ext.peft.layer import Call
+from lora_ext.peft.linear import OverLinear
 
 CASES = [
     (kind, adapters)
@@ -279,3 +280,13 @@ def test_the_fast_path_has_the_operands_of_the_full_one(change):
                 run(x)
             seen.append([(func, str(given)) for func, given in ops.seen])
         assert seen[0] == seen[1] and seen[0]
+
+
+def test_the_fast_path_is_back_after_a_block(monkeypatch):
+    """A layer keeps a mark of a block in which gradients were recorded."""
+    model, x = accelerated(layer_model("linear")), make_x("linear")
+    with lora_ext.use_adapters(model, ["a"] * len(x)):
+        model(x)
+    assert model.base_model.model[0].row_adapters is not None
+    monkeypatch.setattr(OverLinear, "decide", None)
+    model(x)
