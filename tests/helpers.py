@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
 from lora_ext.reference import lora_linear_reference
@@ -258,6 +259,18 @@ def run_in_order(problem: Problem, mask: Tensor | None = None, keep_scale: float
     """
     with _InOrder():
         return run_reference(problem, mask, keep_scale)
+
+
+class Ops(TorchDispatchMode):
+    """Notes each op that is called, with its operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func, (args, kwargs)))
+        return func(*args, **(kwargs or {}))
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

@@ -1,11 +1,10 @@
 """Our layers in random states: the path that `path` names is the one that their ops show."""
 
 import torch
-from helpers import BF16, F32, F64
+from helpers import BF16, F32, F64, Ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
 from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding, LoRALinear
@@ -30,20 +29,6 @@ STATES = {
     "autocast": [False, True],
     "grad": [False, True],
 }
-
-
-class Ops(TorchDispatchMode):
-    """Notes each op: True for the package's own, False for torch's products."""
-
-    def __init__(self):
-        super().__init__()
-        self.own = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_own = func.namespace == "lora_ext"
-        if is_own or func._opname in PRODUCTS:
-            self.own.append(is_own)
-        return func(*args, **(kwargs or {}))
 
 
 def made(state):
@@ -83,7 +68,8 @@ def check(layer, model, x):
     path, reason = layer.path()
     with Ops() as ops:
         model(x)
-    product, own = ops.own.count(False), ops.own.count(True)
+    product = sum(func._opname in PRODUCTS for func, _ in ops.seen)
+    own = sum(func.namespace == "lora_ext" for func, _ in ops.seen)
     if path in ("base", "merged"):
         assert (product, own) == (1, 0), (path, reason)
     elif path == "added":

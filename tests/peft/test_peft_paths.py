@@ -5,13 +5,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from helpers import BF16, F32, F64
+from helpers import BF16, F32, F64, Ops
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import layer as peft_layers
 from peft_helpers import ADAPTERS, HEIGHT, KINDS, WIDTH, accelerated, make_base, make_x, peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
 
@@ -32,18 +31,6 @@ class Router(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight)
-
-
-class Ops(TorchDispatchMode):
-    """Counts the calls of each op."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append((func.namespace, func._opname))
-        return func(*args, **(kwargs or {}))
 
 
 CHANGES = {
@@ -127,8 +114,9 @@ def shown(model, x):
             model(x)
         except (RuntimeError, ValueError):  # PEFT's, or that rows cannot have adapters
             return "peft"
-    own = {name for namespace, name in ops.seen if namespace == "lora_ext"}
-    products = sum(namespace == "aten" and name in PRODUCTS for namespace, name in ops.seen)
+    seen = [func._opname for func, _ in ops.seen if func.namespace == "aten"]
+    own = {func._opname for func, _ in ops.seen if func.namespace == "lora_ext"}
+    products = sum(name in PRODUCTS for name in seen)
     if own - {"dropout_mask"} and not products:
         return "fused"
     if products == 1 and not own:
