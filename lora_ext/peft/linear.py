@@ -98,11 +98,9 @@ class Linear(Packable, OverLinear, peft_layers.Linear):
     update_layer = writes_weight(peft_layers.Linear.update_layer, always=False)
 
 
-def _base_or_reason(
-    layer: Any, call: Call, updates: Sequence[Update]
-) -> tuple[Dense | QuantizedBase | None, str]:
-    """(base, "") for a base that the op takes, (None, reason) for one whose own forward has to be
-    called."""
+def _base_or_reason(layer: Any, call: Call, updates: Sequence[Update]) -> tuple[Any, str]:
+    """(`Dense` or `QuantizedBase`, "") for a base that the op takes, (_, reason) for one whose own
+    forward has to be called."""
     module, x, rows = layer._modules["base_layer"], call.x, call.rows
     kept = base_obstacle(module)
     if not kept:

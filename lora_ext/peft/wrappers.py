@@ -28,7 +28,8 @@ def decide(layer: Any, call: Call) -> Decision:
     chain = chain_of(layer, rows)
     here = dict.fromkeys(name for target in chain.targets for name in target.adapters)
     names = list(here) if rows is None else [name for name in rows.names if name in here]
-    state, operands = chain_state(chain), ()
+    state = chain_state(chain)
+    operands: Any = ()
     kind: Any = matrices if state is None and matrices.are_all(chain) else experts
     merged = [wrapper.merged_adapters for wrapper, _, _ in chain.targets if wrapper.merged_adapters]
     if is_mixed and merged:
