@@ -105,9 +105,8 @@ def _(
     return _backward(x, grad.shape[-1], weight is not None, sum(each), *wants, wanted[0])
 
 
-def _rows_of_experts(x: Tensor, token: Tensor | None, offs: Tensor) -> int:
-    rows = (x if token is None else token).shape[0]
-    return int(offs[-1]) if len(offs) and _has_values(offs) else rows
+def _rows_of_experts(perm: Tensor, offs: Tensor) -> int:
+    return int(offs[-1]) if len(offs) and _has_values(offs) else perm.shape[0]
 
 
 def _ranks_of_experts(
@@ -124,23 +123,18 @@ def _ranks_of_experts(
 
 
 @register_flop_formula(_ops.experts_forward, get_raw=True)
-def _(
-    x, token, weight, numbers, dtype, bias, lora_a, lora_b, scalings, ends, _r, offs, *_,
-    **__
-) -> int:  # fmt: skip
+def _(x, weight, numbers, dtype, _b, perm, _t, offs, ends, lora_a, *_, **__) -> int:
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
-    x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
+    x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
     return _forward(x, out, True, sum(_ranks_of_experts(len(x), experts, lora_a, ends)))
 
 
 @register_flop_formula(_ops.experts_backward, get_raw=True)
 def _(
-    grad, _g, x, token, _w, weight, numbers, dtype, _b, lora_a, lora_b, _s, ends, _r, s, offs,
-    *rest, **__
+    grad, x, _w, s, wanted, weight, numbers, dtype, _b, perm, _t, offs, ends, lora_a, *_, **__
 ) -> int:  # fmt: skip
-    wanted = rest[-1]
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
-    x = x.new_empty(()).expand(_rows_of_experts(x, token, offs), x.shape[-1])
+    x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
     each = _ranks_of_experts(len(x), experts, lora_a, ends)
     dx, adapters = wanted[0], len(each)
     wants = (_wanted(each, wanted[2 : 2 + adapters]), _wanted(each, wanted[2 + adapters :]))

@@ -26,14 +26,13 @@ class ExpertGroup(NamedTuple):
     Attributes:
         begin, end: their rows.
         offs: int32, the end of each expert's rows, counted from the first row of the group.
-        hit: numbers of the experts, all of which have rows; None: all experts, with or without.
-        experts: (number, begin, end) of each; None if this is known only on the device.
+        experts: (number, begin, end) of each, all of which have rows; None if this is known only on
+            the device: offs is of all experts then, with or without.
     """
 
     begin: int
     end: int
     offs: Tensor
-    hit: Tensor | None
     experts: list[tuple[int, int, int]] | None
 
     def numbers(self, experts: int) -> Tensor:
@@ -42,33 +41,17 @@ class ExpertGroup(NamedTuple):
         return torch.searchsorted(self.offs, rows, right=True).clamp_(max=experts - 1)
 
 
-class ExpertGroups(NamedTuple):
-    """Attributes:
-    each: the groups.
-    has_all: whether every expert is in one of the groups.
-    rest: the first row after those of the last expert; None if known only on the device.
-    """
-
-    each: list[ExpertGroup]
-    has_all: bool
-    rest: int | None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether one group has all rows, with their experts known only on the device."""
-        return self.rest is None
-
-    def clear_rest(self, *tensors: Tensor | None) -> None:
-        """Writes zeros to the rows after those of the last expert."""
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if self.rest is None:
-                rows = torch.arange(len(tensor), device=tensor.device)
-                is_rest = rows >= self.each[0].offs[-1]
-                tensor.masked_fill_(is_rest.view(-1, *[1] * (tensor.dim() - 1)), 0)
-            elif self.rest < len(tensor):
-                tensor[self.rest :] = 0
+def clear_rest(groups: Sequence[ExpertGroup], *tensors: Tensor | None) -> None:
+    """Writes zeros to the rows after those of the last expert."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if groups and groups[0].experts is None:
+            rows = torch.arange(len(tensor), device=tensor.device)
+            is_rest = rows >= groups[0].offs[-1]
+            tensor.masked_fill_(is_rest.view(-1, *[1] * (tensor.dim() - 1)), 0)
+        else:
+            tensor[groups[-1].end if groups else 0 :] = 0
 
 
 def on_host_numbers(numbers: Tensor) -> list[int]:
@@ -82,40 +65,23 @@ def on_host_numbers(numbers: Tensor) -> list[int]:
     return numbers.tolist()
 
 
-def on_device(offs: Tensor, rows: int) -> ExpertGroups:
-    """All experts in one group."""
-    return ExpertGroups([ExpertGroup(0, rows, offs, None, None)], True, None)
-
-
-def on_host(bounds: Sequence[int], device: torch.device) -> ExpertGroups:
+def on_host(bounds: Sequence[int], device: torch.device, rows: int = 0) -> list[ExpertGroup]:
     """Groups of a few hundred rows.
 
     Args:
         bounds: offs as Python numbers.
         device: that of the rows.
+        rows: with how many rows a group ends; 0: the default.
     """
-    each = []
+    groups = []
     first, last, experts = 0, 0, []
     for number, end in enumerate(bounds):
         if end > last:
             experts.append((number, last - first, end - first))
             last = end
-        if experts and (last - first >= _ROWS or number + 1 == len(bounds)):
-            each.append(_run(first, last, experts, len(bounds), device))
+        if experts and (last - first >= (rows or _ROWS) or number + 1 == len(bounds)):
+            ends = [end for *_, end in experts]
+            offs = torch.tensor(ends, dtype=torch.int32, device=device)
+            groups.append(ExpertGroup(first, last, offs, experts))
             first, experts = last, []
-    count = sum(len(group.experts or ()) for group in each)
-    return ExpertGroups(each, count == len(bounds), last)
-
-
-def _run(
-    first: int,
-    last: int,
-    experts: list[tuple[int, int, int]],
-    all_experts: int,
-    device: torch.device,
-) -> ExpertGroup:
-    offs = torch.tensor([end for *_, end in experts], dtype=torch.int32, device=device)
-    hit = None
-    if len(experts) < all_experts:
-        hit = torch.tensor([number for number, *_ in experts], device=device)
-    return ExpertGroup(first, last, offs, hit, experts)
+    return groups

@@ -1,205 +1,250 @@
-"""Converts PEFT's factors of experts to pools of the grouped op, and the pools' gradients back.
+"""The factors of experts as the grouped op takes them, and their gradients in PEFT's layout.
 
-    lora_A [E r, in]     A_e = rows e r .. (e + 1) r       already a pool
-    lora_B [out, r E]    B_e = columns e, e + E, ...       the expert is fastest: copied into a pool
+    lora_A [E r, in]     A_e = rows e r .. (e + 1) r
+    lora_B [out, r E]    B_e = columns e, e + E, ...       the expert is fastest: copied
 
-Several adapters that all rows have become one adapter with the sum of their ranks; rows with
-adapters of their own are in `row_factors`. Only experts with rows are copied.
+The rows of a group are sorted by expert and, of one expert, by adapter; rows with the base alone
+come first. Each pair of an expert and an adapter that has rows is an element of the op's lists.
+Adapters that all rows have are one adapter with the sum of their ranks. Ranks may differ, and
+nothing is padded. Only the factors of pairs with rows are read: for a block of experts at a time,
+since the numbers of many experts are in one cache line of B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
 from .expert_groups import ExpertGroup
+from .operands import Projection
 
 _ops = torch.ops.lora_ext
 
-
-class Factors(NamedTuple):
-    """The adapters of one projection.
-
-    Attributes:
-        lora_a, lora_b: one tensor for each adapter, in PEFT's layout.
-        scalings: one number for each adapter.
-        ends: of the routes: each row has one of the adapters, or none; None: it has all. An adapter
-            that is not on this projection then has rank 0.
-    """
-
-    lora_a: Sequence[Tensor]
-    lora_b: Sequence[Tensor]
-    scalings: Sequence[float]
-    ends: Tensor | None = None
-
-    def scaling(self, dtype: torch.dtype) -> float | None:
-        """The op's scaling for all adapters; None if each scaling is multiplied into its B: they
-        differ, or x is wider than the op's float32 scaling."""
-        first = self.scalings[0]
-        is_one = all(scaling == first for scaling in self.scalings)
-        return first if is_one and (dtype != torch.float64 or first == 1.0) else None
-
-    def ranks(self, experts: int) -> list[int]:
-        """The rank of one expert, for each adapter."""
-        return [len(a) // experts for a in self.lora_a]
-
-    def rank(self, experts: int) -> int:
-        """The number of columns of S = drop(x) A^T: all ranks, or the largest if each row has one
-        of the adapters."""
-        ranks = self.ranks(experts)
-        return sum(ranks) if self.ends is None else max(ranks)
+# Experts whose factors are copied at a time: a cache line of half precision.
+_BLOCK = 32
 
 
-class Pools(NamedTuple):
-    """The update of a group's rows, as the grouped op takes it.
+class Update(NamedTuple):
+    """The update of a group's rows.
 
     Attributes:
-        lora_a: ``[n, R, in]``.
-        lora_b: ``[n, out, R]``.
-        scaling: ``[n]`` float32, all elements equal.
-        offs: int32 ``[n]``, the end of the rows of each, counted from the first row of the group.
-        experts: the number of each; empty if it is known only on the device.
+        lora_a, lora_b: ``[r, in]`` and ``[out, r]`` of each pair with rows; or one pool of each,
+            ``[E, R, in]`` and ``[E, out, R]``, if which experts have rows is known only on the
+            device.
+        scaling: one for each pair.
+        of_row: int32 ``[rows]``, the pair of each row, or -1; or None.
+        offs: int32, the end of each pair's rows, if all rows have the same adapters.
+        dlora_a, dlora_b: tensors for the gradients of lora_a and lora_b; empty if none is
+            requested.
     """
 
-    lora_a: Tensor
-    lora_b: Tensor
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
     scaling: Tensor
-    offs: Tensor
-    experts: tuple[int, ...] = ()
+    of_row: Tensor | None
+    offs: Tensor | None
+    dlora_a: list[Tensor]
+    dlora_b: list[Tensor]
 
-    def arguments(self) -> dict[str, Any]:
-        """Those of the op, besides x; dropout is applied to rows beforehand."""
-        lists = {"lora_a": [self.lora_a], "lora_b": [self.lora_b]}
-        return {**lists, "scaling": self.scaling, "offs": self.offs}
+    def arguments(self) -> tuple:
+        """Those of the ops that say what the update is; dropout is not among them."""
+        return self[:5]
 
     @property
     def rank(self) -> int:
-        """The number of columns of S."""
-        return self.lora_a.shape[1]
-
-    def part(self, expert: int, begin: int, end: int) -> Pools:
-        """The update of one expert's rows alone."""
-        one = self._place(expert)
-        offs = self.offs[one] - begin
-        return Pools(self.lora_a[one], self.lora_b[one], self.scaling[one], offs, (expert,))
-
-    def gradients_of(self, expert: int, gradients: list[Tensor]) -> list[Tensor]:
-        """Those of one expert, of a list of the pool's or an empty one."""
-        return [each[self._place(expert)] for each in gradients]
-
-    def _place(self, expert: int) -> slice:
-        place = self.experts.index(expert)
-        return slice(place, place + 1)
+        """The number of columns of S: the largest rank."""
+        return max(a.shape[-2] for a in self.lora_a)
 
 
 class Updates:
-    """The updates of all groups, for an x in `dtype`."""
-
-    def __init__(self, factors: Factors, experts: int, dtype: torch.dtype) -> None:
-        self._given = factors, experts, dtype
-
-    def of(self, group: ExpertGroup) -> Pools:
-        factors, experts, dtype = self._given
-        return pools_of(factors, experts, group, dtype)
-
-
-def pools_of(factors: Factors, experts: int, group: ExpertGroup, dtype: torch.dtype) -> Pools:
-    """The factors of a group's experts as pools, for an x in `dtype`."""
-    kept, hit = dtype_of(factors, dtype), group.hit
-    first = [some(a_by_expert(a, experts), hit).to(kept) for a in factors.lora_a]
-    second = [pool_of_b(b, experts, hit).to(kept) for b in factors.lora_b]
-    scaling = factors.scaling(dtype)
-    if scaling is None:
-        second = [b * scaling for b, scaling in zip(second, factors.scalings, strict=True)]
-        scaling = 1.0
-    lora_a = first[0] if len(first) == 1 else torch.cat(first, 1)
-    lora_b = second[0] if len(second) == 1 else torch.cat(second, 2)
-    scalings = torch.full((len(lora_a),), scaling, dtype=torch.float32, device=lora_a.device)
-    numbers = tuple(expert for expert, _, _ in group.experts or ())
-    return Pools(lora_a, lora_b, scalings, group.offs, numbers)
-
-
-def dtype_of(factors: Factors, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the pools: one that the op supports with x and that rounds no factor to half."""
-    is_same = all(factor.dtype == dtype for factor in (*factors.lora_a, *factors.lora_b))
-    is_op_scaling = factors.ends is not None or factors.scaling(dtype) is not None
-    if dtype in HALVES and not (is_same and is_op_scaling):
-        return torch.float32
-    return dtype
-
-
-class Gradients:
-    """Gradients of factors in PEFT's layout; the gradients of pools are written into them.
+    """The updates of all groups, and the gradients of their factors.
 
     Args:
-        dtype: of x.
+        ends: of the routes as Python numbers: `ends`, or `offs` if all rows have the same adapters;
+            None: known only on the device.
         wanted_a, wanted_b: for which adapters the gradient is requested.
-        has_all: whether every expert will be written; if not, the others have zeros.
+
+    Attributes:
+        dlora_a, dlora_b: the gradients in PEFT's layout, whole after the last group; None where it
+            is not requested.
     """
 
     def __init__(
         self,
-        factors: Factors,
-        experts: int,
-        dtype: torch.dtype,
-        wanted_a: Sequence[bool],
-        wanted_b: Sequence[bool],
-        has_all: bool,
+        projection: Projection,
+        ends: list[int] | None,
+        wanted_a: Sequence[bool] = (),
+        wanted_b: Sequence[bool] = (),
     ) -> None:
-        make = torch.empty_like if has_all else torch.zeros_like
-        self._factors, self._experts = factors, experts
-        self._is_in_b = factors.scaling(dtype) is None
-        self.lora_a = made(make, factors.lora_a, wanted_a)
-        self.lora_b = made(make, factors.lora_b, wanted_b)
+        self._call, self._ends, self._experts = projection, ends, projection.weight.shape[0]
+        self._is_by_row = projection.routes.ends is not None
+        ranks, scalings = projection.ranks(), list(projection.scalings)
+        # The adapters of each kind of row, and of these the rank and the scaling.
+        places = range(len(ranks))
+        self._kinds = [[place] for place in places] if self._is_by_row else [list(places)]
+        self._ranks = [sum(ranks[place] for place in kind) for kind in self._kinds]
+        # Scalings that differ within a kind are multiplied into B, and one of float64.
+        is_wide = projection.weight.dtype == torch.float64 and scalings[:1] != [1.0]
+        self._is_in_b = not self._is_by_row and (is_wide or len(set(scalings)) > 1)
+        self._scalings = [1.0] if self._is_in_b else scalings
+        self._dtype = self._dtype_of(projection.weight.dtype)
+        self.dlora_a = self._made(projection.lora_a, wanted_a)
+        self.dlora_b = self._made(projection.lora_b, wanted_b)
 
-    def write(
-        self, group: ExpertGroup, update: Pools, lora_a: list[Tensor], lora_b: list[Tensor]
-    ) -> None:
-        """Writes the gradients of a group's pools, lists of one or empty, if requested."""
-        self._write(group.hit, lora_a[0] if lora_a else None, lora_b[0] if lora_b else None)
+    def of(self, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
+        """All groups in their order, each with the update of its rows, None if none of them has
+        one. When the next is requested, the tensors for gradients have been written to."""
+        if self._ends is None:
+            yield from self._of_all(*groups)
+            return
+        for block in _blocks(groups):
+            runs = [self._runs(group) for group in block]
+            hit: dict[int, list[int]] = {}
+            for expert, kind, _ in chain(*runs):
+                if kind >= 0:
+                    hit.setdefault(kind, []).append(expert)
+            pools = {kind: self._pools(kind, experts) for kind, experts in hit.items()}
+            made: list[dict] = [{}, {}, {}, {}]  # for each pair what is an element of a pool
+            for kind, every in pools.items():
+                for found, pool in zip(made, every, strict=True):
+                    pairs = ((expert, kind) for expert in hit[kind])
+                    found.update(() if pool is None else zip(pairs, pool.unbind(0), strict=True))
+            for group, own in zip(block, runs, strict=True):
+                yield group, self._update(group, own, made)
+            for kind, (_, _, da, db) in pools.items():
+                self._put(kind, hit[kind], da, db)
 
-    copy = write  # of tensors that `targets` has not made
+    def _of_all(self, group: ExpertGroup) -> Iterator[tuple[ExpertGroup, Update | None]]:
+        if not self._ranks[0]:
+            yield group, None
+            return
+        a, b, da, db = self._pools(0, None)
+        scaling = torch.full((len(a),), self._scalings[0], dtype=torch.float32, device=a.device)
+        da_db = [[] if each is None else [each] for each in (da, db)]
+        yield group, Update([a], [b], scaling, None, group.offs, *da_db)
+        self._put(0, None, da, db)
 
-    def targets(self, update: Pools) -> tuple[list[Tensor], list[Tensor]]:
-        """Tensors for the gradients of a group's pools, which `write` is given then; empty lists if
-        no gradient is requested."""
-        return (
-            [torch.empty_like(update.lora_a)] if is_any(self.lora_a) else [],
-            [torch.empty_like(update.lora_b)] if is_any(self.lora_b) else [],
+    def _runs(self, group: ExpertGroup) -> list[tuple[int, int, int]]:
+        """(expert, kind, number of rows) of each run of rows; kind -1: the base alone."""
+        assert self._ends is not None
+        first, last = _span(group)
+        kinds, begin, found = len(self._kinds) + self._is_by_row, group.begin, []
+        for place in range(first * kinds, last * kinds):
+            end = self._ends[place]
+            if end > begin:
+                kind = place % kinds - self._is_by_row
+                has_update = kind >= 0 and self._ranks[kind] > 0
+                found.append((place // kinds, kind if has_update else -1, end - begin))
+                begin = end
+        return [*found, (self._experts, -1, group.end - begin)]
+
+    def _update(
+        self, group: ExpertGroup, runs: list[tuple[int, int, int]], made: list[dict]
+    ) -> Update | None:
+        pairs = [(expert, kind) for expert, kind, _ in runs if kind >= 0]
+        if not pairs:
+            return None
+        a, b, *gradients = ([found[pair] for pair in pairs] if found else [] for found in made)
+        device = group.offs.device
+        wide = torch.promote_types(self._call.weight.dtype, torch.float32)
+        scaling = torch.tensor([self._scalings[k] for _, k in pairs], dtype=wide, device=device)
+        if not self._is_by_row:
+            return Update(a, b, scaling, None, group.offs, *gradients)
+        places = iter(range(len(pairs)))
+        numbers = [next(places) if kind >= 0 else -1 for _, kind, _ in runs]
+        index = torch.repeat_interleave(
+            torch.tensor(numbers, dtype=torch.int32, device="cpu"),
+            torch.tensor([rows for *_, rows in runs], device="cpu"),
         )
+        return Update(a, b, scaling, index.to(device), None, *gradients)
 
-    def finish(self) -> None:
-        """To be called after the last group."""
+    def _pools(
+        self, kind: int, hit: list[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A ``[n, R, in]`` and B ``[n, out, R]`` of some experts, and memory for their gradients if
+        any is requested."""
+        call, own = self._call, self._kinds[kind]
+        some_a = [some(a_by_expert(call.lora_a[i], self._experts), hit) for i in own]
+        some_b = [pool_of_b(call.lora_b[i], self._experts, hit) for i in own]
+        lora_a, lora_b = ([each.to(self._dtype) for each in some] for some in (some_a, some_b))
+        if self._is_in_b:
+            lora_b = [b * call.scalings[i] for b, i in zip(lora_b, own, strict=True)]
+        a, b = _joined(lora_a, 1), _joined(lora_b, 2)
+        da = torch.empty_like(a) if is_any(self.dlora_a) else None
+        return a, b, da, torch.empty_like(b) if is_any(self.dlora_b) else None
 
-    def _write(self, hit: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+    def _put(
+        self, kind: int, hit: list[int] | None, lora_a: Tensor | None, lora_b: Tensor | None
+    ) -> None:
+        """Writes gradients of the form of `_pools` into those in PEFT's layout."""
         begin = 0
-        for i, of_a in enumerate(self.lora_a):
-            rank = len(self._factors.lora_a[i]) // self._experts
-            ranks, begin = slice(begin, begin + rank), begin + rank
-            of_b = self.lora_b[i]
+        for i in self._kinds[kind]:
+            ranks = slice(begin, begin + len(self._call.lora_a[i]) // self._experts)
+            begin, of_a, of_b = ranks.stop, self.dlora_a[i], self.dlora_b[i]
             if of_a is not None and lora_a is not None:
                 _put(a_by_expert(of_a, self._experts), hit, lora_a[:, ranks])
             if of_b is not None and lora_b is not None:
                 part = lora_b[:, :, ranks]
-                if self._is_in_b:
-                    part = part * self._factors.scalings[i]
+                part = part * self._call.scalings[i] if self._is_in_b else part
                 put_b(of_b, self._experts, hit, part)
+
+    def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """One that the op supports with x and that rounds no factor to half."""
+        every = (*self._call.lora_a, *self._call.lora_b)
+        is_same = all(factor.dtype == dtype for factor in every)
+        return torch.float32 if dtype in HALVES and (self._is_in_b or not is_same) else dtype
+
+    def _made(self, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of factors: zeros where not all experts will be written."""
+        found: list[Tensor | None] = []
+        for place, (factor, wants) in enumerate(
+            zip(factors, wanted or [False] * len(factors), strict=True)
+        ):
+            kind = place * self._is_by_row
+            make = torch.empty_like if wants and self._has_all(kind) else torch.zeros_like
+            found.append(make(factor, memory_format=torch.contiguous_format) if wants else None)
+        return found
+
+    def _has_all(self, kind: int) -> bool:
+        """Whether every expert has rows of a kind."""
+        if self._ends is None:
+            return True
+        kinds = len(self._kinds) + self._is_by_row
+        places = range(kind + self._is_by_row, self._experts * kinds, kinds)
+        before = [0, *self._ends]
+        return all(self._ends[place] > before[place] for place in places)
+
+
+def _blocks(groups: Sequence[ExpertGroup]) -> Iterator[list[ExpertGroup]]:
+    """Consecutive groups, of up to `_BLOCK` experts together."""
+    block: list[ExpertGroup] = []
+    for group in groups:
+        if block and _span(group)[1] > _span(block[0])[0] + _BLOCK:
+            yield block
+            block = []
+        block.append(group)
+    if block:
+        yield block
+
+
+def _span(group: ExpertGroup) -> tuple[int, int]:
+    """(first, last + 1) of a group's experts."""
+    if group.experts is None:
+        return 0, len(group.offs)
+    return group.experts[0][0], group.experts[-1][0] + 1
 
 
 def is_any(gradients: Sequence[Tensor | None]) -> bool:
     return any(each is not None for each in gradients)
 
 
-def made(make, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    contiguous = torch.contiguous_format
-    return [
-        make(factor, memory_format=contiguous) if wants else None
-        for factor, wants in zip(factors, wanted, strict=True)
-    ]
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def a_by_expert(lora_a: Tensor, experts: int) -> Tensor:
@@ -212,44 +257,41 @@ def b_by_expert(lora_b: Tensor, experts: int) -> Tensor:
     return lora_b.reshape(len(lora_b), -1, experts).permute(2, 0, 1)
 
 
-def some(by_expert: Tensor, hit: Tensor | None) -> Tensor:
-    return by_expert if hit is None else by_expert.index_select(0, hit)
+def some(by_expert: Tensor, hit: list[int] | None) -> Tensor:
+    """Those of some experts, None for all; a view where their numbers are consecutive."""
+    if hit is None:
+        return by_expert
+    if hit[-1] - hit[0] + 1 == len(hit):
+        return by_expert[hit[0] : hit[-1] + 1]
+    return by_expert.index_select(0, torch.tensor(hit, device=by_expert.device))
 
 
-def pool_of_b(
-    lora_b: Tensor, experts: int, hit: Tensor | None, memory: Tensor | None = None
-) -> Tensor:
-    """``[n, out, r]``, contiguous.
-
-    Args:
-        memory: a pool that is no longer used, which may be overwritten.
-    """
-    if lora_b.is_cpu:
-        numbers = _numbers(experts, hit)
-        if memory is not None and len(memory) >= len(numbers):
-            pool = memory[: len(numbers)]
-        else:
-            pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
-        _ops.experts_copy(pool, lora_b.contiguous(), numbers, experts)
-        return pool
-    return some(b_by_expert(lora_b, experts), hit).contiguous()
+def pool_of_b(lora_b: Tensor, experts: int, hit: list[int] | None) -> Tensor:
+    """``[n, out, r]``, contiguous."""
+    if not lora_b.is_cpu:
+        return some(b_by_expert(lora_b, experts), hit).contiguous()
+    numbers = _numbers(hit, experts)
+    pool = lora_b.new_empty(len(numbers), len(lora_b), lora_b.shape[1] // experts)
+    _ops.experts_copy(pool, lora_b.contiguous(), numbers, experts)
+    return pool
 
 
-def _put(by_expert: Tensor, hit: Tensor | None, part: Tensor) -> None:
+def _put(by_expert: Tensor, hit: list[int] | None, part: Tensor) -> None:
     if hit is None:
         by_expert.copy_(part)
     else:
-        by_expert.index_copy_(0, hit, part.to(by_expert.dtype))
+        numbers = torch.tensor(hit, device=by_expert.device)
+        by_expert.index_copy_(0, numbers, part.to(by_expert.dtype))
 
 
-def put_b(gradient: Tensor, experts: int, hit: Tensor | None, part: Tensor) -> None:
+def put_b(gradient: Tensor, experts: int, hit: list[int] | None, part: Tensor) -> None:
     """Writes ``[n, out, r]`` into a gradient of PEFT's layout."""
     if gradient.is_cpu:
         part = part.to(gradient.dtype).contiguous()
-        _ops.experts_copy(gradient, part, _numbers(experts, hit), experts)
+        _ops.experts_copy(gradient, part, _numbers(hit, experts), experts)
     else:
         _put(b_by_expert(gradient, experts), hit, part)
 
 
-def _numbers(experts: int, hit: Tensor | None) -> Tensor:
-    return torch.arange(experts, device="cpu") if hit is None else hit
+def _numbers(hit: list[int] | None, experts: int) -> Tensor:
+    return torch.tensor(list(range(experts)) if hit is None else hit, device="cpu")

@@ -8,7 +8,6 @@ each right before its product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .. import _C
 from ..dtypes import HALVES
 from ..quantized.four_bit_stack import FourBitStack
 from ..quantized.stack import QuantizedStack
-from .factors import Factors
+from .operands import Projection
 
 # The most rows of one expert. With 16 experts x (1536, 2048), r = 16, the op takes .68 of the time
 # of a product for each expert with the update after it for one row, .70 for two, .85 for three,
@@ -28,31 +27,44 @@ MOST_ROWS = 4
 _op = torch.ops.lora_ext.experts_few_rows
 
 
-def numbers_of(
-    bounds: Sequence[int], rows: int, weight: Tensor | QuantizedStack, factors: Factors | None
-) -> list[int]:
-    """The expert of each row; an empty list if the op does not support the call.
+def forward(
+    x: Tensor, projection: Projection, ends: list[int] | None
+) -> tuple[Tensor, Tensor] | None:
+    """(y ``[S, out]``, s ``[S, R]`` in float32), or None if the op does not support the call.
 
     Args:
-        bounds: the end of each expert's rows.
-        rows: the number of all rows.
+        x: ``[S, in]``, or ``[T, in]`` if the projection has its rows by token.
+        ends: of the routes, as Python numbers; as of `Updates`.
     """
+    weight, bias = projection.weight, projection.bias
+    is_plain = projection.seed is None and not projection.row_block
+    found = _places_of(ends, projection) if is_plain and ends and _supports(projection) else None
+    if found is None:
+        return None
+    blocks: dict[str, Any] = {}
+    if isinstance(weight, FourBitStack):
+        weight, blocks = _codes_of(weight)
+    assert isinstance(weight, Tensor)
+    return _op(
+        x if x.stride(1) == 1 else x.contiguous(),
+        projection.token(),
+        weight,
+        None if bias is None else bias.contiguous(),
+        [each.contiguous() for each in projection.lora_a],
+        [each.contiguous() for each in projection.lora_b],
+        list(projection.scalings),
+        *found,
+        **blocks,
+    )
+
+
+def _supports(projection: Projection) -> bool:
+    weight = projection.weight
     if not (weight.is_cpu and weight.dtype in HALVES and _has_layout(weight)):
-        return []
-    if bounds[-1] < rows or _C.cpu_isa() == "library":
-        return []
-    if factors is not None:
-        every = (*factors.lora_a, *factors.lora_b)
-        if any(each.dtype not in (*HALVES, torch.float32) for each in every):
-            return []
-    numbers, last = [], 0
-    for number, end in enumerate(bounds):
-        if end > last:
-            if end - last > MOST_ROWS:
-                return []
-            numbers += [number] * (end - last)
-            last = end
-    return numbers
+        return False
+    every = (*projection.lora_a, *projection.lora_b)
+    is_known = all(each.dtype in (*HALVES, torch.float32) for each in every)
+    return is_known and _C.cpu_isa() != "library"
 
 
 def _has_layout(weight: Tensor | QuantizedStack) -> bool:
@@ -64,51 +76,24 @@ def _has_layout(weight: Tensor | QuantizedStack) -> bool:
     return weight.sizes[2] % weight.blocks.size == 0
 
 
-def forward(
-    x: Tensor,
-    token: Tensor | None,
-    weight: Tensor | QuantizedStack,
-    bias: Tensor | None,
-    factors: Factors | None,
-    numbers: list[int],
-) -> tuple[Tensor, Tensor]:
-    """Returns (y ``[S, out]``, s ``[S, R]`` in float32).
-
-    Args:
-        x: ``[S, in]``, or ``[T, in]`` with tokens.
-        token: ``[S]``: the index in x of each row.
-        weight: ``[E, out, in]``, or quantised.
-        bias: ``[E, out]`` or None.
-        factors: of the active adapters, or of those that rows have; or None.
-        numbers: the expert of each row.
-    """
-    lora_a, lora_b, scalings, ends = factors or ((), (), (), None)
-    blocks: dict[str, Any] = {}
-    if isinstance(weight, FourBitStack):
-        weight, blocks = _codes_of(weight)
-    assert isinstance(weight, Tensor)
-    return _op(
-        x if x.stride(1) == 1 else x.contiguous(),
-        token,
-        weight,
-        None if bias is None else bias.contiguous(),
-        [each.contiguous() for each in lora_a],
-        [each.contiguous() for each in lora_b],
-        list(scalings),
-        numbers,
-        None if ends is None else _adapters_of(ends, len(lora_a)),
-        **blocks,
-    )
-
-
-def _adapters_of(ends: Tensor, adapters: int) -> list[int]:
-    """The adapter of each row, or -1."""
-    found, last = [], 0
-    for place, end in enumerate(ends.tolist()):
+def _places_of(
+    ends: list[int], projection: Projection
+) -> tuple[list[int], list[int] | None] | None:
+    """(the expert of each row; its adapter, or -1, if rows have one each); None if some expert has
+    too many rows, or a row no expert."""
+    kinds, is_by_row = len(ends) // projection.weight.shape[0], projection.routes.ends is not None
+    experts, adapters, last = [], [], 0
+    if ends[-1] < len(projection.routes.perm):
+        return None
+    for place, end in enumerate(ends):
         if end > last:
-            found += [place % (adapters + 1) - 1] * (end - last)
+            expert = place // kinds
+            if end - (ends[expert * kinds - 1] if expert else 0) > MOST_ROWS:
+                return None
+            experts += [expert] * (end - last)
+            adapters += [place % kinds - 1] * (end - last)
             last = end
-    return found
+    return experts, adapters if is_by_row else None
 
 
 def _codes_of(stack: FourBitStack) -> tuple[Tensor, dict[str, Any]]:

@@ -12,10 +12,11 @@ from ..dtypes import HALVES
 from ..functional import draw_seed, keep_scale_of
 from ..invariance import row_block
 from ..quantized.stack import QuantizedStack
-from .autograd import Call, GateDown, Projected
+from .autograd import GateDown, Projected
 from .description import Experts, ExpertsAdapter
 from .gate_blocks import in_equal_blocks
-from .routing import Routes, places_of, routes_by_adapter, routes_of
+from .operands import Projection
+from .routing import Routes, places_of, routes_of
 
 
 def lora_experts(
@@ -67,46 +68,48 @@ def lora_experts(
         experts = experts._replace(gate=partial(in_equal_blocks, experts.gate))
     count = experts.up.shape[0]
     adapters = max(len(up), len(down))
-    if adapter_index is None or adapters == 0:
-        routes = routes_of(top_k_index, count)
-    else:
+    if adapters == 0:
+        adapter_index = None
+    if adapter_index is not None:
         _check_index(adapter_index, len(x), up, down)
-        routes = routes_by_adapter(top_k_index, count, adapter_index, adapters)
-    slots = top_k_index.shape[-1]
+    routes = routes_of(top_k_index, count, adapter_index, adapters)
     # Their rows are zero, but zero times NaN is NaN.
     top_k_weights = top_k_weights.masked_fill((top_k_index < 0) | (top_k_index >= count), 0)
-    first, first_factors = _call(experts, experts.up, experts.up_bias, up, routes, slots, block)
-    second, second_factors = _call(
-        experts, experts.down, experts.down_bias, down, routes, slots, block
-    )
+    given = routes, top_k_index.shape[-1], block
+    first, first_factors = _call(experts, True, up, *given)
+    second, second_factors = _call(experts, False, down, *given)
     with torch.autocast(x.device.type, enabled=False):
-        z = Projected.apply(first, True, x.to(experts.up.dtype), *first_factors)
+        z = Projected.apply(first, x.to(experts.up.dtype), *first_factors)
         gate, h = experts.gate, z
         if experts.norm is not None or experts.is_gate_trained or torch.compiler.is_compiling():
             gate, h = None, gate(z)
         if experts.norm is None:
             out = GateDown.apply(second, gate, h, top_k_weights, *second_factors)
         else:
-            y = experts.norm(Projected.apply(second, False, h, *second_factors))
+            y = experts.norm(Projected.apply(second, h, *second_factors))
             out = _weighted(y, routes, top_k_weights)
     return out.to(x.dtype)
 
 
 def _call(
     experts: Experts,
-    weight: Tensor | QuantizedStack,
-    bias: Tensor | None,
+    is_first: bool,
     given: Sequence[ExpertsAdapter | None],
     routes: Routes,
     slots: int,
     block: int,
-) -> tuple[Call, list[Tensor]]:
+) -> tuple[Projection, list[Tensor]]:
+    """A projection without its factors, and the factors."""
+    weight, bias = experts.up, experts.up_bias
+    if not is_first:
+        weight, bias = experts.down, experts.down_bias
     if experts.is_transposed:
         weight = weight.transpose(1, 2)
     adapters = [_with_number(adapter) for adapter in _with_rank_0(given, weight)]
     scalings = tuple(float(adapter.scaling) for adapter in adapters)
     factors = [adapter.lora_a for adapter in adapters] + [adapter.lora_b for adapter in adapters]
-    call = Call(weight, bias, scalings, routes, slots, row_block=block)
+    # No default of the class: a traced program would make such a number an input.
+    call = Projection(weight, bias, routes, (), (), scalings, is_first, block, 0.0, None, slots)
     p = _dropout_of(adapters)
     if p > 0.0:
         scalings = tuple(scaling * keep_scale_of(p) for scaling in scalings)

@@ -4,36 +4,37 @@ product, and rounded once.
     forward      y = x W_e^T + b_e + s (drop(x) A_e^T) B_e^T
     backward     dX = g W_e + mask * (s (g B_e) A_e), and the gradients of A_e and B_e
 
-The passes are those of `lora_grouped` (csrc/cpu/grouped.h), with a weight for each expert.
+The passes are those of `lora_grouped` (csrc/cpu/grouped.h), with a weight for each expert. The
+functions are those of `products`. A group has one expert if the experts are quantised, so that one
+is dequantised at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import pad
 
 from .. import _C
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
-from .dropout import Dropout
 from .expert_groups import ExpertGroup
-from .factors import Factors, Pools
-from .row_factors import RowUpdate
+from .factors import Update
+from .operands import Projection
+from .products import GroupGrad
 
 _ops = torch.ops.lora_ext
 _DTYPES = (*HALVES, torch.float32)
 _number_of_modes = torch._C._len_torch_dispatch_stack
 
 
-def supports(weight: Tensor | QuantizedStack, factors: Factors | None) -> bool:
+def supports(projection: Projection) -> bool:
     """Whether a projection is computed in this way. Modes that see each op, such as torch's FLOP
     counter, know torch's products alone."""
+    weight = projection.weight
     # torch's is_in_torch_dispatch_mode is still true in the first call of what was just compiled.
     if not weight.is_cpu or weight.dtype not in _DTYPES or _number_of_modes():
         return False
@@ -41,156 +42,87 @@ def supports(weight: Tensor | QuantizedStack, factors: Factors | None) -> bool:
         return False
     if 0 in weight.shape:
         return False
-    rank = 1 if factors is None else factors.rank(weight.shape[0])
+    rank = projection.rank() if projection.lora_a else 1
     return not _C.cpu_library_reason(weight.dtype, rank)
 
 
 def forward(
     x: Tensor,
-    weight: Tensor | QuantizedStack,
-    bias: Tensor | None,
+    is_own_x: bool,
+    projection: Projection,
     group: ExpertGroup,
-    update: Pools | RowUpdate | None,
-    dropout: Dropout | None,
-    row_block: int,
+    update: Update | None,
     y: Tensor,
-) -> Tensor:
-    """Writes y ``[rows, out]`` and returns S ``[rows, R]`` in float32.
-
-    Args:
-        x: ``[rows, in]``.
-        update: of the group; None: no row has one.
-    """
+) -> tuple[Tensor, Tensor]:
+    """As `products.forward`; S is in float32."""
     x = _with_unit_stride(x)
-    found = []
-    for rows, experts, own, place in _pieces(group, weight, update):
-        with _matrices(weight, place, x) as matrices:
-            s = _ops.experts_linear(
-                x[rows],
-                matrices,
-                _biases(bias, place),
-                *experts,
-                *_arguments(own, dropout, group.begin, rows),
-                row_block,
-                y[rows],
-            )
-        found.append(s)
-    if len(found) == 1:
-        return found[0]
-    widest = max(s.shape[1] for s in found)
-    return torch.cat([pad(s, (0, widest - s.shape[1])) for s in found])
+    with _experts(projection, group, x) as (matrices, bias, *which):
+        words = _arguments(projection, group, update)
+        return y, _ops.experts_linear(x, matrices, bias, *which, *words, y)
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Tensor | QuantizedStack,
+    rows: GroupGrad,
+    projection: Projection,
     group: ExpertGroup,
-    update: Pools | RowUpdate | None,
-    dropout: Dropout | None,
-    row_block: int,
+    update: Update | None,
     dx: Tensor | None,
-    dlora_a: list[Tensor],
-    dlora_b: list[Tensor],
-    weights: Tensor | None,
-) -> None:
-    """Writes dX, if there is a tensor for it, and the gradients of the update's factors.
-
-    Args:
-        x: ``[rows, in]``; what it holds is read for the gradient of A alone.
-        s: ``[rows, R]`` of forward.
-        dlora_a, dlora_b: in the form of the update's factors; empty if they are not requested.
-        weights: ``[rows]`` in float32, of the rows in the gradient of A; or None for 1.
-    """
-    grad = _with_unit_stride(grad)
-    x = _with_unit_stride(x) if dlora_a else x
-    for rows, experts, own, place in _pieces(group, weight, update):
-        gradients = [dlora_a, dlora_b]
-        if update is not None and place is not None:
-            gradients = [update.gradients_of(place, each) for each in gradients]
-        if dx is None and not any(gradients):
-            continue
-        rank = 0 if own is None else own.rank
-        with _matrices(weight, place, grad, is_read=dx is not None) as matrices:
-            _ops.experts_linear_backward(
-                grad[rows],
-                x[rows],
-                s[rows, :rank].contiguous(),
-                matrices,
-                *experts,
-                *_arguments(own, dropout, group.begin, rows),
-                row_block,
-                None if dx is None else dx[rows],
-                *gradients,
-                None if weights is None else weights[rows],
-            )
+) -> Tensor | None:
+    """As `products.backward`."""
+    gradients = [update.dlora_a, update.dlora_b] if update is not None else [[], []]
+    if dx is None and not any(gradients):
+        return None
+    grad = _with_unit_stride(rows.grad)
+    x, s = rows.x_and_s(projection.weight, 0 if update is None else update.rank)
+    x = _with_unit_stride(x) if gradients[0] else x
+    with _experts(projection, group, grad, is_read=dx is not None) as (matrices, _, *which):
+        _ops.experts_linear_backward(
+            grad,
+            x,
+            s,
+            matrices,
+            *which,
+            *_arguments(projection, group, update),
+            dx,
+            *gradients,
+            rows.weights,  # of dS, which is not rounded, rather than of x
+        )
+    return dx
 
 
 def _with_unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-class _Piece(NamedTuple):
-    """What one call of the op computes.
-
-    Attributes:
-        rows: of the group.
-        experts: (numbers of matrices, the end of the rows of each).
-        update: of these rows.
-        place: of a quantised stack, the expert.
-    """
-
-    rows: slice
-    experts: tuple[list[int], list[int]]
-    update: Pools | RowUpdate | None
-    place: int | None
-
-
-def _pieces(
-    group: ExpertGroup, weight: Tensor | QuantizedStack, update: Pools | RowUpdate | None
-) -> Iterator[_Piece]:
-    """The group; or each of its experts, so that one is dequantised at a time."""
-    assert group.experts is not None
-    if not isinstance(weight, QuantizedStack):
-        numbers, ends = [e for e, _, _ in group.experts], [end for _, _, end in group.experts]
-        yield _Piece(slice(0, ends[-1]), (numbers, ends), update, None)
-        return
-    for expert, begin, end in group.experts:
-        own = None if update is None else update.part(expert, begin, end)
-        yield _Piece(slice(begin, end), ([0], [end - begin]), own, expert)
-
-
 @contextmanager
-def _matrices(
-    weight: Tensor | QuantizedStack, place: int | None, x: Tensor, is_read: bool = True
-) -> Iterator[Tensor]:
-    """The weight, or one dequantised expert as a stack of one; without its values if the call does
-    not read them."""
-    if not isinstance(weight, QuantizedStack) or place is None:
-        assert isinstance(weight, Tensor)
-        yield weight
-    elif not is_read:
-        yield x.new_empty(()).expand(1, *weight.shape[1:])
+def _experts(
+    projection: Projection, group: ExpertGroup, x: Tensor, is_read: bool = True
+) -> Iterator[tuple[Tensor, Tensor | None, list[int], list[int]]]:
+    """(the matrices, the biases, the numbers in them of the group's experts, the end of the rows of
+    each). A quantised expert is a stack of one, without its values if the call does not read
+    them."""
+    assert group.experts is not None
+    weight, bias = projection.weight, projection.bias
+    numbers, _, ends = map(list, zip(*group.experts, strict=True))
+    if isinstance(weight, Tensor):
+        yield weight, bias, numbers, ends
+        return
+    (expert,) = numbers
+    bias = None if bias is None else bias[expert][None]
+    if is_read:
+        with weight.matrix(expert, x) as matrix:
+            yield matrix[None], bias, [0], ends
     else:
-        with weight.matrix(place, x) as matrix:
-            yield matrix[None]
+        yield x.new_empty(()).expand(1, *weight.shape[1:]), bias, [0], ends
 
 
-def _biases(bias: Tensor | None, place: int | None) -> Tensor | None:
-    return bias if bias is None or place is None else bias[place : place + 1]
-
-
-def _arguments(
-    update: Pools | RowUpdate | None, dropout: Dropout | None, first: int, rows: slice
-) -> tuple:
-    """Those of the op that say what the update of some rows is."""
+def _arguments(projection: Projection, group: ExpertGroup, update: Update | None) -> tuple:
+    """Those of the op that say what the update of the rows is, and the row block."""
+    p, seed, mask_rows = 0.0, None, None
     if update is None:
-        return [], [], None, None, None, 0.0, None, None
-    given = update.arguments()
-    factors = given["lora_a"], given["lora_b"], given["scaling"]
-    where = given.get("index"), given.get("offs")
-    if dropout is None:
-        return *factors, *where, 0.0, None, None
-    mask_rows = dropout.rows[first + rows.start : first + rows.stop]
-    return *factors, *where, dropout.p, dropout.seed, mask_rows
+        own = [], [], None, None, None
+    else:
+        own = update.arguments()
+        if projection.seed is not None:
+            p, seed, mask_rows = projection.dropout_p, projection.seed, projection.mask_rows(group)
+    return *own, p, seed, mask_rows, projection.row_block

@@ -1,7 +1,8 @@
-"""The base's products of a group: the rows of each expert times its matrix.
+"""A group's rows by the base's products, the rows of each expert times its matrix, and passes for
+the update onto them.
 
-    forward      x W_e^T + b_e
-    backward     g W_e
+    forward      y = x W_e^T + b_e, then + s (drop(x) A_e^T) B_e^T
+    backward     dX = g W_e, then + mask * (s (g B_e) A_e), and the gradients of A_e and B_e
 
 torch's grouped product computes all experts at once on a GPU, in bfloat16 and if its alignment
 rules hold; otherwise there is one product for each expert. On a CPU these are calls that `one_pass`
@@ -11,7 +12,8 @@ alone.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ from torch.nn.functional import grouped_mm
 
 from ..quantized.stack import QuantizedStack
 from .expert_groups import ExpertGroup
+from .factors import Update
+from .operands import Projection
+
+_ops = torch.ops.lora_ext
 
 # The devices on which the grouped product is one kernel, and the major compute capabilities of
 # cards. On others torch loops over all experts, whose numbers of rows it reads on the host.
@@ -55,60 +61,118 @@ def _is_aligned(matrices: Tensor) -> bool:
     return all(stride and stride * matrices.element_size() % _ALIGNMENT == 0 for stride in others)
 
 
+class GroupGrad(NamedTuple):
+    """The rows of a group in a backward.
+
+    Attributes:
+        grad: ``[rows, out]``.
+        x: ``[rows, in]``, or None if it is not read.
+        is_own_x: whether x may be overwritten.
+        weights: ``[rows]``, or None for 1.
+        s: ``[rows, R]`` of forward.
+        wants_x: whether dX is requested.
+    """
+
+    grad: Tensor
+    x: Tensor | None
+    is_own_x: bool
+    weights: Tensor | None
+    s: Tensor
+    wants_x: bool
+
+    def x_and_s(self, weight: Tensor | QuantizedStack, rank: int) -> tuple[Tensor, Tensor]:
+        """(x, of which only shape and dtype are used if there is none; S of an update)."""
+        x, s = self.x, self.s if self.weights is None else self.s * self.weights[:, None]
+        if x is None:
+            x = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
+        return x, s[:, :rank].contiguous()
+
+
 def forward(
     x: Tensor,
-    weight: Tensor | QuantizedStack,
-    bias: Tensor | None,
+    is_own_x: bool,
+    projection: Projection,
     group: ExpertGroup,
-) -> Tensor:
-    """The products ``[rows, out]`` for the rows of the group."""
-    if group.experts is None:
-        assert isinstance(weight, Tensor)
-        y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
-        if bias is not None:
-            y += bias[group.numbers(len(bias))]
-        return y
-    y = weight.new_empty(len(x), weight.shape[1])
-    for expert, begin, end in group.experts:
-        own_bias = None if bias is None else bias[expert]
-        with _matrix(weight, expert, x) as matrix:
-            _product(x[begin:end], matrix.t(), own_bias, y[begin:end])
-    return y
+    update: Update | None,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(Y ``[rows, out]``, S ``[rows, R]`` in at least float32, or None without an update).
+
+    Args:
+        x: ``[rows, in]``.
+        is_own_x: whether x may be overwritten.
+        update: of the group; None: no row has one.
+        y: where Y is written; None if all experts are one product, of a new tensor.
+    """
+    # [E, in, out], as of a product from the left.
+    sums, s = _of_base(x, projection.weight.transpose(1, 2), projection.bias, group, y), None
+    if update is not None:
+        x, row_block = projection.drop(x, group, is_own_x), projection.row_block
+        sums, s = _ops.lora_grouped_forward(x, None, sums, *update.arguments(), row_block=row_block)
+        sums = sums if y is None else y.copy_(sums)
+    return sums, s
 
 
 def backward(
-    grad: Tensor,
+    rows: GroupGrad,
+    projection: Projection,
+    group: ExpertGroup,
+    update: Update | None,
+    dx: Tensor | None,
+) -> Tensor | None:
+    """Writes the gradients of the factors, and returns dX if it is requested: in `dx`, None
+    if all experts are one product."""
+    found = _of_base(rows.grad, projection.weight, None, group, dx) if rows.wants_x else None
+    if update is None:
+        return found
+    x, s = rows.x_and_s(projection.weight, update.rank)
+    is_own_x, has_a = rows.is_own_x, len(update.dlora_a) > 0
+    if rows.weights is not None:
+        x, is_own_x = (x * rows.weights[:, None]).to(x.dtype), True
+    if rows.x is not None and has_a:
+        x = projection.drop(x, group, is_own_x)
+    count = len(update.lora_a)
+    wanted = [rows.wants_x, False], [has_a] * count, [len(update.dlora_b) > 0] * count
+    low_rank, da, db, _ = _ops.lora_grouped_backward(
+        rows.grad,
+        s,
+        *wanted,
+        x,
+        None,
+        None,
+        *update.arguments(),
+        row_block=projection.row_block,
+    )
+    for own, given in zip((*update.dlora_a, *update.dlora_b), (*da, *db), strict=True):
+        own.copy_(given)
+    if found is not None:
+        found += projection.drop(low_rank, group, in_place=True)
+    return found
+
+
+def _of_base(
+    rows: Tensor,
     weight: Tensor | QuantizedStack,
+    bias: Tensor | None,
     group: ExpertGroup,
     out: Tensor | None,
 ) -> Tensor:
-    """The products ``[rows, in]`` for the rows of the group, written into `out`, which is needed if
-    each expert has its own product."""
+    """row W_e + b_e ``[rows, n]`` for a weight ``[E, k, n]``."""
     if group.experts is None:
         assert isinstance(weight, Tensor)
-        return grouped_mm(grad, weight, offs=group.offs)
+        found = grouped_mm(rows, weight, offs=group.offs)
+        if bias is not None:
+            found += bias[group.numbers(len(bias))]
+        return found
     assert out is not None
     for expert, begin, end in group.experts:
-        with _matrix(weight, expert, grad) as matrix:
-            _product(grad[begin:end], matrix, None, out[begin:end])
+        is_dense = isinstance(weight, Tensor)
+        with nullcontext(weight[expert]) if is_dense else weight.matrix(expert, rows) as matrix:
+            if bias is None:
+                torch.mm(rows[begin:end], matrix, out=out[begin:end])
+            else:
+                torch.addmm(bias[expert], rows[begin:end], matrix, out=out[begin:end])
     return out
-
-
-def _matrix(
-    weight: Tensor | QuantizedStack, expert: int, x: Tensor
-) -> AbstractContextManager[Tensor]:
-    """Within a block, the matrix ``[out, in]`` of an expert, in x's dtype."""
-    if isinstance(weight, QuantizedStack):
-        return weight.matrix(expert, x)
-    return nullcontext(weight[expert])
-
-
-def _product(p: Tensor, q: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = p q + bias."""
-    if bias is None:
-        torch.mm(p, q, out=out)
-    else:
-        torch.addmm(bias, p, q, out=out)
 
 
 def dot_bias(grad: Tensor, bias: Tensor, group: ExpertGroup) -> Tensor:

@@ -6,7 +6,7 @@
     weights w:   dx = w dx',  dw = <x, dx'> + <g, b_e>
                  dA_e = s (g B_e)^T (w drop(x)),  dB_e = s g^T (w drop(x) A_e^T)
 
-Here drop(x) is mask * x, and s is multiplied by keep_scale (`dropout`). With weights, y is
+Here drop(x) is mask * x, and s is multiplied by keep_scale (`operands`). With weights, y is
 multiplied by them later, and g is the gradient of the sum of these products: so y is not needed for
 dw. W has no gradient.
 """
@@ -14,7 +14,7 @@ dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,66 +22,43 @@ from torch import Tensor
 from .. import _C
 from ..quantized.stack import QuantizedStack
 from . import expert_groups, few_rows, one_pass, products
-from .dropout import Dropout
-from .expert_groups import ExpertGroups
-from .factors import Factors, Gradients, Updates
-from .group_backward import Operands, in_one_pass, in_passes
-from .row_factors import RowGradients, RowUpdates
-
-_ops = torch.ops.lora_ext
+from .expert_groups import ExpertGroup
+from .factors import Updates
+from .operands import Projection, part_of
+from .products import GroupGrad
 
 
-class Projection(NamedTuple):
-    """Attributes:
-    weight: ``[E, out, in]``, any strides, or quantised.
-    bias: ``[E, out]`` or None.
-    factors: of the active adapters, or of those that rows have; or None.
-    row_block: the op's, positive in `lora_ext.batch_invariant`.
-    """
-
-    weight: Tensor | QuantizedStack
-    bias: Tensor | None
-    factors: Factors | None
-    row_block: int = 0
-
-
-class Rows(NamedTuple):
-    """Sorted rows: the rows of a tensor, or indices into one.
+class _Plan(NamedTuple):
+    """How the rows of a call are computed.
 
     Attributes:
-        values: ``[S, n]``, or ``[T, n]`` with token.
-        token: ``[S]``, the index of each row, or None.
+        ends: of the routes, as of `Updates`.
+        bounds: offs as Python numbers; empty if they are known only on the device.
     """
 
-    values: Tensor
-    token: Tensor | None = None
+    ends: list[int] | None
+    bounds: list[int]
 
-    def part(self, begin: int, end: int) -> Tensor:
-        if self.token is None:
-            return self.values[begin:end]
-        return self.values.index_select(0, self.token[begin:end])
+    @classmethod
+    def of(cls, projection: Projection, given: Tensor | None) -> _Plan:
+        """given: rows that are used in place, not gathered."""
+        routes, weight = projection.routes, projection.weight
+        _check_invariant(projection)
+        is_whole = products.are_grouped(weight, len(routes.perm), given)
+        if is_whole and routes.ends is None:
+            return cls(None, [])
+        ends = expert_groups.on_host_numbers(routes.offs if routes.ends is None else routes.ends)
+        kinds = len(ends) // weight.shape[0]
+        return cls(ends, [] if is_whole else ends[kinds - 1 :: kinds])
 
-    @property
-    def is_gathered(self) -> bool:
-        """Whether `part` makes a copy."""
-        return self.token is not None
-
-    @property
-    def size(self) -> int:
-        return len(self.values) if self.token is None else len(self.token)
-
-
-def _on_device(rows: Rows, weight: Tensor | QuantizedStack, offs: Tensor) -> ExpertGroups | None:
-    """All experts as one group, if the grouped product supports it; else None."""
-    given = rows.values if rows.token is None else None
-    if products.are_grouped(weight, rows.size, given):
-        return expert_groups.on_device(offs, rows.size)
-    return None
-
-
-def _updates_of(factors: Factors, experts: int, dtype: torch.dtype) -> Updates | RowUpdates:
-    make = Updates if factors.ends is None else RowUpdates
-    return make(factors, experts, dtype)
+    def groups(self, projection: Projection) -> tuple[Any, list[ExpertGroup]]:
+        """(the module that computes them, the groups)."""
+        weight, routes = projection.weight, projection.routes
+        if not self.bounds:
+            return products, [ExpertGroup(0, len(routes.perm), routes.offs, None)]
+        run = one_pass if one_pass.supports(projection) else products
+        is_alone = run is one_pass and isinstance(weight, QuantizedStack)
+        return run, expert_groups.on_host(self.bounds, weight.device, int(is_alone))
 
 
 def _check_invariant(projection: Projection) -> None:
@@ -96,48 +73,30 @@ def _check_invariant(projection: Projection) -> None:
         )
 
 
-def forward(
-    x: Rows, projection: Projection, offs: Tensor, dropout: Dropout | None = None
-) -> tuple[Tensor, Tensor]:
-    """(y ``[S, out]``, s ``[S, R]``): s is drop(x) A^T in at least float32, empty if no factors."""
-    weight, bias, factors, row_block = projection
-    _check_invariant(projection)
-    taken = _on_device(x, weight, offs)
-    if taken is None:
-        bounds = expert_groups.on_host_numbers(offs)
-        if dropout is None and not row_block:
-            numbers = few_rows.numbers_of(bounds, x.size, weight, factors)
-            if numbers:
-                return few_rows.forward(*x, weight, bias, factors, numbers)
-        taken = expert_groups.on_host(bounds, weight.device)
-    experts, out_features, _ = weight.shape
-    rank = 0 if factors is None else factors.rank(experts)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    y = weight.new_empty(0 if taken.is_whole else x.size, out_features)
-    s = weight.new_empty(x.size, rank, dtype=wide)
-    updates = None if factors is None else _updates_of(factors, experts, weight.dtype)
-    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors)
-    for group in taken.each:
+def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """(y ``[S, out]``, s ``[S, R]``): s is drop(x) A^T in at least float32, empty if no factors.
+
+    Args:
+        x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted.
+    """
+    weight, token = projection.weight, projection.token()
+    plan = _Plan.of(projection, x if token is None else None)
+    found = few_rows.forward(x, projection, plan.ends) if plan.bounds else None
+    if found is not None:
+        return found
+    run, groups = plan.groups(projection)
+    size, wide = len(projection.routes.perm), torch.promote_types(weight.dtype, torch.float32)
+    y = weight.new_empty(size, weight.shape[1]) if plan.bounds else None
+    s = weight.new_empty(size, projection.rank(), dtype=wide)
+    for group, update in Updates(projection, plan.ends).of(groups):
         where = slice(group.begin, group.end)
-        part = x.part(group.begin, group.end)
-        update = None if updates is None else updates.of(group)
-        if is_one_pass:
-            own = one_pass.forward(part, weight, bias, group, update, dropout, row_block, y[where])
+        part, out = part_of(x, token, group), None if y is None else y[where]
+        sums, own = run.forward(part, token is not None, projection, group, update, out)
+        y = sums if y is None else y
+        if own is not None:
             s[where, : own.shape[1]] = own
-            continue
-        sums = products.forward(part, weight, bias, group)
-        if update is not None:
-            if dropout is not None:
-                part = dropout.drop(part, group, in_place=x.is_gathered)
-            sums, own = _ops.lora_grouped_forward(
-                part, None, sums, **update.arguments(), row_block=row_block
-            )
-            s[where, : own.shape[1]] = own
-        if taken.is_whole:
-            y = sums
-        else:
-            y[where] = sums
-    taken.clear_rest(y, s)
+    assert y is not None
+    expert_groups.clear_rest(groups, y, s)
     return y, s
 
 
@@ -155,57 +114,44 @@ class Backward(NamedTuple):
 
 
 def backward(
-    grad: Rows,
-    x: Rows,
+    grad: Tensor,
+    x: Tensor,
     weights: Tensor | None,
     projection: Projection,
     s: Tensor,
-    offs: Tensor,
     want_x: bool,
     want_a: Sequence[bool],
     want_b: Sequence[bool],
-    dropout: Dropout | None = None,
 ) -> Backward:
-    """The gradients of the equations above; weights ``[S]``, sorted, or None for 1."""
-    weight, bias, factors, row_block = projection
-    experts, _, in_features = weight.shape
+    """The gradients of the equations above.
+
+    Args:
+        grad: ``[S, out]``, sorted; with weights ``[T, out]``.
+        x: as of `forward`.
+        weights: ``[S]``, sorted, or None for 1.
+    """
+    weight, bias, token = projection.weight, projection.bias, projection.token()
     weights = None if weights is None else weights.to(s.dtype)
-    taken = _on_device(grad, weight, offs)
-    if taken is None:
-        taken = expert_groups.on_host(expert_groups.on_host_numbers(offs), weight.device)
-    gradients = updates = None
-    if factors is not None:
-        updates = _updates_of(factors, experts, weight.dtype)
-        if factors.ends is None:
-            gradients = Gradients(factors, experts, weight.dtype, want_a, want_b, taken.has_all)
-        else:
-            gradients = RowGradients(factors, experts, want_a, want_b)
-    dx = None
-    if want_x:
-        dx = weight.new_empty(0 if taken.is_whole else len(s), in_features)
+    grad_token = None if weights is None else projection.routes.token
+    plan = _Plan.of(projection, grad if weights is None else None)
+    run, groups = plan.groups(projection)
+    updates = Updates(projection, plan.ends, want_a, want_b)
+    dx = weight.new_empty(len(s), weight.shape[2]) if want_x and plan.bounds else None
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
-    is_one_pass = not taken.is_whole and one_pass.supports(weight, factors)
-    for group in taken.each:
+    for group, update in updates.of(groups):
         where = slice(group.begin, group.end)
-        g = grad.part(group.begin, group.end)
-        part = x.part(group.begin, group.end) if needs_x else None
+        g = part_of(grad, grad_token, group)
+        part = part_of(x, token, group) if needs_x else None
         own_weights = None if weights is None else weights[where]
-        update = None if updates is None else updates.of(group)
-        out = None if dx is None or taken.is_whole else dx[where]
-        operands = Operands(g, part, x.is_gathered, own_weights, s[where], want_x)
-        run = in_one_pass if is_one_pass else in_passes
-        dpart = run(operands, weight, row_block, group, update, gradients, dropout, out)
+        rows = GroupGrad(g, part, token is not None, own_weights, s[where], want_x)
+        dpart = run.backward(rows, projection, group, update, None if dx is None else dx[where])
         if dweights is not None and own_weights is not None:
             assert part is not None and dpart is not None
             dweights[where] = products.dot(part, dpart)
             if bias is not None:
                 dweights[where] += products.dot_bias(g, bias, group)
             dpart *= own_weights[:, None]
-        if taken.is_whole:
-            dx = dpart
-    taken.clear_rest(dx, dweights)
-    if gradients is None:
-        return Backward(dx, dweights, [], [])
-    gradients.finish()
-    return Backward(dx, dweights, gradients.lora_a, gradients.lora_b)
+        dx = dpart if dx is None else dx
+    expert_groups.clear_rest(groups, dx, dweights)
+    return Backward(dx, dweights, updates.dlora_a, updates.dlora_b)

@@ -37,42 +37,36 @@ class Routes(NamedTuple):
     ends: Tensor | None = None
 
 
-def routes_of(top_k_index: Tensor, experts: int) -> Routes:
-    """The routes for expert numbers ``[T, k]``; the slots of one expert keep their order."""
-    ids, perm = torch.sort(_numbers(top_k_index, experts).reshape(-1), stable=True)
-    return Routes(perm, perm // top_k_index.shape[-1], _ends_of(ids, experts))
-
-
-def routes_by_adapter(
-    top_k_index: Tensor, experts: int, adapter_index: Tensor, adapters: int
+def routes_of(
+    top_k_index: Tensor, experts: int, adapter_index: Tensor | None = None, adapters: int = 0
 ) -> Routes:
-    """The routes of rows with adapters of their own; the slots of one expert and adapter keep their
+    """The routes for expert numbers ``[T, k]``; the slots of one expert and adapter keep their
     order.
 
     Args:
-        adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone.
+        adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone. None:
+            all rows have the same adapters.
     """
-    kinds = adapters + 1
-    own = adapter_index.long() + 1
-    own = own.masked_fill((own < 0) | (own >= kinds), 0)[:, None]
-    # Clamped, so that the product cannot overflow: a number that is no expert may be any.
-    ids = _numbers(top_k_index, experts).clamp(max=experts) * kinds + own
+    ids, kinds = _numbers(top_k_index, experts), 1
+    if adapter_index is not None:
+        kinds = adapters + 1
+        own = adapter_index.long() + 1
+        own = own.masked_fill((own < 0) | (own >= kinds), 0)[:, None]
+        # Clamped, so that the product cannot overflow: a number that is no expert may be any.
+        ids = ids.clamp(max=experts) * kinds + own
     ids, perm = torch.sort(ids.reshape(-1), stable=True)
-    ends = _ends_of(ids, experts * kinds)
-    offs = ends.view(experts, kinds)[:, -1].contiguous()
-    return Routes(perm, perm // top_k_index.shape[-1], offs, ends)
+    numbers = torch.arange(experts * kinds, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
+    token = perm // top_k_index.shape[-1]
+    if adapter_index is None:
+        return Routes(perm, token, ends)
+    return Routes(perm, token, ends.view(experts, kinds)[:, -1].contiguous(), ends)
 
 
 def _numbers(top_k_index: Tensor, experts: int) -> Tensor:
     """int64, with E for negative ones, which would be sorted to the first expert."""
     numbers = top_k_index.long()
     return numbers.masked_fill(numbers < 0, experts)
-
-
-def _ends_of(ids: Tensor, count: int) -> Tensor:
-    """int32 ``[count]``: the end of each number in sorted ones."""
-    numbers = torch.arange(count, device=ids.device, dtype=ids.dtype)
-    return torch.searchsorted(ids, numbers, right=True, out_int32=True)
 
 
 def places_of(perm: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..call.decision import Decision
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from ..experts.decorated import (
@@ -93,51 +96,76 @@ class LoRAExperts(LoRAModule):
         return layers[up_name(self)], layers["down_proj"]
 
     def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        up, down = self._pair()
-        if not (_adds(up) or _adds(down) or stacks_of(self)):
+        if not (any(map(_adds, self._pair())) or stacks_of(self)):
             return super()._of_all_rows(args, kwargs)
-        reason = self._obstacle()
-        if not reason and is_transformed():
-            reason = "a transform of torch.func or forward-mode AD is active"
-        found = None if reason else operands(self, self.base_type, args, kwargs)
-        if found is None:
-            self._refuse_dropout(reason or "these arguments are not those of experts")
-            return super()._of_all_rows(args, kwargs)
-        experts = Experts.of(self, self.lora)
-        experts = experts._replace(up=_weight(up, experts.up), down=_weight(down, experts.down))
-        return lora_experts(experts, *found, self._adapters(up), self._adapters(down))
-
-    def _adapters(self, layer: LoRAParameter) -> list[ExpertsAdapter]:
-        names = layer.added_adapters if _adds(layer) else ()
-        return [self._adapter(layer, name) for name in names]
-
-    def _adapter(self, layer: LoRAParameter, name: str) -> ExpertsAdapter:
-        spec = layer.spec_of(name)
-        assert spec is not None
-        p = spec.dropout if self.training else 0.0
-        return ExpertsAdapter(*layer.factors(name), spec.scaling, p)
+        return self._decided().run(args, kwargs)
 
     def _mixed(
         self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        reason = obstacle(self)
+        return self._decided(names, rows).run(args, kwargs)
+
+    def _decided(
+        self, names: Sequence[str] | None = None, rows: RowAdapters | None = None
+    ) -> Decision:
+        """What a forward that adds an update does with its arguments.
+
+        Args:
+            names: the adapters that rows have; None: all rows have the active ones.
+            rows: the block that says which row has which.
+        """
+        reason = self._obstacle() if rows is None else obstacle(self)
         if not reason and is_transformed():
             reason = "a transform of torch.func or forward-mode AD is active"
-        found = None if reason else operands(self, self.base_type, args, kwargs)
-        if found is None:
-            reason = reason or "these arguments are not those of experts"
+        if reason:
+            why = f"{reason}: transformers' forward with W + scaling B A"
+            return Decision(partial(self._by_others, rows, reason), "library", why)
+
+        def run(args: tuple, kwargs: dict[str, Any]) -> Any:
+            found = operands(self, self.base_type, args, kwargs)
+            if found is None:
+                reason = "these arguments are not those of experts"
+                return self._by_others(rows, reason, args, kwargs)
+            experts, layers = Experts.of(self, self.lora), self._pair()
+            if rows is None:
+                up, down = map(_weight, layers, (experts.up, experts.down))
+                experts = experts._replace(up=up, down=down)
+            index = None if rows is None else rows.index_for(found[0], names or ())
+            adapters = (self._adapters(layer, names) for layer in layers)
+            return lora_experts(experts, *found, *adapters, adapter_index=index)
+
+        what = "rows sorted by expert, base and update of each"
+        return Decision(run, "fused", detail=lambda _: ("fused", what + quantised_note(self)))
+
+    def _adapters(
+        self, layer: LoRAParameter, names: Sequence[str] | None
+    ) -> list[ExpertsAdapter | None]:
+        """The adapters that all rows have, or those that rows may have: None for one that the
+        layer lacks."""
+        if names is None:
+            names = layer.added_adapters if _adds(layer) else ()
+        specs = [layer.spec_of(name) if layer.has(name) else None for name in names]
+        return [
+            spec
+            and ExpertsAdapter(
+                *layer.factors(name), spec.scaling, spec.dropout if self.training else 0.0
+            )
+            for name, spec in zip(names, specs, strict=True)
+        ]
+
+    def _by_others(
+        self, rows: RowAdapters | None, reason: str, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A forward that `lora_experts` cannot compute."""
+        if rows is not None:
             self._refuse_rows(f"needs transformers' own forward: {reason}")
-        index = rows.index_for(found[0], names)
-        up, down = (
-            [self._adapter(layer, name) if layer.has(name) else None for name in names]
-            for layer in self._pair()
-        )
-        return lora_experts(Experts.of(self, self.lora), *found, up, down, index)
+        self._refuse_dropout(reason)
+        return super()._of_all_rows(args, kwargs)
 
     def _refuse_dropout(self, reason: str) -> None:
         """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""
-        found = (each.dropout for layer in self._pair() for each in self._adapters(layer))
-        most = max(found, default=0.0)
+        found = [each for layer in self._pair() for each in self._adapters(layer, None)]
+        most = max((each.dropout for each in found if each is not None), default=0.0)
         if most > 0.0:
             raise RuntimeError(
                 f"lora_ext.nn.LoRAExperts: expected experts that lora_ext computes for dropout "
@@ -153,10 +181,7 @@ class LoRAExperts(LoRAModule):
         return obstacle(self)
 
     def adapted_path(self, rows: int | None) -> tuple[str, str]:
-        reason = self._obstacle()
-        if reason:
-            return "library", f"{reason}: transformers' forward with W + scaling B A"
-        return "fused", f"rows sorted by expert, base and update of each{quantised_note(self)}"
+        return self._decided().explained(rows)
 
 
 def _weight(layer: LoRAParameter, own: Tensor | QuantizedStack) -> Tensor | QuantizedStack:

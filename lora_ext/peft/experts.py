@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..call.decision import Decision
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
+from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
 from ..versions import TOO_OLD
@@ -70,41 +72,35 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)
 
 
-def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    """(x, top_k_index, top_k_weights), or None if they need PEFT's own forward."""
-    if is_transformed():
-        return None
-    return decorated.operands(chain.base, type(chain.base), args, kwargs)
-
-
-def forward(chain: Chain, operands: tuple) -> Tensor:
-    """``[T, H]`` of the experts with their adapters."""
-    p = chain.dropout
-    up, down = (
-        [] if target is None else [_adapter(target, name, p) for name in target.adapters]
-        for target in _pair(chain)
-    )
-    x, index, weights = operands
-    return lora_experts(Experts.of(chain.base), x, index, weights, up, down)
-
-
-def forward_by_row(
-    chain: Chain, operands: tuple, names: Sequence[str], adapter_index: Tensor
-) -> Tensor:
-    """``[T, H]`` of the experts, with the adapter of each token.
+def decided(
+    chain: Chain,
+    theirs: Callable[..., Any],
+    path: str,
+    note: str,
+    names: Sequence[str] | None = None,
+    rows: RowAdapters | None = None,
+) -> Decision:
+    """What a forward does whose experts are computed here.
 
     Args:
-        names: the adapters that adapter_index ``[T]`` refers to.
+        theirs: what is called with arguments that `lora_experts` does not support.
+        note: what is said before the updates.
+        names: the adapters that rows have; None: they all have the chain's.
+        rows: the block that says which row has which.
     """
-    p = chain.dropout
-    up, down = (
-        []
-        if target is None
-        else [_adapter(target, name, p) if name in target.adapters else None for name in names]
-        for target in _pair(chain)
-    )
-    x, index, weights = operands
-    return lora_experts(Experts.of(chain.base), x, index, weights, up, down, adapter_index)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        operands = None
+        if not is_transformed():
+            operands = decorated.operands(chain.base, type(chain.base), args, kwargs)
+        if operands is None:
+            return theirs(*args, **kwargs)
+        index = None if rows is None else rows.index_for(operands[0], names or ())
+        p = chain.dropout  # read once, so that it is one number for a compiler
+        up, down = (_adapters(target, names, p) for target in _pair(chain))
+        return lora_experts(Experts.of(chain.base), *operands, up, down, index)
+
+    return Decision(run, path, detail=lambda _: (path, f"{note}{rows_of_experts(chain)}"))
 
 
 def _pair(chain: Chain) -> tuple[Target | None, Target | None]:
@@ -114,10 +110,22 @@ def _pair(chain: Chain) -> tuple[Target | None, Target | None]:
     return next(iter(found.values()), None), down
 
 
-def _adapter(target: Target, name: str, p: float) -> ExpertsAdapter:
-    wrapper = target.wrapper
-    lora_a, lora_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    return ExpertsAdapter(lora_a, lora_b, wrapper.scaling[name], p)
+def _adapters(
+    target: Target | None, names: Sequence[str] | None, p: float
+) -> list[ExpertsAdapter | None]:
+    """The adapters that all rows have, or those that rows may have: None for one that the target
+    lacks."""
+    if target is None:
+        return []
+    wrapper, _, here = target
+    return [
+        ExpertsAdapter(
+            wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name], p
+        )
+        if name in here
+        else None
+        for name in (here if names is None else names)
+    ]
 
 
 def rows_of_experts(chain: Chain) -> str:

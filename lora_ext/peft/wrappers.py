@@ -22,46 +22,46 @@ from .reasons import ADDED, BASE, FUSED, PEFT
 
 
 def decide(layer: Any, call: Call) -> Decision:
-    """The decision of the outermost wrapper; with x None, for arguments that suit the module."""
-    given, rows, args, kwargs = call
-    is_mixed = rows is not None
+    """The decision of the outermost wrapper, for arguments that suit the module: others are checked
+    as it runs."""
+    rows, args, kwargs = call[1:]
     chain = chain_of(layer, rows)
-    here = dict.fromkeys(name for target in chain.targets for name in target.adapters)
-    names = list(here) if rows is None else [name for name in rows.names if name in here]
     state = chain_state(chain)
-    operands: Any = ()
     kind: Any = matrices if state is None and matrices.are_all(chain) else experts
     merged = [wrapper.merged_adapters for wrapper, _, _ in chain.targets if wrapper.merged_adapters]
-    if is_mixed and merged:
+    if rows is not None and merged:
         state = PEFT, f"{merged[0]} are merged into the weight; call unmerge_adapter first"
-    if state is None:
-        reason = kind.reason(chain, by_row=is_mixed)
-        if not reason and given is not None:
-            operands = kind.operands(chain, (given, *args), kwargs)
-            if operands is None or (is_mixed and kind is matrices and not kind.has_rows(operands)):
-                reason = "these arguments, or a transform of torch.func, are not supported"
-        if reason:
-            state = (PEFT, reason) if has_updates(chain) else base_state(chain)
+    reason = "" if state is not None else kind.reason(chain, by_row=rows is not None)
+    if reason:
+        state = (PEFT, reason) if has_updates(chain) else base_state(chain)
     if state is not None:
         return _of_others(layer, chain, call, *state)
-    path, note = FUSED if kind is experts else ADDED, of_rows(names) if is_mixed else ""
+    reason = "these arguments, or a transform of torch.func, are not supported"
+    others = _of_others(layer, chain, call, PEFT if has_updates(chain) else BASE, reason)
+    path, names, note = FUSED if kind is experts else ADDED, [], ""
     if not has_updates(chain):  # quantised
-        path, note = (BASE, NONE_OF_ROWS) if is_mixed else base_state(chain)
+        path, note = base_state(chain) if rows is None else (BASE, NONE_OF_ROWS)
         rows = None
+    elif rows is not None:
+        here = {name for target in chain.targets for name in target.adapters}
+        names = [name for name in rows.names if name in here]
+        note = of_rows(names)
+    note = note and f"{note}: "
+    if kind is experts:
+        given = None if rows is None else names
+        found = experts.decided(chain, lambda x, *_, **__: others.run(x), path, note, given, rows)
+        return found._replace(run=lambda x: found.run(x, *args, **kwargs))
 
     def run(x: Any) -> Any:
+        operands = matrices.operands(chain, (x, *args), kwargs)
+        if operands is None or (rows is not None and not matrices.has_rows(operands)):
+            return others.run(x)
         if rows is None:
-            return kind.forward(chain, operands)
-        if kind is matrices:
-            return _by_adapter(chain, names, x, rows)
-        return experts.forward_by_row(chain, operands, names, rows.index_for(operands[0], names))
+            return matrices.forward(chain, operands)
+        return _by_adapter(chain, names, x, rows)
 
-    def detail(_: Any) -> tuple[str, str]:
-        what = f"{matrices.SUM}{', for the rows of each' * is_mixed}"
-        what = experts.rows_of_experts(chain) if kind is experts else what
-        return path, f"{note}: {what}" if note else what
-
-    return Decision(run, path, note, detail)
+    each = "" if rows is None else ", for the rows of each"
+    return Decision(run, path, f"{note}{matrices.SUM}{each}")
 
 
 def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> Decision:

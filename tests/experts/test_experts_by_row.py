@@ -16,12 +16,12 @@ from lora_ext.experts import (
     Experts,
     ExpertsAdapter,
     expert_groups,
+    factors,
     few_rows,
     lora_experts,
     routing,
-    row_factors,
 )
-from lora_ext.experts.factors import Factors
+from lora_ext.experts.operands import Projection
 
 RANKS, SCALINGS = (3, 1, 2, 2), (0.5, -2.0, 1.5, 1.0)
 UP, DOWN = (0, 1, 3), (0, 2, 3)  # the adapters of each projection; 3 has no rows
@@ -151,7 +151,7 @@ def layer_of(
 def group_rows(request, monkeypatch):
     """Rows at which a group of experts ends; with few, few experts whose B is copied together."""
     monkeypatch.setattr(expert_groups, "_ROWS", request.param)
-    monkeypatch.setattr(row_factors, "_BLOCK", 2 if request.param == 8 else 32)
+    monkeypatch.setattr(factors, "_BLOCK", 2 if request.param == 8 else 32)
     monkeypatch.setattr(routing, "_CPU_BLOCK", 100 if request.param == 8 else 1 << 18)
 
 
@@ -326,7 +326,7 @@ def test_a_scaling_in_a_tensor(pair, dropout):
 def test_a_group_across_the_end_of_a_block_of_experts(monkeypatch):
     """Of which B is copied together: the groups are experts 0; 1 and 2; 3; blocks have two."""
     monkeypatch.setattr(expert_groups, "_ROWS", 8)
-    monkeypatch.setattr(row_factors, "_BLOCK", 2)
+    monkeypatch.setattr(factors, "_BLOCK", 2)
     layer = layer_of(tokens=11)
     x, _, weights = layer.operands
     layer = layer._replace(operands=(x, torch.tensor([[0, 2]] * 8 + [[1, 3]] * 3), weights))
@@ -376,8 +376,13 @@ def test_few_rows(pair):
     numbers, adapters = [1, 2, 2, 5, 5, 5, 5], [0, -1, 1, -1, 0, 0, 2]
     keys = torch.tensor([4 * e + a + 1 for e, a in zip(numbers, adapters, strict=True)])
     ends = torch.searchsorted(keys, torch.arange(4 * EXPERTS), right=True).int()
-    factors = Factors(lora_a, lora_b, scalings, ends)
-    y, s = few_rows.forward(x, None, weight, bias, factors, numbers)
+    order = torch.arange(7)
+    routes = routing.Routes(order, order, ends.view(EXPERTS, 4)[:, -1], ends)
+    found = few_rows.forward(
+        x, Projection(weight, bias, routes, lora_a, lora_b, scalings), ends.tolist()
+    )
+    assert found is not None
+    y, s = found
     assert s.shape == (7, 3)
     half = torch.finfo(pair[0]).eps / 2
     for m, (e, a) in enumerate(zip(numbers, adapters, strict=True)):

@@ -28,6 +28,8 @@ from torch import nn
 
 import lora_ext
 from lora_ext.experts import Experts, few_rows, lora_experts
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.routing import Routes
 from lora_ext.quantized import workspace
 from lora_ext.quantized.four_bit_stack import FourBitStack, four_bit_stack
 from lora_ext.quantized.stacks import stack_of
@@ -155,7 +157,9 @@ def test_matrices_of_more_than_one_strip(nested, threads, request):
     packed, state = quantised(torch.randn(3, 192, 128).to(BF16), "nf4", nested)
     x = torch.randn(1, 128).to(BF16)
     weights = four_bit_stack(packed, state), values_of(packed, state)
-    found, wanted = (few_rows.forward(x, None, each, None, None, [1])[0] for each in weights)
+    order, ends = torch.arange(1), [0, 1, 1]
+    calls = [Projection(w, None, Routes(order, order, torch.tensor(ends))) for w in weights]
+    (found, _), (wanted, _) = (few_rows.forward(x, call, ends) for call in calls)
     assert torch.equal(found, wanted)
 
 

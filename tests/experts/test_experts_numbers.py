@@ -18,8 +18,9 @@ from lora_ext.experts import (
     lora_experts,
     routing,
 )
-from lora_ext.experts.factors import Factors
-from lora_ext.experts.projection import Projection, Rows, backward
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.projection import backward
+from lora_ext.experts.routing import Routes
 
 ROUNDED = "float32 gate"  # by the gate itself
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
@@ -141,17 +142,18 @@ def test_few_rows(pair, out_features, is_transposed, threads, deterministic, mon
     ranks = (3, 2)
     lora_a = [torch.randn(EXPERTS * r, 40).to(pair[1]) for r in ranks]
     lora_b = [torch.randn(out_features, r * EXPERTS).to(pair[1]) for r in ranks]
-    factors = Factors(lora_a, lora_b, (0.5, -2.0))
     bounds, token = [0, 1, 3, 3, 3, 8], torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
-    numbers = few_rows.numbers_of(bounds, 8, weight, factors)
-    assert numbers == [1, 2, 2, 5, 5, 5, 5, 5]
-    y, s = few_rows.forward(x, token, weight, bias, factors, numbers)
+    routes, scalings = Routes(token, token, torch.tensor(bounds)), (0.5, -2.0)
+    call = Projection(weight, bias, routes, lora_a, lora_b, scalings, is_first=True)
+    numbers, found = [1, 2, 2, 5, 5, 5, 5, 5], few_rows.forward(x, call, bounds)
+    assert found is not None
+    y, s = found
     rows = x[token].double()
     low_rank = [
         torch.einsum("mk,mrk->mr", rows, a.double().view(EXPERTS, -1, 40)[numbers]) for a in lora_a
     ]
     exact = torch.einsum("mk,mok->mo", rows, weight[numbers].double()) + bias[numbers]
-    for part, b, scaling in zip(low_rank, lora_b, factors.scalings, strict=True):
+    for part, b, scaling in zip(low_rank, lora_b, scalings, strict=True):
         of_expert = b.double().view(out_features, -1, EXPERTS).permute(2, 0, 1)[numbers]
         exact += scaling * torch.einsum("mr,mor->mo", part, of_expert)
     torch.testing.assert_close(s.double(), torch.cat(low_rank, 1), rtol=1e-5, atol=1e-4)
@@ -188,12 +190,12 @@ def test_gradients_of_float32_factors_round_nothing_to_half(is_by_row, want_x, p
     s = torch.cat(parts, 1)
     if is_by_row:
         s = torch.where(own[1][:, None], nn.functional.pad(parts[1], (0, 1)), parts[0])
-    factors = Factors(lora_a, lora_b, scalings, ends)
-    offs = torch.arange(40, 241, 40, dtype=torch.int32)
+    order, offs = torch.arange(240), torch.arange(40, 241, 40, dtype=torch.int32)
+    # grad is of tokens, one for each row
+    call = Projection(weight, None, Routes(order, order, offs, ends), lora_a, lora_b, scalings)
     _C.set_cpu_panels(panels)
     try:
-        call = Rows(g), Rows(x), w, Projection(weight, None, factors), s.float(), offs, want_x
-        found = backward(*call, [True] * 2, [True] * 2)
+        found = backward(g, x, w, call, s.float(), want_x, [True] * 2, [True] * 2)
     finally:
         _C.set_cpu_panels("auto")
     names = [f"{name}{i}" for name in "AB" for i in range(2)]
@@ -203,12 +205,18 @@ def test_gradients_of_float32_factors_round_nothing_to_half(is_by_row, want_x, p
 
 def test_rows_that_the_op_does_not_take():
     weight, bounds = torch.randn(EXPERTS, 24, 40).to(BF16), [0, 1, 1, 1, 1, 3]
-    assert few_rows.numbers_of(bounds, 3, weight, None) == [1, 5, 5]
-    assert few_rows.numbers_of([0, 1, 1, 1, 1, 6], 6, weight, None) == []
-    assert few_rows.numbers_of(bounds, 4, weight, None) == []  # one has no expert
-    assert few_rows.numbers_of(bounds, 3, weight.float(), None) == []
-    wide = Factors([torch.ones(EXPERTS, 40, dtype=F64)], [torch.ones(24, EXPERTS)], (1.0,))
-    assert few_rows.numbers_of(bounds, 3, weight, wide) == []
+
+    def takes(bounds: list[int], rows: int, weight: Tensor, *factors) -> bool:
+        order = torch.arange(rows)
+        call = Projection(weight, None, Routes(order, order, torch.tensor(bounds)), *factors)
+        return few_rows.forward(torch.ones(rows, 40, dtype=weight.dtype), call, bounds) is not None
+
+    assert takes(bounds, 3, weight)
+    assert not takes([0, 1, 1, 1, 1, 6], 6, weight)
+    assert not takes(bounds, 4, weight)  # one has no expert
+    assert not takes(bounds, 3, weight.float())
+    wide = [torch.ones(EXPERTS, 40, dtype=F64)], [torch.ones(24, EXPERTS)], (1.0,)
+    assert not takes(bounds, 3, weight, *wide)
 
 
 OPS = torch.ops.lora_ext

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_ext
 from lora_ext import LoRAConfig, reference
 from lora_ext.experts import ops, projection
-from lora_ext.experts.factors import Factors
-from lora_ext.experts.projection import Projection, Rows
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.routing import Routes
 
 ROWS, IN, OUT = 20, 32, 48
 FROZEN = 2 * ROWS * IN * OUT
@@ -113,14 +113,15 @@ def test_experts(by_row):
     b = [torch.randn(OUT, experts * r) for r in ranks]
     ends = [1, 2, 3, 3, 3, 3, 5, 5, 10, 10, 13, 17]  # of the base alone, and of two adapters
     ends = torch.tensor(ends, dtype=torch.int32) if by_row else None
-    each = Projection(weight, None, Factors(a, b, (0.5, 0.5), ends))
     offs = torch.tensor([3, 3, 10, 17], dtype=torch.int32)  # three rows are no expert's
-    x, grad = Rows(torch.randn(ROWS, IN)), Rows(torch.randn(ROWS, OUT))
-    _, s = projection.forward(x, each, offs)
-    eager = count(lambda: projection.forward(x, each, offs))
-    assert eager == count(lambda: ops.forward(x, each, offs))
+    order = torch.arange(ROWS)
+    each = Projection(weight, None, Routes(order, order, offs, ends), a, b, [0.5, 0.5])
+    x, grad = torch.randn(ROWS, IN), torch.randn(ROWS, OUT)
+    _, s = projection.forward(x, each)
+    eager = count(lambda: projection.forward(x, each))
+    assert eager == count(lambda: ops.forward(x, each))
     ranks = 4 * 2 + 10 * 3 if by_row else 17 * 5  # summed over rows
     assert eager == 2 * (17 * IN * OUT + ranks * (IN + OUT))
-    wants = (None, each, s, offs, True, (True, True), (True, True))
+    wants = (None, each, s, True, (True, True), (True, True))
     eager = count(lambda: projection.backward(grad, x, *wants))
     assert eager == count(lambda: ops.backward(grad, x, *wants))
