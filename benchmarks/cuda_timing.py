@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_ext.autotune.clock import evicting
+from lora_ext.measure import evicting
 
 from .timing import Function, Sample
 

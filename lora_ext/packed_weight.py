@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet, ref
@@ -11,6 +10,8 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .measure import Measured, near
 
 # Number of rows for which oneDNN chooses the layout; its blocked layouts suit all batch sizes.
 _LAYOUT_ROWS = 512
@@ -23,8 +24,6 @@ _CHANGED = "the weight was written to, replaced, moved or cast since it was pack
 # A pack is used if its product takes at most this fraction of the plain product's time.
 MOST_TIME = 0.95
 
-Measured = tuple[tuple[int, float], ...]
-
 
 class Wins(NamedTuple):
     """Measured time of the packed product over that of the plain one: (rows of x, ratio) in each
@@ -36,13 +35,6 @@ class Wins(NamedTuple):
 
     forward: Measured = ()
     backward: Measured = ()
-
-
-def near(rows: int, measured: Measured) -> float:
-    """The ratio at the nearest number of rows; infinite if nothing was measured."""
-    if not measured or rows < 1:
-        return math.inf
-    return min(measured, key=lambda each: abs(math.log(each[0] / rows)))[1]
 
 
 class PackedWeight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import clock
+from ..measure import fastest, interleaved_us
 from .cache_file import Entry
 from .planner_cache import load_cached
 from .shape import Shape
@@ -20,13 +20,11 @@ from .shape import Shape
 LIBRARY = "library"
 _DROPOUT = 0.05
 _SCALING = 2.0
-# A route is preferred to the library if it is faster by this margin in three rounds of four.
-_LEAST_GAIN = 0.01
+# A route is preferred to the library if it takes at most this part of its time.
+_MOST_TIME = 0.99
 
 _forward = torch.ops.lora_ext.lora_forward.default
 _backward = torch.ops.lora_ext.lora_backward.default
-
-Times = dict[str, list[float]]  # candidate -> microseconds of each round
 
 
 @dataclass(frozen=True)
@@ -146,55 +144,34 @@ def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
     return same and candidate.tile in ("", plan.tile) and explained.check == "passed"
 
 
-def _times_of(
-    trial: Trial, card: _C.Card, backward: bool, candidates: Sequence[Candidate]
-) -> Times:
-    """Microseconds of each candidate that runs here, once in each round, in a new order."""
-
-    def call() -> object:
-        return trial.run(backward)
-
-    timed: dict[str, Candidate] = {}
-    for candidate in candidates:
-        _request(card, trial.shape, backward, candidate)
-        for _ in range(clock.WARM_UP):
-            call()
-        if _runs_as_asked(trial.explained(backward), candidate):
-            timed[candidate.name] = candidate
-    return clock.interleaved_us(
-        dict.fromkeys(timed, call),
-        trial.device,
-        lambda name: _request(card, trial.shape, backward, timed[name]),
-        capture=True,
-    )
-
-
-def _fastest(times: Times) -> str:
-    """The library, unless another is faster by a margin in three rounds of four."""
-    best = min(times, key=lambda name: statistics.median(times[name]))
-    ratios = sorted(a / b for a, b in zip(times[best], times[LIBRARY], strict=True))
-    clearly = ratios[(3 * len(ratios)) // 4] <= 1.0 - _LEAST_GAIN
-    return best if clearly else LIBRARY
-
-
-def _entry(shape: Shape, backward: bool, candidates: Sequence[Candidate], times: Times) -> Entry:
-    fastest = next(c for c in candidates if c.name == _fastest(times))
-    us = {name: _summary(sorted(values)) for name, values in times.items()}
-    return Entry(shape, backward, fastest.route, fastest.tile, us)
-
-
-def _summary(ordered: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    p25, p75 = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
-    return round(statistics.median(ordered), 3), round(p25, 3), round(p75, 3)
-
-
 def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
     """Times every route of one direction, in a new order in each round.
 
     The library wins unless another is faster by 1 % in three rounds of four. Kernels that fail
     their check are not timed. Call it under `route_by_planner`.
     """
-    candidates = candidates_for(card, trial.shape, backward)
-    times = _times_of(trial, card, backward, candidates)
-    return _entry(trial.shape, backward, candidates, times)
+
+    def call() -> object:
+        return trial.run(backward)
+
+    timed: dict[str, Candidate] = {}
+    for candidate in candidates_for(card, trial.shape, backward):
+        _request(card, trial.shape, backward, candidate)
+        call()
+        if _runs_as_asked(trial.explained(backward), candidate):
+            timed[candidate.name] = candidate
+    times = interleaved_us(
+        dict.fromkeys(timed, call),
+        trial.device,
+        lambda name: _request(card, trial.shape, backward, timed[name]),
+        capture=True,
+    )
+    best = timed[fastest(times, LIBRARY, _MOST_TIME)[0]]
+    us = {name: _summary(sorted(values)) for name, values in times.items()}
+    return Entry(trial.shape, backward, best.route, best.tile, us)
+
+
+def _summary(ordered: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    p25, p75 = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
+    return round(statistics.median(ordered), 3), round(p25, 3), round(p75, 3)

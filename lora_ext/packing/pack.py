@@ -3,11 +3,9 @@ the weights where that is faster still."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from .. import _C
 from ..packed_weight import MOST_TIME, PackedWeight, Wins, prepack
 from .layers import Kind, Weight, packable_layers, weights_of
 from .report import Packed, Packing, Panels
-from .trial import panels_of, ratio_of, wrong_products
+from .trial import Found, Trial
 
 # A trial alternates between weights of this many bytes, if the model has them: more than a core's
 # share of the last-level cache.
@@ -31,17 +29,10 @@ DECODE_AND_TRAINING = (1, 16, 2048)
 def default_budget() -> int:
     """A quarter of the memory that is available now: packed copies of frozen float32 weights, for
     both directions, take twice the size of the weights."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 // 4
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
-    except (AttributeError, ValueError, OSError):
-        return 2**30
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024 // 4
+    return 2**30
 
 
 def pack_weights(
@@ -81,16 +72,33 @@ def pack_weights(
         groups.setdefault(weight.kind, []).append(weight)
     if training is None:
         training = any(parameter.requires_grad for parameter in model.parameters())
-    directions = (False, True) if training else (False,)
-    found, panels = [], []
+    measured = []
     for kind, group in groups.items():
-        for backward in directions:
+        for backward in (False, True)[: 1 + training]:
             say(f"times {kind}, {'backward' if backward else 'forward'}")
-            own, timed = _measured(kind, group, counts, backward)
-            panels.append(own)
-            found.append((kind, backward, timed))
-    packing = _packed(found, groups, budget, tuple(reasons))
-    return replace(packing, panels=tuple(panels))
+            measured.append(_measured(kind, group, counts, backward))
+    left, wins, kinds = budget, {}, []
+    # First what saves the most time for each byte.
+    for each in sorted(measured, key=lambda each: each.saved, reverse=True):
+        kind, backward, nbytes = each.kind, each.backward, each.group[0].nbytes
+        ratios = tuple((one.rows, one.ratio) for one in each.found)
+        packed = each.group[: left // nbytes] if each.saved > 0 else []
+        left -= nbytes * len(packed)
+        for weight in packed:
+            wins.setdefault(id(weight), (weight, [(), ()]))[1][backward] = ratios
+        done = len(packed), len(each.group), nbytes * len(packed)
+        kinds.append(Packed(kind, backward, ratios, *done))
+    for weight, won in wins.values():
+        pack = _pack(weight, *map(bool, won)).of_layer()
+        pack.wins = Wins(*won)
+        for layer in weight.layers:
+            layer.packed = pack
+    kinds.sort(key=lambda each: (each.kind[:2], each.backward))
+    panels = [
+        Panels(each.kind, each.backward, tuple(one[:3] for one in each.found), each.wrong)
+        for each in measured
+    ]
+    return Packing(tuple(kinds), budget, tuple(reasons), tuple(panels))
 
 
 def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
@@ -128,31 +136,37 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(pack.nbytes for pack in packs.values())
 
 
-Timed = tuple[tuple[int, float, float], ...]  # rows, microseconds of the plain product, ratio
+class _Measured(NamedTuple):
+    """What is fastest for the weights of a kind, at each number of rows; and what is wrong."""
+
+    kind: Kind
+    backward: bool
+    group: list[Weight]
+    found: list[Found]
+    wrong: tuple[str, ...]
+
+    @property
+    def saved(self) -> float:
+        """Microseconds of a row that packs save, for each byte."""
+        shares = [e.us * (1 - e.ratio) / e.rows for e in self.found if e.ratio <= MOST_TIME]
+        return sum(shares) / self.group[0].nbytes
 
 
-def _measured(
-    kind: Kind, group: list[Weight], counts: list[int], backward: bool
-) -> tuple[Panels, Timed]:
-    """The panels that are fastest, which calls take from now on; and the packs beside them."""
-    bytes_of_one = max(1, group[0].nbytes)
-    count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // bytes_of_one))
+def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool) -> _Measured:
+    """Sets the panels that are fastest, which calls take from now on."""
+    count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // group[0].nbytes))
     packs = [_pack(weight, not backward, backward) for weight in group[:count]]
     bias = group[0].bias
     bias = None if bias is None else bias.detach().to(kind.dtype)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         keep_panels(kind, backward, [])
-        differ = [wrong_products(packs, bias, kind, rows, backward) for rows in counts]
-        wrong = tuple(dict.fromkeys(name for names in differ for name in names))
-        panels = tuple((rows, *panels_of(packs, kind, rows, backward, wrong)) for rows in counts)
-        # Otherwise the rule is the fastest.
-        if wrong or any(ratio < 1.0 for _, _, ratio in panels):
-            keep_panels(kind, backward, [(rows, panel) for rows, panel, _ in panels])
-        if "pack" in wrong:
-            timed = tuple((rows, 0.0, math.inf) for rows in counts)
-        else:
-            timed = tuple((rows, *ratio_of(packs, bias, kind, rows, backward)) for rows in counts)
-    return Panels(kind, backward, panels, wrong), timed
+        trials = [Trial(packs, bias, kind, rows, backward) for rows in counts]
+        wrong = tuple(dict.fromkeys(name for trial in trials for name in trial.wrong()))
+        found = [trial.found(wrong) for trial in trials]
+    # Otherwise the rule is the fastest.
+    if wrong or any(each.gain < 1.0 for each in found):
+        keep_panels(kind, backward, [each[:2] for each in found])
+    return _Measured(kind, backward, group, found, wrong)
 
 
 def keep_panels(
@@ -169,41 +183,3 @@ def _pack(weight: Weight, forward: bool, backward: bool) -> PackedWeight:
     return prepack(
         weight.parameter, forward=forward, backward=backward, transposed=weight.kind.transposed
     )
-
-
-def _packed(
-    found: list[tuple[Kind, bool, Timed]],
-    groups: dict[Kind, list[Weight]],
-    budget: int,
-    reasons: tuple[str, ...],
-) -> Packing:
-    """Packs within the budget, first the weights that save the most time for each byte."""
-
-    def saved(entry: tuple[Kind, bool, Timed]) -> float:
-        kind, _, timed = entry
-        shares = [us * (1 - ratio) / rows for rows, us, ratio in timed if ratio <= MOST_TIME]
-        return sum(shares) / max(1, groups[kind][0].nbytes)
-
-    asked: dict[int, tuple[Weight, list[Any]]] = {}
-    kinds = []
-    for entry in sorted(found, key=saved, reverse=True):
-        kind, backward, timed = entry
-        ratios = tuple((rows, ratio) for rows, _, ratio in timed)
-        done = nbytes = 0
-        if saved(entry) > 0:
-            for weight in groups[kind]:
-                if weight.nbytes > budget:
-                    break
-                budget -= weight.nbytes
-                nbytes += weight.nbytes
-                done += 1
-                wins = asked.setdefault(id(weight), (weight, [(), ()]))[1]
-                wins[backward] = ratios
-        kinds.append(Packed(kind, backward, ratios, done, len(groups[kind]), nbytes))
-    for weight, (forward, backward) in asked.values():
-        pack = _pack(weight, bool(forward), bool(backward)).of_layer()
-        pack.wins = Wins(forward, backward)
-        for layer in weight.layers:
-            layer.packed = pack
-    total = budget + sum(kind.nbytes for kind in kinds)
-    return Packing(tuple(sorted(kinds, key=lambda k: (k.kind[:2], k.backward))), total, reasons)

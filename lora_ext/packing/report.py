@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..packed_weight import Measured
+from ..measure import Measured
 from .layers import Kind
 
 

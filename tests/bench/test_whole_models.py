@@ -105,8 +105,10 @@ def test_a_mixed_batch_is_measured_by_every_variant(monkeypatch):
 @pytest.fixture
 def always_packs(monkeypatch):
     """Trials that a pack wins, so that nothing depends on times."""
-    monkeypatch.setattr("lora_ext.packing.pack.ratio_of", lambda *_: (100.0, 0.5))
-    monkeypatch.setattr("lora_ext.packing.pack.panels_of", lambda *_: (None, 1.0))
+    monkeypatch.setattr(
+        "lora_ext.packing.trial.Trial.times",
+        lambda trial, wrong: {trial.ruled(wrong): [100.0], "pack": [50.0]},
+    )
 
 
 @pytest.mark.slow

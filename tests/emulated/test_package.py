@@ -200,7 +200,8 @@ call()
 
 # The clock gives the route that runs as many microseconds as it is told.
 WARM_UP = """
-from lora_ext.autotune import Shape, clock, trial
+from lora_ext import measure
+from lora_ext.autotune import Shape, trial
 shape = Shape(70, 96, 136, 16, True, True)
 told = {"kernel 128 x 128": 10.0, "hybrid": 20.0}
 asked, request = [], trial._request
@@ -216,7 +217,7 @@ def timer(device):
         return lambda: us
     return times
 
-trial._request, clock.timer = recorded, timer
+trial._request, measure.timer = recorded, timer
 """
 
 

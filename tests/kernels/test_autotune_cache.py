@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_ext
-from lora_ext import _C, autotune
+from lora_ext import _C, autotune, measure
 from lora_ext.autotune import planner_cache, trial
 
 CARD = "A card of the tests"
@@ -335,7 +335,7 @@ def test_beside_a_pinned_file_the_cache_does_not_count(tmp_path):
 )
 def test_the_library_stays_unless_another_is_clearly_faster(kernel, fastest):
     times = {"library": [10.0] * 4, "kernel 128 x 64": [float(t) for t in kernel]}
-    assert trial._fastest(times) == fastest
+    assert measure.fastest(times, "library", trial._MOST_TIME)[0] == fastest
 
 
 @pytest.mark.parametrize(("card", "forward", "masked"), [("A100", 2, 2), ("H100", 4, 5)])

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_ext.autotune import clock
+from lora_ext import measure
 
 DEVICE = torch.device("cuda", 1)
 L2 = 50 << 20
 
 
 class Notes(list):
-    """What happened, in order; and torch as `clock` uses it, on the CPU."""
+    """What happened, in order; and torch as `measure` uses it, on the CPU."""
 
     def __init__(self, refused=()):
         super().__init__()
@@ -65,14 +65,16 @@ class Notes(list):
         )
 
     def time(self, monkeypatch, **words):
-        monkeypatch.setattr(clock, "torch", self.torch)
+        monkeypatch.setattr(measure, "torch", self.torch)
         calls = {name: lambda name=name: self.append(name) for name in ("a", "b")}
-        us = clock.interleaved_us(
+        us = measure.interleaved_us(
             calls, DEVICE, lambda name: self.append(f"prepare {name}"), **words
         )
         assert us == {"a": [2.0] * 25, "b": [2.0] * 25}
         assert self[0] == "on cuda:1" and self[-1] == "synchronised"
-        return self[1:-1]
+        warmed_up = ["prepare a", "a", "a", "a", "prepare b", "b", "b", "b"]
+        assert self[1:9] == warmed_up
+        return self[9:-1]
 
 
 def test_a_call_is_timed_behind_a_read_of_more_than_l2_which_writes_nothing(monkeypatch):

@@ -3,18 +3,19 @@
 import pytest
 
 from lora_ext.packing import pack
+from lora_ext.packing.trial import Trial
 
 
 @pytest.fixture
 def ratios(monkeypatch):
     """{(backward, rows): ratio} that trials find; 0.5 where nothing is said."""
     found = {}
-    monkeypatch.setattr(
-        pack,
-        "ratio_of",
-        lambda packs, bias, kind, rows, backward: (100.0, found.get((backward, rows), 0.5)),
-    )
-    monkeypatch.setattr(pack, "panels_of", lambda *operands: (None, 1.0))
+
+    def times(trial, wrong):
+        ratio = found.get((trial.backward, trial.rows), 0.5)
+        return {trial.ruled(wrong): [100.0], "pack": [100.0 * ratio]}
+
+    monkeypatch.setattr(Trial, "times", times)
     return found
 
 

@@ -8,23 +8,24 @@ from helpers import BF16, F16, F32, F64, max_error
 from pack_helpers import packable
 
 import lora_ext
-from lora_ext import _C
+from lora_ext import _C, measure
 from lora_ext.nn import LoRALinear
 from lora_ext.packing import pack, pack_weights, trial
-from lora_ext.packing.trial import panels_of
+from lora_ext.packing.trial import Trial
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_call_takes_the_panels_that_were_measured(transposed, ratios, monkeypatch, request):
+def test_a_call_takes_the_panels_that_were_measured(transposed, monkeypatch, request):
     """Panels of floats are slower than torch at few rows, or everywhere: by the rule none are taken
     for 4 rows."""
     if F32 not in _C.cpu_panel_candidates(F32):
         pytest.skip("no panels of floats here")
-    ratios |= {(backward, rows): 1.0 for backward in (False, True) for rows in (4, 64)}
-    found = {4: F32, 64: None}
-    monkeypatch.setattr(pack, "panels_of", lambda packs, kind, rows, *_: (found[rows], 0.5))
+    found, us = {4: "float32", 64: "none"}, {"none": 100.0, "float32": 100.0, "pack": 60.0}
+    monkeypatch.setattr(Trial, "times", lambda trial, _: {
+        name: [time * (0.5 if name == found[trial.rows] else 1.0)] for name, time in us.items()
+    })  # fmt: skip
     # Deep enough that the bits of panels and of torch's products differ.
     model = LoRALinear(1000, 1040, r=4, fan_in_fan_out=transposed)
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
@@ -139,8 +140,8 @@ def test_no_processor_is_offered_panels_that_fail_on_it():
 @pytest.fixture
 def quick(monkeypatch):
     """Trials of two rounds, each of one call."""
-    monkeypatch.setattr(trial, "_SECONDS_OF_ROUND", 0.0)
-    monkeypatch.setattr(trial, "_ROUNDS", 2)
+    monkeypatch.setattr(measure, "_SECONDS_OF_ROUND", 0.0)
+    monkeypatch.setattr(measure, "_ROUNDS_ON_HOST", 2)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -160,7 +161,7 @@ def test_what_is_offered_is_right_at_odd_sizes(dtype, shape, quick):
         for rows in (1, 9):
             x, grad = torch.randn(rows, within).to(dtype), torch.randn(rows, out).to(dtype)
             for p, q, backward in ((x, weights.t(), False), (grad, weights, True)):
-                assert not trial.wrong_products(packs, None, kind, rows, backward)
+                assert not Trial(packs, None, kind, rows, backward).wrong()
                 for panels in (None, "none", *map(str, _C.cpu_panel_candidates(dtype))):
                     y = torch.empty(rows, q.shape[1], dtype=dtype)
                     _C.cpu_product(p, q, None, y, panels and panels.removeprefix("torch."))
@@ -180,24 +181,27 @@ def test_a_product_with_other_values_is_not_taken_and_named(wrong, fault, quick,
     """One column of the last row, forward, of 9 rows; though it is faster."""
     if wrong != "pack" and F32 not in _C.cpu_panel_candidates(F32):
         pytest.skip("no panels of floats here")
-    product, packed_linear = trial._product, trial.packed_linear
+    by_panels, packed_linear = Trial._by_panels, trial.packed_linear
 
     def spoiled(y):
         if y.shape == (9, 40):
             y[-1, 17] += fault
         return y
 
-    def panels_spoiled(x, matrix, bias, panels=None):
-        y = product(x, matrix, bias, panels)
-        return spoiled(y) if wrong == panels else y
+    def panels_spoiled(of, name, i):
+        y = by_panels(of, name, i)
+        return spoiled(y) if wrong == name else y
 
     def pack_spoiled(*args):
         y = packed_linear(*args)
         return spoiled(y) if wrong == "pack" else y
 
-    monkeypatch.setattr(trial, "_product", panels_spoiled)
+    def times(calls, device):
+        return {name: [100.0 if name == "none" else 50.0 / (1 + i)] for i, name in enumerate(calls)}
+
+    monkeypatch.setattr(Trial, "_by_panels", panels_spoiled)
     monkeypatch.setattr(trial, "packed_linear", pack_spoiled)
-    monkeypatch.setattr(trial, "_compared", lambda first, second, count: (100.0, 0.5))
+    monkeypatch.setattr(trial, "interleaved_us", times)
     model = LoRALinear(24, 40, r=4)
     packing = pack_weights(model, (1, 9))
     forward, backward = packing.panels
@@ -222,11 +226,11 @@ def test_weights_that_are_not_finite_are_no_fault(quick):
 
 def test_which_panels_are_timed():
     """Each candidate beside the rule's; a candidate by another name is refused."""
-    packs = [lora_ext.prepack(torch.randn(40, 24))]
+    packs = [lora_ext.prepack(torch.randn(40, 24), backward=True)]
     kind = pack.Kind(40, 24, F32, False, False)
     for backward in (False, True):
-        panels, ratio = panels_of(packs, kind, 16, backward)
-        assert panels in (None, *_C.cpu_panel_candidates(F32)) and 0.0 < ratio <= 1.0
+        found = Trial(packs, None, kind, 16, backward).found([])
+        assert found.panels in (None, *_C.cpu_panel_candidates(F32)) and 0.0 < found.gain <= 1.0
     for name in ("bfloat16", "float"):
         with pytest.raises(ValueError, match="expected panels that this processor can multiply"):
             _C.cpu_product(torch.ones(2, 3), torch.ones(3, 4), None, torch.empty(2, 4), name)

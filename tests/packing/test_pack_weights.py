@@ -10,8 +10,7 @@ from torch import nn
 
 from lora_ext.nn import LoRALinear
 from lora_ext.packed_weight import Wins
-from lora_ext.packing import pack, pack_weights
-from lora_ext.packing.trial import ratio_of
+from lora_ext.packing import pack, pack_weights, trial
 
 pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no oneDNN")
 
@@ -138,13 +137,9 @@ def test_a_trial_times_both_directions(dtype):
 
 def test_a_trial_that_does_not_win_three_rounds_of_four_counts_as_slower(monkeypatch):
     """Whatever the medians say."""
-    from lora_ext.packed_weight import prepack
-    from lora_ext.packing import trial
-    from lora_ext.packing.layers import Kind
-
-    # warm-up of both, then rounds in which the packed product wins by far, in half of them
-    times = iter([1.0, 1.0] + [1.0, 0.1, 1.1, 1.0] * 2)
-    monkeypatch.setattr(trial, "_seconds", lambda *_: next(times))
-    packed = prepack(torch.randn(8, 8))
-    kind = Kind(8, 8, F32, False, False)
-    assert ratio_of([packed], None, kind, 3, False)[1] >= 1.0
+    times = {"none": [1.0] * 8, "float32": [1.0] * 8, "pack": [0.1] * 5 + [1.1] * 3}
+    monkeypatch.setattr(trial, "interleaved_us", lambda calls, device: times)
+    model = layer()
+    assert not pack_weights(model, (3,)).nbytes
+    times["pack"][5] = 0.9
+    assert pack_weights(model, (3,)).nbytes

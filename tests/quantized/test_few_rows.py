@@ -7,8 +7,8 @@ from test_bitsandbytes import F4, K, N, four_bit_layer, randomize, with_lora
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig
-from lora_ext.autotune import clock, own_products
+from lora_ext import LoRAConfig, measure
+from lora_ext.autotune import own_products
 from lora_ext.quantized import few_rows
 from lora_ext.quantized.layers import QuantizedBase, quantized_base
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def nothing_measured():
-    few_rows.forget()
+    few_rows.measured.clear()
     yield
-    few_rows.forget()
+    few_rows.measured.clear()
 
 
 def weight_of(layer):
@@ -41,25 +41,15 @@ def test_a_number_of_rows_decides_where_nothing_was_measured():
 
 def test_what_was_measured_decides_by_the_nearest_number_of_rows():
     layer = four_bit_layer()
-    times = [(1, 0.9), (16, 1.2), (256, 0.5)]
-    few_rows.keep(few_rows.kind_of(weight_of(layer), BF16), times)
+    times = ((1, 1.1), (16, 0.8), (256, 2.0))
+    few_rows.measured[few_rows.kind_of(weight_of(layer), BF16)] = times
     assert [takes_own(layer, rows) for rows in (1, 3, 5, 16, 63, 65)] == [
         False, False, True, True, True, False,
     ]  # fmt: skip
     other = four_bit_layer(k=2 * K)
     assert few_rows.own_product_wins(weight_of(other), torch.ones(1, 2 * K).to(BF16), BF16, 4)
-    few_rows.forget()
+    few_rows.measured.clear()
     assert takes_own(layer, 1)
-
-
-def test_within_a_trial_one_way_is_taken_whatever_was_measured():
-    layer = four_bit_layer()
-    with few_rows.forced(True):
-        assert takes_own(layer, 100)
-        with few_rows.forced(False):
-            assert not takes_own(layer, 1)
-        assert takes_own(layer, 100)
-    assert not takes_own(layer, 100)
 
 
 @pytest.mark.parametrize("faster", ["own", "op"])
@@ -83,7 +73,7 @@ def test_calls_go_by_the_faster(kind, faster, monkeypatch):
 
         return time
 
-    monkeypatch.setattr(clock, "timer", timer)
+    monkeypatch.setattr(measure, "timer", timer)
     said = []
     lines = own_products.measure(model, [16, 256], CPU, said.append)
     assert lines == said and len(lines) == 2 and f"nf4 in panels {K}x{N} bfloat16" in lines[0]
@@ -101,12 +91,12 @@ def test_calls_go_by_the_faster(kind, faster, monkeypatch):
 def test_both_ways_agree_and_are_really_timed():
     model = lora_ext.accelerate(randomize(with_lora(four_bit_layer(bias=False)))).eval()
     own_products.measure(model, [8], CPU, lambda line: None)
-    x = torch.randn(8, K).to(BF16)
+    (kind,), x = few_rows.measured, torch.randn(8, K).to(BF16)
     with torch.no_grad():
-        with few_rows.forced(True):
-            own = model(x)
-        with few_rows.forced(False):
-            op = model(x)
+        few_rows.measured[kind] = ((8, 0.5),)
+        own = model(x)
+        few_rows.measured[kind] = ((8, 2.0),)
+        op = model(x)
     assert not torch.equal(own, op)  # other orders of sums: two ways indeed
     torch.testing.assert_close(own, op, rtol=2e-2, atol=3e-2)
 
