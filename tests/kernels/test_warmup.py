@@ -12,7 +12,6 @@ import torch
 import lora_ext
 from lora_ext import _C, autotune
 from lora_ext.autotune import CacheError, Entry, Shape, planner_cache, session
-from lora_ext.autotune import __main__ as command
 
 CARD = "A card of the tests"
 H100 = _C.Card(90, 132, 233472, 232448, CARD)
@@ -107,6 +106,8 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     assert card.timed == [(Shape(m, 4096, 1024, 16), back) for m in sizes for back in (0, 1)]
     assert found.timed == len(found.entries) == 6 and not found.failed and not found.note
     assert autotune.read_cache(found.path).entries == found.entries
+    assert "4096x1024 r=16 M=1, forward: kernel 128 x 128 (library 2.0 us)" in str(found)
+    assert str(found).endswith(f"6 of 6 entries are new, in {found.path}")
     assert before.predicted_us and "measured" not in before.reason
     assert repr(found) == "Warmup(6 entries, 6 new, 0 failed checks)"
     plan = planned()
@@ -350,34 +351,6 @@ def test_shapes_of_a_peft_model():
     config = peft.LoraConfig(r=4, target_modules=["0", "1"], lora_dropout=0.1)
     found = autotune.shapes_of(peft.get_peft_model(model, config), [16])
     assert found == [autotune.Shape(16, 48, 32, 4, True, True)]
-
-
-@pytest.mark.skipif(_C.with_cuda and torch.cuda.is_available(), reason="there is a card")
-def test_the_command_without_a_card_says_what_is_missing(capsys):
-    assert command.main(["--layer", "64x64"]) == 2
-    said = capsys.readouterr().err
-    assert "no CUDA kernels" in said or "no CUDA device" in said
-
-
-@pytest.mark.parametrize(
-    "words",
-    [[], ["--layer", "64"], ["--layer", "0x64"], ["--layer", "64x64", "--rows", "-1"]],
-    ids=str,
-)
-def test_bad_arguments_are_explained(words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(words)
-    assert stopped.value.code == 2 and "expected" in capsys.readouterr().err
-
-
-def test_the_command_times_and_shows(card, capsys):
-    arguments = ["--layer", "4096x1024", "--rows", "64", "--adapters", "half", "--dropout", "off"]
-    assert command.main(arguments) == 0
-    assert "2 of 2 entries are new, in " in capsys.readouterr().out
-    assert command.main(["--show"]) == 0
-    said = capsys.readouterr().out
-    assert f"{CARD}, torch {torch.__version__}, CUDA driver 13.0, lora_ext " in said
-    assert "4096x1024 r=16 M=64, forward: kernel 128 x 128 (library 2.0 us)" in said
 
 
 @pytest.mark.gpu
