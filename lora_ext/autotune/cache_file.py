@@ -45,6 +45,17 @@ class Entry:
     tile: str
     us: Mapping[str, tuple[float, float, float]]
 
+    def __str__(self) -> str:
+        """One line of text: shape, fastest route, and every candidate's microseconds."""
+        direction = "backward" if self.backward else "forward"
+        times = ", ".join(f"{name} {median:.1f} us" for name, (median, _, _) in self.us.items())
+        return f"{self.shape}, {direction}: {self.name} ({times})"
+
+    @property
+    def name(self) -> str:
+        """Route and tile, as a candidate is named in `us`."""
+        return f"{self.route} {self.tile}".strip()
+
     @property
     def key(self) -> tuple[Shape, bool]:
         """The shape and direction for which it is valid."""
@@ -169,18 +180,20 @@ def _cache(document: Any) -> Cache:
     return Cache(**{name: _member(document, name, str) for name in _ORIGIN}, entries=entries)
 
 
+def _members(value: Any, **kinds: type) -> dict[str, Any]:
+    return {name: _member(value, name, kind) for name, kind in kinds.items()}
+
+
 def _entry(value: Any) -> Entry:
-    names = ("rows", "in_features", "out_features", "rank")
-    sizes = {name: _member(value, name, int) for name in names}
+    sizes = _members(value, rows=int, in_features=int, out_features=int, rank=int)
     if not all(1 <= size < 2**40 for size in sizes.values()):
         raise CacheError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
-    wide, dropout = _member(value, "float_adapters", bool), _member(value, "dropout", bool)
-    shape = Shape(**sizes, float_adapters=wide, dropout=dropout)
-    route, tile = _member(value, "route", str), _member(value, "tile", str)
-    if route not in ROUTES:
-        raise CacheError(f"expected a route of {', '.join(ROUTES)}, but got {route!r:.60}")
-    us = {name: _times(name, figures) for name, figures in _member(value, "us", dict).items()}
-    entry = Entry(shape, _member(value, "backward", bool), route, tile, us)
+    shape = Shape(**sizes, **_members(value, float_adapters=bool, dropout=bool))
+    own = _members(value, backward=bool, route=str, tile=str, us=dict)
+    if own["route"] not in ROUTES:
+        raise CacheError(f"expected a route of {', '.join(ROUTES)}, but got {own['route']!r:.60}")
+    own["us"] = {name: _times(name, figures) for name, figures in own["us"].items()}
+    entry = Entry(shape, **own)
     try:
         entry.for_planner("")
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -58,20 +58,12 @@ class Warmup:
     def __str__(self) -> str:
         if self.packing is not None:
             return str(self.packing)
-        lines = [line_of(entry) for entry in self.entries]
+        lines = [str(entry) for entry in self.entries]
         lines += [f"failed: {line}" for line in self.failed]
         lines += self.own_products
         if self.path is not None:
             lines.append(f"{self.timed} of {len(self.entries)} entries are new, in {self.path}")
         return "\n".join([*lines, self.note] if self.note else lines)
-
-
-def line_of(entry: Entry) -> str:
-    """One line of text: shape, fastest route, and every candidate's microseconds."""
-    direction = "backward" if entry.backward else "forward"
-    fastest = f"{entry.route} {entry.tile}".strip()
-    times = ", ".join(f"{name} {median:.1f} us" for name, (median, _, _) in entry.us.items())
-    return f"{entry.shape}, {direction}: {fastest} ({times})"
 
 
 def warmup(
@@ -138,43 +130,34 @@ def warmup(
         OSError: the file ``cache`` cannot be written (the user's: only a warning); the entries are
             in use in this process.
     """
-    say = _printed if progress is True else progress or _unsaid
+    say = _printed if progress is True else progress or (lambda line: None)
     shapes = shapes_of(layers, rows)
+    counts = {shape.rows for shape in shapes}
     if dtype not in (None, *HALVES):
         raise TypeError(f"lora_ext.warmup: expected bfloat16 or float16, but got {dtype}")
     if isinstance(layers, nn.Module) and _is_for_cpu(layers, device):
-        counts = {shape.rows for shape in shapes}
-        packing = pack_weights(layers, counts, budget=pack_budget, say=say)
-        return Warmup(packing=packing)
+        return Warmup(packing=pack_weights(layers, counts, budget=pack_budget, say=say))
     device = _device_of(layers) if device is None else torch.device(device)
-    nothing = _nothing_to_do(device)
-    if nothing:
+    card = _card_of(device)
+    if isinstance(card, str):
+        nothing = f"there is nothing to warm up: {card}"
         say(nothing)
         return Warmup(note=nothing)
     device = indexed(device)
-    card = _C.cuda_card(device)
-    nothing = _no_kernels_for(card)
-    if nothing:
-        say(nothing)
-        return Warmup(note=nothing)
     pinned = pinned_at(card.name) if cache is None else None
     path = Path(cache) if cache is not None else pinned or user_file(card.name)
     given = path.exists() if cache is not None else pinned is not None
     known = checked_cache(path, card.name) if given else cache_or_empty(path, card.name)
     session = _Session(device, card, dtype or torch.bfloat16, known, path, say)
     note, own = _why_untimed(pinned), []
-    failed = check_kernels(
-        device,
-        kernels_for(card, shapes, session.dtype),
-        begins=lambda name: say(f"checks {name}"),
-    )
+    kernels = kernels_for(card, shapes, session.dtype)
+    failed = check_kernels(device, kernels, begins=lambda name: say(f"checks {name}"))
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     try:
         if not note:
             session.time(shapes)
             if isinstance(layers, nn.Module):
-                counts = {shape.rows for shape in shapes}
                 own = own_products.measure(layers, counts, device, say)
     finally:
         if cache is not None:
@@ -203,10 +186,6 @@ def _printed(line: str) -> None:
     print(f"lora_ext.warmup: {line}", file=sys.stderr, flush=True)
 
 
-def _unsaid(line: str) -> None:
-    pass
-
-
 def _device_of(layers: Layers) -> torch.device | None:
     """The device of a model, if it is on CUDA."""
     if isinstance(layers, nn.Module):
@@ -225,24 +204,16 @@ def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
     return not has_gpu and all(parameter.is_cpu for parameter in model.parameters())
 
 
-def _nothing_to_do(device: torch.device | None) -> str:
-    """Why there is nothing to warm up here, or ""."""
+def _card_of(device: torch.device | None) -> _C.Card | str:
+    """The card of a device, None: of the current one; or why nothing can be warmed up."""
     if not _C.with_cuda:
-        return (
-            "there is nothing to warm up: this build has no CUDA kernels;"
-            " lora_ext.build_info() says why"
-        )
+        return "this build has no CUDA kernels; lora_ext.build_info() says why"
     if device is None and not torch.cuda.is_available():
-        return "there is nothing to warm up: torch finds no CUDA device"
-    return ""
-
-
-def _no_kernels_for(card: _C.Card) -> str:
+        return "torch finds no CUDA device"
+    card = _C.cuda_card(indexed(device))
     if card.error:
-        return f"there is nothing to warm up: CUDA cannot use the device: {card.error}"
-    if card.arch < 80:
-        return "there is nothing to warm up: the kernels need compute capability 8.0 or later"
-    return ""
+        return f"CUDA cannot use the device: {card.error}"
+    return card if card.arch >= 80 else "the kernels need compute capability 8.0 or later"
 
 
 def _why_untimed(pinned: Path | None) -> str:
@@ -253,23 +224,19 @@ def _why_untimed(pinned: Path | None) -> str:
     return ""
 
 
+@dataclass
 class _Session:
     """One call of `warmup` and its growing cache."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        card: _C.Card,
-        dtype: torch.dtype,
-        cache: Cache,
-        path: Path,
-        say: Say,
-    ) -> None:
-        self.device, self.card, self.dtype = device, card, dtype
-        self.cache, self.path, self.say = cache, path, say
-        self.timed = 0
-        self.left_out: list[str] = []
-        self.unwritten: OSError | None = None
+    device: torch.device
+    card: _C.Card
+    dtype: torch.dtype
+    cache: Cache
+    path: Path
+    say: Say
+    timed: int = 0
+    left_out: list[str] = field(default_factory=list)
+    unwritten: OSError | None = None
 
     def time(self, shapes: Iterable[Shape]) -> None:
         """Times the shapes that the cache does not have, and writes its file after each shape."""
@@ -278,19 +245,14 @@ class _Session:
         with route_by_planner(self.card), torch.no_grad():
             for number, shape in enumerate(todo, 1):
                 try:
-                    self._time(shape, f"{number} of {len(todo)}: ")
+                    trial, entries = Trial(shape, self.device, self.dtype), []
+                    for backward in (False, True):
+                        entries.append(measure(trial, self.card, backward))
+                        self.say(f"{number} of {len(todo)}: {entries[-1]}")
+                    self.cache = self.cache.with_entries(entries)
+                    self.timed += len(entries)
                     write_cache(self.cache, self.path)
                 except torch.OutOfMemoryError:
                     self.left_out.append(f"{shape} does not fit into the memory that is free")
                 except OSError as error:
                     self.unwritten = error
-
-    def _time(self, shape: Shape, prefix: str) -> None:
-        trial = Trial(shape, self.device, self.dtype)
-        entries = []
-        for backward in (False, True):
-            entry = measure(trial, self.card, backward)
-            self.say(prefix + line_of(entry))
-            entries.append(entry)
-        self.cache = self.cache.with_entries(entries)
-        self.timed += len(entries)

@@ -95,25 +95,24 @@ def _check_sizes(*sizes: Any) -> None:
 def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
     if isinstance(layer, Shape):
         return [layer]
+    needed = ("out_features", "in_features", "rank")
     if isinstance(layer, Mapping):
         known = {field.name for field in fields(Shape)}
-        needed = {"out_features", "in_features", "rank"}
-        if not needed <= set(layer) <= known:
+        if not set(needed) <= set(layer) <= known:
             raise TypeError(
                 f"lora_ext.warmup: expected a layer with {', '.join(sorted(needed))}, and of"
-                f" {', '.join(sorted(known - needed))} any, but got {dict(layer)}"
+                f" {', '.join(sorted(known - set(needed)))} any, but got {dict(layer)}"
             )
         own = dict(layer)
-        each = [own.pop("rows")] if "rows" in own else counts
-        shapes = [Shape(rows=count, **own) for count in each]
     elif isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 3:
-        out_features, in_features, rank = layer
-        shapes = [Shape(count, in_features, out_features, rank) for count in counts]
+        own = dict(zip(needed, layer, strict=True))
     else:
         raise TypeError(
             "lora_ext.warmup: expected a model, or layers as (out_features, in_features, rank) or"
             f" dicts, but got {layer!r:.60}"
         )
+    each = [own.pop("rows")] if "rows" in own else counts
+    shapes = [Shape(rows=count, **own) for count in each]
     for shape in shapes:
         _check_sizes(shape.rows, shape.in_features, shape.out_features, shape.rank)
     return shapes

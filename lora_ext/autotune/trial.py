@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,26 +27,13 @@ _forward = torch.ops.lora_ext.lora_forward.default
 _backward = torch.ops.lora_ext.lora_backward.default
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A route; for "kernel" also its tile."""
-
-    route: str
-    tile: str = ""
-
-    @property
-    def name(self) -> str:
-        """The name in a cache file."""
-        return f"{self.route} {self.tile}".strip()
-
-
-def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Candidate]:
-    """All candidates that the card supports for a shape; the library first."""
+def candidates_for(card: _C.Card, shape: Shape, backward: bool) -> list[Entry]:
+    """All routes and tiles that the card supports for a shape, without times; the library first."""
     tiles = _C.tiles_of(
         card, backward=backward, float_adapters=shape.float_adapters, dropout=shape.dropout
     )
-    kernels = [Candidate("kernel", tile) for tile in tiles]
-    return [Candidate(LIBRARY), Candidate("hybrid"), *kernels]
+    ways = [(LIBRARY, ""), ("hybrid", ""), *(("kernel", tile) for tile in tiles)]
+    return [Entry(shape, backward, route, tile, {}) for route, tile in ways]
 
 
 def kernels_for(card: _C.Card, shapes: Iterable[Shape], dtype: torch.dtype) -> list[_C.Kernels]:
@@ -82,32 +69,22 @@ class Trial:
 
         m, k, n, r = shape.rows, shape.in_features, shape.out_features, shape.rank
         adapters = torch.float32 if shape.float_adapters else dtype
-        self.shape = shape
-        self.device = device
+        self.shape, self.device = shape, device
         self.x, self.grad = normal(m, k), normal(m, n)
         self.weight = normal(n, k, std=k**-0.5)
         self.lora_a = normal(r, k, to=adapters, std=k**-0.5)
         self.lora_b = normal(n, r, to=adapters, std=r**-0.5)
         self.dropout_p = _DROPOUT if shape.dropout else 0.0
-        self.seed = torch.tensor(7, device=device) if shape.dropout else None
-        self.s = self.forward()[1]
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Y and S."""
-        return _forward(*self._operands())
-
-    def backward(self) -> tuple[Tensor, ...]:
-        """Gradients of x, lora_a and lora_b."""
-        wanted = [True, True, True, False]
-        return _backward(self.grad, self.s, wanted, *self._operands())[:3]
-
-    def _operands(self) -> tuple[Any, ...]:
-        factors = (self.lora_a, self.lora_b)
-        return (self.x, self.weight, None, *factors, _SCALING, None, self.dropout_p, self.seed)
+        seed = torch.tensor(7, device=device) if shape.dropout else None
+        dropout = (None, self.dropout_p, seed)
+        self._operands = (self.x, self.weight, None, self.lora_a, self.lora_b, _SCALING, *dropout)
+        self.s = _forward(*self._operands)[1]
 
     def run(self, backward: bool) -> object:
-        """Runs one direction."""
-        return self.backward() if backward else self.forward()
+        """Runs one direction: (y, s), or the gradients of x, lora_a and lora_b."""
+        if not backward:
+            return _forward(*self._operands)
+        return _backward(self.grad, self.s, [True, True, True, False], *self._operands)
 
     def explained(self, backward: bool) -> _C.Explained:
         """The plan that the op would use now."""
@@ -129,13 +106,12 @@ def route_by_planner(card: _C.Card) -> Iterator[None]:
         load_cached()
 
 
-def _request(card: _C.Card, shape: Shape, backward: bool, candidate: Candidate) -> None:
-    """Makes the planner choose a candidate for the shape."""
-    entry = Entry(shape, backward, candidate.route, candidate.tile, {})
-    _C.replace_autotune_cache(card.name, [entry.for_planner("in a trial")])
+def _request(card: _C.Card, candidate: Entry) -> None:
+    """Makes the planner choose a candidate for its shape."""
+    _C.replace_autotune_cache(card.name, [candidate.for_planner("in a trial")])
 
 
-def _runs_as_asked(explained: _C.Explained, candidate: Candidate) -> bool:
+def _runs_as_asked(explained: _C.Explained, candidate: Entry) -> bool:
     """Whether the call uses the candidate's route; it does not if the kernels fail their check."""
     plan = explained.plan
     if candidate.route == LIBRARY:
@@ -150,25 +126,16 @@ def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
     The library wins unless another is faster by 1 % in three rounds of four. Kernels that fail
     their check are not timed. Call it under `route_by_planner`.
     """
-
-    def call() -> object:
-        return trial.run(backward)
-
-    timed: dict[str, Candidate] = {}
+    run, timed = partial(trial.run, backward), {}
     for candidate in candidates_for(card, trial.shape, backward):
-        _request(card, trial.shape, backward, candidate)
-        call()
+        _request(card, candidate)
+        run()
         if _runs_as_asked(trial.explained(backward), candidate):
             timed[candidate.name] = candidate
-    times = interleaved_us(
-        dict.fromkeys(timed, call),
-        trial.device,
-        lambda name: _request(card, trial.shape, backward, timed[name]),
-        capture=True,
-    )
-    best = timed[fastest(times, LIBRARY, _MOST_TIME)[0]]
+    calls = dict.fromkeys(timed, run)
+    times = interleaved_us(calls, trial.device, lambda name: _request(card, timed[name]), True)
     us = {name: _summary(sorted(values)) for name, values in times.items()}
-    return Entry(trial.shape, backward, best.route, best.tile, us)
+    return replace(timed[fastest(times, LIBRARY, _MOST_TIME)[0]], us=us)
 
 
 def _summary(ordered: list[float]) -> tuple[float, float, float]:

@@ -206,9 +206,9 @@ shape = Shape(70, 96, 136, 16, True, True)
 told = {"kernel 128 x 128": 10.0, "hybrid": 20.0}
 asked, request = [], trial._request
 
-def recorded(card, shape, backward, candidate):
+def recorded(card, candidate):
     asked.append(candidate.name)
-    request(card, shape, backward, candidate)
+    request(card, candidate)
 
 def timer(device):
     def times(call):
