@@ -31,6 +31,11 @@ class Kind(NamedTuple):
         kept = ", kept as [in, out]" if self.transposed else ""
         return f"{self.in_features}x{self.out_features} {str(self.dtype)[6:]}{kept}"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one packed copy."""
+        return self.out_features * self.in_features * self.dtype.itemsize
+
 
 @dataclass
 class Weight:
@@ -40,11 +45,6 @@ class Weight:
     kind: Kind
     bias: Tensor | None
     layers: list[Packable]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one packed copy."""
-        return self.parameter.numel() * self.parameter.element_size()
 
 
 def packable_layers(model: nn.Module) -> list[Packable]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .. import _C
-from ..packed_weight import MOST_TIME, PackedWeight, Wins, prepack
+from ..packed_weight import PackedWeight, Wins, prepack
 from .layers import Kind, Weight, packable_layers, weights_of
-from .report import Packed, Packing, Panels
-from .trial import Found, Trial
+from .report import Packing, Products
+from .trial import Trial
 
 # A trial alternates between weights of this many bytes, if the model has them: more than a core's
 # share of the last-level cache.
@@ -72,33 +71,26 @@ def pack_weights(
         groups.setdefault(weight.kind, []).append(weight)
     if training is None:
         training = any(parameter.requires_grad for parameter in model.parameters())
-    measured = []
+    products = []
     for kind, group in groups.items():
         for backward in (False, True)[: 1 + training]:
             say(f"times {kind}, {'backward' if backward else 'forward'}")
-            measured.append(_measured(kind, group, counts, backward))
-    left, wins, kinds = budget, {}, []
+            products.append(_measured(kind, group, counts, backward))
+    left, wins = budget, {}
     # First what saves the most time for each byte.
-    for each in sorted(measured, key=lambda each: each.saved, reverse=True):
-        kind, backward, nbytes = each.kind, each.backward, each.group[0].nbytes
-        ratios = tuple((one.rows, one.ratio) for one in each.found)
-        packed = each.group[: left // nbytes] if each.saved > 0 else []
-        left -= nbytes * len(packed)
-        for weight in packed:
-            wins.setdefault(id(weight), (weight, [(), ()]))[1][backward] = ratios
-        done = len(packed), len(each.group), nbytes * len(packed)
-        kinds.append(Packed(kind, backward, ratios, *done))
+    for each in sorted(products, key=lambda each: each.saved, reverse=True):
+        if each.saved > 0:
+            each.packed = min(each.count, left // each.kind.nbytes)
+        left -= each.nbytes
+        for weight in groups[each.kind][: each.packed]:
+            wins.setdefault(id(weight), (weight, [(), ()]))[1][each.backward] = each.ratios
     for weight, won in wins.values():
         pack = _pack(weight, *map(bool, won)).of_layer()
         pack.wins = Wins(*won)
         for layer in weight.layers:
             layer.packed = pack
-    kinds.sort(key=lambda each: (each.kind[:2], each.backward))
-    panels = [
-        Panels(each.kind, each.backward, tuple(one[:3] for one in each.found), each.wrong)
-        for each in measured
-    ]
-    return Packing(tuple(kinds), budget, tuple(reasons), tuple(panels))
+    products.sort(key=lambda each: (each.kind[:2], each.backward))
+    return Packing(tuple(products), budget, tuple(reasons))
 
 
 def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
@@ -136,25 +128,9 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(pack.nbytes for pack in packs.values())
 
 
-class _Measured(NamedTuple):
-    """What is fastest for the weights of a kind, at each number of rows; and what is wrong."""
-
-    kind: Kind
-    backward: bool
-    group: list[Weight]
-    found: list[Found]
-    wrong: tuple[str, ...]
-
-    @property
-    def saved(self) -> float:
-        """Microseconds of a row that packs save, for each byte."""
-        shares = [e.us * (1 - e.ratio) / e.rows for e in self.found if e.ratio <= MOST_TIME]
-        return sum(shares) / self.group[0].nbytes
-
-
-def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool) -> _Measured:
-    """Sets the panels that are fastest, which calls take from now on."""
-    count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // group[0].nbytes))
+def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool) -> Products:
+    """What is fastest; of panels calls take that from now on."""
+    count = min(len(group), _MOST_IN_TRIAL, max(1, _BYTES_OF_TRIAL // kind.nbytes))
     packs = [_pack(weight, not backward, backward) for weight in group[:count]]
     bias = group[0].bias
     bias = None if bias is None else bias.detach().to(kind.dtype)
@@ -162,11 +138,11 @@ def _measured(kind: Kind, group: list[Weight], counts: list[int], backward: bool
         keep_panels(kind, backward, [])
         trials = [Trial(packs, bias, kind, rows, backward) for rows in counts]
         wrong = tuple(dict.fromkeys(name for trial in trials for name in trial.wrong()))
-        found = [trial.found(wrong) for trial in trials]
+        found = tuple(trial.found(wrong) for trial in trials)
     # Otherwise the rule is the fastest.
     if wrong or any(each.gain < 1.0 for each in found):
         keep_panels(kind, backward, [each[:2] for each in found])
-    return _Measured(kind, backward, group, found, wrong)
+    return Products(kind, backward, found, wrong, len(group))
 
 
 def keep_panels(

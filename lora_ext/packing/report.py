@@ -2,73 +2,96 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ..measure import Measured
+from ..packed_weight import MOST_TIME
 from .layers import Kind
 
 
-@dataclass(frozen=True)
-class Packed:
-    """One kind of weight in one direction.
+class Found(NamedTuple):
+    """What is fastest with one number of rows.
+
+    Attributes:
+        rows: of x.
+        panels: dtype of the panels with which the plain product is fastest, or None: torch's.
+        gain: its time over that of the product which is taken without a measurement.
+        us: its microseconds.
+        ratio: time of the packed product over it; infinite if that has other values.
+    """
+
+    rows: int
+    panels: torch.dtype | None
+    gain: float
+    us: float
+    ratio: float
+
+    def __str__(self) -> str:
+        text = "torch" if self.panels is None else f"panels of {str(self.panels)[6:]}"
+        gained = f" ({self.gain:.2f} of what is taken without measurement)"
+        return f"{text} at {self.rows} rows" + gained * (self.gain < 1.0)
+
+
+@dataclass
+class Products:
+    """The products with one kind of weight in one direction.
 
     Attributes:
         kind: sizes and dtype.
         backward: dx = dy W, else y = x W^T.
-        ratios: (rows, time of the packed product over the plain one's), as measured.
-        packed: how many weights were packed.
-        count: how many there are.
-        nbytes: of the packed copies.
-    """
-
-    kind: Kind
-    backward: bool
-    ratios: Measured
-    packed: int
-    count: int
-    nbytes: int
-
-    def __str__(self) -> str:
-        direction = "backward" if self.backward else "forward"
-        ratios = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in self.ratios)
-        if math.inf in dict(self.ratios).values():
-            return f"{self.kind}, {direction}: left as they are: a pack's values differ"
-        done = f"{self.packed} of {self.count} packed" if self.packed else "left as they are"
-        size = f", {self.nbytes / 2**20:.3g} MiB" if self.nbytes else ""
-        return f"{self.kind}, {direction}: {ratios} of the plain product; {done}{size}"
-
-
-@dataclass(frozen=True)
-class Panels:
-    """The plain products of one kind of weight in one direction.
-
-    Attributes:
-        kind, backward: as in `Packed`.
-        fastest: (rows, dtype of the panels or None for torch's product, its time over that of the
-            product which is taken without a measurement).
+        found: what is fastest with each number of rows.
         wrong: what is not taken since its values differ from torch's: panels by name, or "pack".
+        count: how many weights there are.
+        packed: how many were packed.
     """
 
     kind: Kind
     backward: bool
-    fastest: tuple[tuple[int, torch.dtype | None, float], ...]
-    wrong: tuple[str, ...] = ()
+    found: tuple[Found, ...]
+    wrong: tuple[str, ...]
+    count: int
+    packed: int = 0
 
-    def __str__(self) -> str:
-        direction = "backward" if self.backward else "forward"
-        each = (
-            f"{'torch' if panels is None else f'panels of {str(panels)[6:]}'} at {rows} rows"
-            + (f" ({ratio:.2f} of what is taken without measurement)" if ratio < 1.0 else "")
-            for rows, panels, ratio in self.fastest
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed copies."""
+        return self.packed * self.kind.nbytes
+
+    @property
+    def ratios(self) -> Measured:
+        """(rows, time of the packed product over the plain one's), as measured."""
+        return tuple((each.rows, each.ratio) for each in self.found)
+
+    @property
+    def saved(self) -> float:
+        """Microseconds of a row that packs save, for each byte."""
+        won = [each for each in self.found if each.ratio <= MOST_TIME]
+        return sum(each.us * (1 - each.ratio) / each.rows for each in won) / self.kind.nbytes
+
+    @property
+    def name(self) -> str:
+        """Kind and direction."""
+        return f"{self.kind}, {'backward' if self.backward else 'forward'}"
+
+    @property
+    def of_plain(self) -> str:
+        """How plain products are computed, as text."""
         wrong = "; not taken, since values differ from torch's: " + ", ".join(
             name if name == "pack" else f"panels of {name}" for name in self.wrong
         )
-        fastest = f"{self.kind}, {direction}: fastest is {', '.join(each)}"
+        fastest = f"{self.name}: fastest is {', '.join(map(str, self.found))}"
         return fastest + wrong * bool(self.wrong)
+
+    def __str__(self) -> str:
+        if "pack" in self.wrong:
+            return f"{self.name}: left as they are: a pack's values differ"
+        ratios = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in self.ratios)
+        done = f"{self.packed} of {self.count} packed" if self.packed else "left as they are"
+        size = f", {self.nbytes / 2**20:.3g} MiB" if self.nbytes else ""
+        return f"{self.name}: {ratios} of the plain product; {done}{size}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,16 +99,15 @@ class Packing:
     """The results for a model; str() gives a readable text.
 
     Attributes:
-        kinds: one for each kind of weight and direction.
+        kinds: one for each kind of weight and direction: which plain product is fastest with each
+            number of rows, what packs take, and how many there are.
         budget: bytes that packs were allowed to take.
         reasons: why other weights are not packed.
-        panels: how plain products are computed, one for each kind of weight and direction.
     """
 
-    kinds: tuple[Packed, ...] = ()
+    kinds: tuple[Products, ...] = ()
     budget: int = 0
     reasons: tuple[str, ...] = ()
-    panels: tuple[Panels, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +119,7 @@ class Packing:
         return f"Packing({packed} packs, {self.nbytes / 2**20:.3g} MiB)"
 
     def __str__(self) -> str:
-        lines = [str(each) for each in (*self.panels, *self.kinds)]
+        lines = [*(each.of_plain for each in self.kinds), *map(str, self.kinds)]
         lines += [f"not packed: {reason}" for reason in self.reasons]
         mib = 2**20
         total = f"{self.nbytes / mib:.3g} MiB of packed weights, of {self.budget / mib:.3g} allowed"

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +16,13 @@ from .. import _C
 from ..measure import Times, fastest, interleaved_us, share
 from ..packed_weight import MOST_TIME, PackedWeight, packed_linear
 from .layers import Kind
+from .report import Found
 
 _ROWS_COMPARED = 4  # at each end of a product
 _EXACT_BYTES = 2**26  # of the weight in float64, at a time
 
 # Products by name: torch's, of packs, and of panels by their dtype.
 _TORCH, _PACK = "none", "pack"
-
-
-class Found(NamedTuple):
-    """What is fastest for one number of rows.
-
-    Attributes:
-        rows: of x.
-        panels: dtype of the panels with which the plain product is fastest, or None: torch's.
-        gain: its time over that of the product which is taken without a measurement.
-        us: its microseconds.
-        ratio: time of the packed product over it; infinite if that has other values.
-    """
-
-    rows: int
-    panels: torch.dtype | None
-    gain: float
-    us: float
-    ratio: float
 
 
 class Trial:

@@ -168,7 +168,7 @@ def test_what_is_offered_is_right_at_odd_sizes(dtype, shape, quick):
                     wanted = p.double() @ q.double()
                     bound = 2 * torch.finfo(dtype).eps * wanted.abs().max().item()
                     assert max_error(y, wanted) <= bound + 1e-5, (panels, rows, backward)
-        assert not any(each.wrong for each in pack_weights(model, (1, 9)).panels)
+        assert not any(each.wrong for each in pack_weights(model, (1, 9)).kinds)
         for rows in (1, 9):
             x, grad = torch.randn(rows, within).to(dtype), torch.randn(rows, out).to(dtype)
             found = [each(x.to(each.weight.dtype).requires_grad_()) for each in (model, exact)]
@@ -204,14 +204,14 @@ def test_a_product_with_other_values_is_not_taken_and_named(wrong, fault, quick,
     monkeypatch.setattr(trial, "interleaved_us", times)
     model = LoRALinear(24, 40, r=4)
     packing = pack_weights(model, (1, 9))
-    forward, backward = packing.panels
+    forward, backward = packing.kinds
     assert (forward.wrong, backward.wrong) == ((wrong,), ())
     text = str(packing)
     if wrong == "pack":
         assert "left as they are: a pack's values differ" in text and "torch's: pack" in text
         assert model.packed.copies[0] is None and model.packed.copies[1] is not None
     else:
-        assert {panels for _, panels, _ in forward.fastest} == {None}
+        assert {each.panels for each in forward.found} == {None}
         assert "values differ from torch's: panels of float32" in text
         assert _C.cpu_panels_of(F32, 24, 40, True, 9) is None
         assert model.packed.copies[0] is not None
@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite_are_no_fault(quick):
     model = LoRALinear(24, 40, r=4)
     with torch.no_grad():
         model.weight[3, 5], model.weight[7, 2] = float("nan"), float("inf")
-    assert not any(each.wrong for each in pack_weights(model, (1, 9)).panels)
+    assert not any(each.wrong for each in pack_weights(model, (1, 9)).kinds)
 
 
 def test_which_panels_are_timed():
