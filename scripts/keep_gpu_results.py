@@ -3,9 +3,9 @@
     python scripts/keep_gpu_results.py FOLDER NAME
 
 FOLDER is `make gpu`'s --out, NAME what the machine is called under benchmarks/results/. Results,
-report and pictures, which are drawn here, go there; golden vectors to the conformance tests, which
-then compare the execution layer with them; the autotune cache file into the package. Then
-docs/verification.md is written anew.
+report, pictures, which are drawn here, and the autotune cache file go there; golden vectors to the
+conformance tests, which then compare the execution layer with them. Then docs/verification.md is
+written anew.
 """
 
 import re
@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, results  # noqa: E402
-from lora_ext.autotune import read_cache  # noqa: E402
 
 
 def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
@@ -34,17 +33,14 @@ def places(folder: Path, name: str, root: Path = ROOT) -> dict[Path, Path]:
         raise ValueError(f"{folder} holds a trial on a CPU; only a GPU's results are kept")
     own = root / "benchmarks" / "results" / name / "gpu"
     golden = root / "emulator" / "conformance" / "golden"
-    measured = root / "lora_ext" / "autotune" / "measured"
     found = {folder / "results.json": own / "results.json"}
     for pattern, target in (
         ("report.md", own),
         ("*.png", own),
         ("golden/*.json", golden),
-        ("tuning/*.json", measured),
+        ("tuning/*.json", own),
     ):
         found |= {path: target / path.name for path in sorted(folder.glob(pattern))}
-    for path in folder.glob("tuning/*.json"):
-        read_cache(path)
     return found
 
 

@@ -2,8 +2,7 @@
 
 `lora_ext.warmup` times the routes and writes the fastest to a file of the user's cache, which
 `import lora_ext` reads. The planner uses them for a call whose layer was timed with at least half
-and at most twice the rows, and otherwise its prediction. `pin_cache` pins a file. The package
-contains cache files of measured cards in `lora_ext/autotune/measured`.
+and at most twice the rows, and otherwise its prediction. `pin_cache` pins a file.
 """
 
 from .cache_file import Cache, CacheError, Entry, read_cache, write_cache

@@ -1,11 +1,10 @@
-"""The cache files that the planner uses: a pinned one, or the package's and then the user's own."""
+"""The cache files that the planner uses: a pinned one, or the user's own."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,9 +12,7 @@ import torch
 from .. import _C
 from ..build_info import build_id, version
 from ..device import indexed
-from .cache_file import Cache, CacheError, Entry, read_cache
-
-PACKAGED = Path(__file__).with_name("measured")
+from .cache_file import Cache, CacheError, read_cache
 
 # The pinned files by card; no other file is used for such a card.
 _pinned: dict[str, tuple[Cache, Path]] = {}
@@ -63,14 +60,8 @@ def user_file(card: str) -> Path:
 def cache_or_empty(path: Path, card: str) -> Cache:
     """The cache in a file, if it is for this card and build; else an empty one."""
     empty = empty_cache(card)
-    try:
-        found = read_cache(path)
-    except FileNotFoundError:
-        return empty
-    except (OSError, CacheError) as error:
-        _ignored(path, error)
-        return empty
-    return found if found.origin == empty.origin else empty
+    found = _read(path) if path.exists() else None
+    return found if found and found.origin == empty.origin else empty
 
 
 def checked_cache(path: Path, card: str) -> Cache:
@@ -134,7 +125,7 @@ def pinned_at(card: str) -> Path | None:
 
 
 def load_cached(folder: Path | None = None, also: Cache | None = None) -> list[Cache]:
-    """Reads the package's and the user's cache files and gives them to the planner.
+    """Reads the user's cache files and gives them to the planner.
 
     Called by ``import lora_ext`` in builds with CUDA kernels. A file that is corrupt, or has
     another format, is ignored with a warning; a file for another torch, driver or build without a
@@ -145,68 +136,59 @@ def load_cached(folder: Path | None = None, also: Cache | None = None) -> list[C
         also: a cache that takes precedence over these.
 
     Returns:
-        The caches in use, the package's first.
+        The caches in use.
     """
-    packaged = list(_caches_in(PACKAGED, f"*--lora_ext-{_slug(version())}.json", lambda _: True))
     try:
         folder = folder or user_folder()
     except RuntimeError:
-        own = []
+        caches = []
     else:
-        suffix = _suffix(str(torch.__version__), version())
-        own = list(_caches_in(folder, f"*{suffix}", _is_of_this_build))
+        caches = list(_caches_in(folder))
     if also is not None:
-        own.append(also)
-    install(packaged, own)
-    return [*packaged, *own]
+        caches.append(also)
+    install(caches)
+    return caches
 
 
-def install(packaged: list[Cache], own: list[Cache] | None = None) -> None:
-    """Passes caches to the planner; of two entries with the same key, the last is used.
-
-    Args:
-        packaged: measured on other cards of the same name.
-        own: measured on this machine.
-    """
-    by_card: dict[str, dict[object, tuple[Entry, str]]] = {}
-    for cache, where in (
-        *((cache, f"on another {cache.card} with torch {cache.torch}") for cache in packaged),
-        *((cache, f"on this card with torch {cache.torch}") for cache in own or []),
-    ):
-        entries = by_card.setdefault(cache.card, {})
-        entries.update({entry.key: (entry, where) for entry in cache.entries})
-    for card, entries in by_card.items():
-        known = [entry.for_planner(where) for entry, where in entries.values()]
-        _C.replace_autotune_cache(card, known)
+def install(caches: Iterable[Cache]) -> None:
+    """Passes caches to the planner; of two entries with the same key, the last is used. Cards with
+    a pinned file have that instead."""
+    by_card: dict[str, dict[object, _C.AutotuneEntry]] = {}
+    for cache in caches:
+        where = f"on this card with torch {cache.torch}"
+        known = {entry.key: entry.for_planner(where) for entry in cache.entries}
+        by_card.setdefault(cache.card, {}).update(known)
+    for card, known in by_card.items():
+        _C.replace_autotune_cache(card, list(known.values()))
     for card, (cache, path) in _pinned.items():
-        known = [entry.for_planner(f"on {card}, pinned by {path}") for entry in cache.entries]
-        _C.replace_autotune_cache(card, known, pinned=True)
+        pinned = [entry.for_planner(f"on {card}, pinned by {path}") for entry in cache.entries]
+        _C.replace_autotune_cache(card, pinned, pinned=True)
 
 
-def _is_of_this_build(cache: Cache) -> bool:
-    return replace(cache, entries=()) == empty_cache(cache.card)
-
-
-def _caches_in(folder: Path, pattern: str, counts: Callable[[Cache], bool]) -> Iterator[Cache]:
+def _caches_in(folder: Path) -> Iterator[Cache]:
+    """The caches in files of this torch, driver and build."""
     try:
-        paths = sorted(folder.glob(pattern))
+        paths = sorted(folder.glob(f"*{_suffix(str(torch.__version__), version())}"))
     except OSError as error:
         _ignored(folder, error)
         return
     for path in paths:
-        try:
-            cache = read_cache(path)
-        except (OSError, CacheError) as error:
-            _ignored(path, error)
-            continue
-        if file_of(cache, folder) != path:
+        cache = _read(path)
+        if cache and file_of(cache, folder) != path:
             _ignored(path, f"it says it is of {cache.card}, torch {cache.torch}")
-        elif counts(cache):
+        elif cache and cache.origin == empty_cache(cache.card).origin:
             yield cache
 
 
+def _read(path: Path) -> Cache | None:
+    try:
+        return read_cache(path)
+    except (OSError, CacheError) as error:
+        return _ignored(path, error)
+
+
 def _ignored(path: Path, reason: object) -> None:
-    warnings.warn(f"lora_ext ignores the autotune cache in {path}: {reason}", stacklevel=4)
+    warnings.warn(f"lora_ext ignores the autotune cache in {path}: {reason}", stacklevel=5)
 
 
 def _slug(text: str) -> str:

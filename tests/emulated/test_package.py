@@ -312,13 +312,13 @@ assert same(call()[0], hybrid)
 _C.set_cuda_route("auto")
 assert same(call()[0], planned)
 won = [Entry(Shape(70, 96, 136, 16, True, True), back, "hybrid", "", {}) for back in (0, 1)]
-planner_cache.install([], [planner_cache.empty_cache(card.name).with_entries(won)])
+planner_cache.install([planner_cache.empty_cache(card.name).with_entries(won)])
 assert same(call()[0], hybrid)
 torch.use_deterministic_algorithms(True)
 assert same(call()[0], planned)  # what was measured and not pinned counts no more
 torch.use_deterministic_algorithms(False)
 assert same(call()[0], hybrid)
-planner_cache.install([], [planner_cache.empty_cache(card.name)])
+planner_cache.install([planner_cache.empty_cache(card.name)])
 assert same(call()[0], planned)
 """)
 
@@ -332,7 +332,7 @@ tiles = _C.tiles_of(card, backward=True, float_adapters=True, dropout=True)
 assert list(tiles) == ["128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"]
 for tile in tiles:
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
-    planner_cache.install([], [planner_cache.empty_cache(card.name).with_entries(won)])
+    planner_cache.install([planner_cache.empty_cache(card.name).with_entries(won)])
     results, plan = call()
     assert plan.forward.tile == plan.backward.tile == tile, plan
     assert plan.forward_check == plan.backward_check == "passed", plan

@@ -25,10 +25,6 @@ def entry(shape=SHAPE, backward=False, route="kernel", tile="128 x 128", us=None
     return autotune.Entry(shape, backward, route, tile, us or {"library": (2.0, 1.0, 3.0)})
 
 
-def install(own, packaged=()):
-    planner_cache.install(list(packaged), own)
-
-
 def cache(*entries, card=CARD):
     return planner_cache.empty_cache(card).with_entries(entries)
 
@@ -57,13 +53,13 @@ def moved(**changes):
 def test_the_planner_takes_the_fastest_route_and_says_so():
     before = planned()
     assert not before.kernel and "predicted" in before.reason
-    install([cache(entry())])
+    planner_cache.install([cache(entry())])
     plan = planned()
     assert plan.kernel and not plan.hybrid and plan.tile == "128 x 128"
     assert plan.reason == f"fastest as measured on this card with torch {torch.__version__}"
-    install([cache(entry(route="hybrid", tile=""))])
+    planner_cache.install([cache(entry(route="hybrid", tile=""))])
     assert planned().hybrid
-    install([cache(entry(SHAPE, True, "library", ""))])
+    planner_cache.install([cache(entry(SHAPE, True, "library", ""))])
     backward = planned(backward=True)
     assert not backward.kernel and backward.reason.startswith("fastest as measured")
 
@@ -73,13 +69,13 @@ def test_the_planner_takes_the_fastest_route_and_says_so():
 )
 def test_every_tile_can_win(tile):
     shape = moved(rows=40) if tile == "decode" else SHAPE
-    install([cache(entry(shape, tile=tile))])
+    planner_cache.install([cache(entry(shape, tile=tile))])
     assert planned(shape).tile == tile
 
 
 def test_what_wins_with_few_rows_wins_for_no_more_than_it_can_take():
     few = moved(rows=40)
-    install([cache(entry(few, tile="decode"))])
+    planner_cache.install([cache(entry(few, tile="decode"))])
     assert "measured" in planned(moved(rows=64)).reason
     assert "measured" not in planned(moved(rows=65)).reason
 
@@ -103,39 +99,39 @@ LAYOUTS = ("aligned", "aligned_weight", "aligned_a", "aligned_b", "factor_rows",
     ids=str,
 )
 def test_what_was_not_measured_has_no_entry(other):
-    install([cache(entry())])
+    planner_cache.install([cache(entry())])
     assert "measured" in planned().reason and "measured" not in planned(**other).reason
 
 
 def test_rows_that_are_no_whole_chunks_were_measured_so():
     """Of a rank of 4, rows of a half lora_b are 8 bytes; of float32 ones 16."""
     small, wide = moved(rank=4), moved(rank=4, float_adapters=True)
-    install([cache(entry(small), entry(wide))])
+    planner_cache.install([cache(entry(small), entry(wide))])
     assert "measured" in planned(small, aligned_b=False).reason
     assert "measured" not in planned(small).reason
     assert "measured" in planned(wide).reason
     odd = moved(in_features=4100)
-    install([cache(entry(odd, route="hybrid", tile=""))])
+    planner_cache.install([cache(entry(odd, route="hybrid", tile=""))])
     unaligned = {"aligned": False, "aligned_weight": False, "aligned_a": False}
     assert "measured" in planned(odd, **unaligned).reason and "measured" not in planned(odd).reason
 
 
 @pytest.mark.parametrize("need", ["need_dx", "need_dlora_a", "need_dlora_b"])
 def test_entries_of_backward_are_those_of_all_gradients(need):
-    install([cache(entry(backward=True), entry())])
+    planner_cache.install([cache(entry(backward=True), entry())])
     assert "measured" in planned(backward=True).reason
     assert "measured" not in planned(backward=True, **{need: False}).reason
     assert "measured" in planned(**{need: False}).reason  # forward has none
 
 
 def test_what_the_user_asks_for_goes_before_what_was_measured():
-    install([cache(entry())])
+    planner_cache.install([cache(entry())])
     assert planned(choice="hybrid").hybrid
     assert planned(choice="library").reason == "the library route was asked for"
 
 
 def test_a_tile_that_the_card_does_not_have_is_not_taken():
-    install([cache(entry(tile="128 x 128"))])
+    planner_cache.install([cache(entry(tile="128 x 128"))])
     problem = _C.Problem(SHAPE.rows, SHAPE.out_features, SHAPE.in_features, SHAPE.rank)
     plan = _C.plan_forward(_C.Card(86, 72, 102400, 101376, CARD), problem)
     assert plan.kernel and plan.tile == "deep 128 x 128"
@@ -148,7 +144,7 @@ def test_a_tile_that_the_card_does_not_have_is_not_taken():
 def test_the_nearest_rows_within_a_factor_of_two_count(measured, rows):
     tiles = ("128 x 128", "128 x 64")
     won = {count: tiles[i % 2] for i, count in enumerate(measured)}
-    install([cache(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))])
+    planner_cache.install([cache(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))])
     plan = planned(moved(rows=rows))
     distance = {m: max(m, rows) / min(m, rows) for m in measured}
     least = min(distance.values())
@@ -261,27 +257,6 @@ def test_a_cache_under_another_s_name_is_ignored_with_a_word(tmp_path):
         assert autotune.load_cached(tmp_path) == []
 
 
-def test_the_user_s_cache_goes_over_the_package_s(tmp_path, monkeypatch):
-    package, user = tmp_path / "package", tmp_path / "user"
-    both = moved(rows=64)
-    shipped = replace(cache(entry(), entry(both)), torch="2.0", driver="12.8", build="0f")
-    autotune.write_cache(shipped, planner_cache.file_of(shipped, package))
-    mine = cache(entry(both, tile="128 x 64"))
-    autotune.write_cache(mine, planner_cache.file_of(mine, user))
-    monkeypatch.setattr(planner_cache, "PACKAGED", package)
-    assert autotune.load_cached(user) == [shipped, mine]
-    assert planned(both).tile == "128 x 64" and "on this card" in planned(both).reason
-    assert planned().tile == "128 x 128"
-    assert f"on another {CARD} with torch 2.0" in planned().reason
-
-
-def test_caches_of_the_package_are_of_this_version_and_valid():
-    for path in planner_cache.PACKAGED.glob("*.json"):
-        found = autotune.read_cache(path)
-        assert planner_cache.file_of(found, planner_cache.PACKAGED) == path
-        assert found.lora_ext == lora_ext.__version__, f"measure {path} again, or remove it"
-
-
 def test_import_reads_the_user_s_caches(tmp_path):
     if not _C.with_cuda:
         pytest.skip("the build has no CUDA kernels")
@@ -301,7 +276,7 @@ def test_import_reads_the_user_s_caches(tmp_path):
 
 def test_where_choices_must_be_reproducible_only_pinned_entries_count(tmp_path, deterministic):
     mine = cache(entry())
-    install([mine])
+    planner_cache.install([mine])
     assert planned().predicted_us and "measured" not in planned().reason
     planner_cache.pin(mine, tmp_path / "pinned.json")
     assert planned().tile == "128 x 128"
