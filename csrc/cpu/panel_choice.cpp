@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 
-#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -20,7 +19,7 @@ using Key = std::tuple<Dtype, int64_t, int64_t, bool>;
 
 struct Table {
   std::shared_mutex mutex;
-  std::map<Key, std::vector<MeasuredPanel>> kinds;
+  std::map<Key, MeasuredPanels> kinds;
   std::atomic<bool> is_empty{true};  // most processes measure nothing
 };
 
@@ -31,13 +30,6 @@ Table& table() {
 
 Key key_of(const ProductKind& kind) { return {kind.dtype, kind.depth, kind.cols, kind.transposed}; }
 
-// How far apart two numbers of rows are, as their ratio.
-double distance(int64_t rows, int64_t measured) {
-  const auto a = static_cast<double>(std::max<int64_t>(1, rows));
-  const auto b = static_cast<double>(measured);
-  return std::max(a / b, b / a);
-}
-
 // nullopt: the rule holds.
 std::optional<std::optional<Dtype>> measured_panel(const ProductKind& kind, int64_t rows) {
   Table& all = table();
@@ -46,13 +38,10 @@ std::optional<std::optional<Dtype>> measured_panel(const ProductKind& kind, int6
   const std::shared_lock<std::shared_mutex> lock(all.mutex);
   const auto found = all.kinds.find(key_of(kind));
   if (found == all.kinds.end()) return {};
-  const auto nearest = std::min_element(found->second.begin(), found->second.end(),
-                                        [&](const auto& a, const auto& b) {
-                                          return distance(rows, a.rows) < distance(rows, b.rows);
-                                        });
+  const std::optional<Dtype> panel = *nearest(found->second, rows);
   // torch.backends.mkldnn may be off now.
-  if (nearest->panel && !has_panels_of(*nearest->panel, kind.dtype)) return {};
-  return nearest->panel;
+  if (panel && !has_panels_of(*panel, kind.dtype)) return {};
+  return panel;
 }
 
 }  // namespace
@@ -65,7 +54,7 @@ std::vector<Dtype> panel_candidates(Dtype dtype) {
   return found;
 }
 
-void set_measured_panels(const ProductKind& kind, std::vector<MeasuredPanel> measured) {
+void set_measured_panels(const ProductKind& kind, MeasuredPanels measured) {
   Table& all = table();
   const std::unique_lock<std::shared_mutex> lock(all.mutex);
   if (measured.empty()) {

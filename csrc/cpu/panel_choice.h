@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/nearest.h"
 
 namespace lora_ext::cpu {
 
@@ -18,10 +19,7 @@ struct ProductKind {
   bool transposed;
 };
 
-struct MeasuredPanel {
-  int64_t rows;
-  std::optional<Dtype> panel;  // nullopt: torch's product is faster
-};
+using MeasuredPanels = ByRows<std::optional<Dtype>>;  // nullopt: torch's product is faster
 
 // With fewer rows the library's product is faster, since it packs nothing: at 8 rows of 1024 x 1024
 // and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
@@ -37,6 +35,6 @@ std::vector<Dtype> panel_candidates(Dtype dtype);
 // Replaces what was measured of a kind: later products take the choice of the measured number of rows
 // that is nearest by its ratio, unless panels were asked for by name, or
 // torch.use_deterministic_algorithms is on. Nothing measured: the rule holds again.
-void set_measured_panels(const ProductKind& kind, std::vector<MeasuredPanel> measured);
+void set_measured_panels(const ProductKind& kind, MeasuredPanels measured);
 
 }  // namespace lora_ext::cpu

@@ -1,17 +1,18 @@
 #include "kernels/plan/autotune_cache.h"
 
-#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
 
+#include "common/nearest.h"
+
 namespace lora_ext::autotune {
 namespace {
 
-using ByRows = std::map<int64_t, plan::Request>;
+using Layers = std::map<Layer, ByRows<plan::Request>>;
 
 struct Table {
-  std::map<Layer, ByRows> layers;
+  Layers layers;
   bool pinned = false;
 };
 struct Tables {
@@ -36,17 +37,6 @@ bool was_measured_so(const plan::Problem& p) {
          p.aligned_a == (p.k % of_adapters == 0) && p.aligned_b == (p.rank % of_adapters == 0);
 }
 
-const plan::Request* nearest(const ByRows& by_rows, int64_t rows) {
-  const plan::Request* found = nullptr;
-  double least = 2.0;
-  for (const auto& [measured, request] : by_rows) {
-    const auto [less, more] = std::minmax(measured, rows);
-    const double distance = static_cast<double>(more) / static_cast<double>(less);
-    if (distance <= least) found = &request, least = distance;
-  }
-  return found;
-}
-
 }  // namespace
 
 void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned) {
@@ -66,10 +56,10 @@ plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::
   const std::lock_guard lock(tables().mutex);
   const auto table = tables().by_card.find(card.name);
   if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
-  const std::map<Layer, ByRows>& layers = table->second.layers;
+  const Layers& layers = table->second.layers;
   const auto by_rows = layers.find({p.backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
   if (by_rows == layers.end()) return asked;
-  const plan::Request* found = nearest(by_rows->second, p.m);
+  const plan::Request* found = nearest(by_rows->second, p.m, 2.0);
   // The fastest route for few rows may not support twice as many.
   const bool fits =
       found != nullptr && (found->tile != plan::Tile::kDecode || p.m <= plan::kMaxDecodeRows);

@@ -102,13 +102,13 @@ PYBIND11_MODULE(_C, m) {
       "set_measured_panels",
       [](const at::ScalarType& x, int64_t depth, int64_t cols, bool transposed,
          const std::vector<std::pair<int64_t, std::optional<at::ScalarType>>>& measured) {
-        std::vector<cpu::MeasuredPanel> found;
+        cpu::MeasuredPanels found;
         for (const auto& [rows, panel] : measured) {
           if (rows < 1) throw py::value_error("lora_ext: expected rows of at least 1");
           if (panel && *panel != at::kFloat && *panel != at::kBFloat16) {
             throw py::value_error("lora_ext: expected panels of float32, of bfloat16 or none");
           }
-          found.push_back({rows, panel ? std::optional(lora_ext::dtype_of(*panel)) : std::nullopt});
+          found[rows] = panel ? std::optional(lora_ext::dtype_of(*panel)) : std::nullopt;
         }
         cpu::set_measured_panels({lora_ext::dtype_of(x), depth, cols, transposed},
                                  std::move(found));
