@@ -17,7 +17,6 @@ from .shape import Shape
 
 SCHEMA = "lora_ext.autotune"
 SCHEMA_VERSION = 1
-ROUTES = ("library", "hybrid", "kernel")
 _ORIGIN = ("card", "torch", "driver", "lora_ext", "build")
 _MOST_BYTES = 16 << 20
 _DEPTH = 6
@@ -63,19 +62,8 @@ class Entry:
 
     def for_planner(self, measured: str) -> _C.AutotuneEntry:
         """The entry in the planner's form; measured: the end of the text "fastest as measured"."""
-        shape = self.shape
-        return _C.AutotuneEntry(
-            backward=self.backward,
-            float_adapters=shape.float_adapters,
-            dropout=shape.dropout,
-            rows=shape.rows,
-            n=shape.out_features,
-            k=shape.in_features,
-            rank=shape.rank,
-            route=self.route,
-            tile=self.tile,
-            measured=measured,
-        )
+        own = {"backward": self.backward, "route": self.route, "tile": self.tile}
+        return _C.AutotuneEntry(**vars(self.shape), **own, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -190,8 +178,6 @@ def _entry(value: Any) -> Entry:
         raise CacheError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
     shape = Shape(**sizes, **_members(value, float_adapters=bool, dropout=bool))
     own = _members(value, backward=bool, route=str, tile=str, us=dict)
-    if own["route"] not in ROUTES:
-        raise CacheError(f"expected a route of {', '.join(ROUTES)}, but got {own['route']!r:.60}")
     own["us"] = {name: _times(name, figures) for name, figures in own["us"].items()}
     entry = Entry(shape, **own)
     try:

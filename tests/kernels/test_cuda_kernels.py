@@ -10,6 +10,7 @@ from helpers import BF16, F16, F32, short, smallest_of_each_kind
 import lora_ext
 from benchmarks.gpu import stress
 from lora_ext import _C
+from lora_ext.autotune import Entry, Shape
 from lora_ext.kernels.kernel_checks import check_kernels
 
 pytestmark = pytest.mark.gpu
@@ -79,18 +80,8 @@ def test_kernels_agree_with_the_library_route(shape, dtype, wide):
 
 def won_by(tile, shape, wide, dropout, backward):
     rows, k, n, rank = shape
-    return _C.AutotuneEntry(
-        backward=backward,
-        float_adapters=wide,
-        dropout=dropout,
-        rows=rows,
-        n=n,
-        k=k,
-        rank=rank,
-        route="kernel",
-        tile=tile,
-        measured="by nobody",
-    )
+    layer = Shape(rows, k, n, rank, wide, dropout)
+    return Entry(layer, backward, "kernel", tile, {}).for_planner("by nobody")
 
 
 def assert_tiles_agree(shape, wide, dropout_p, chosen):

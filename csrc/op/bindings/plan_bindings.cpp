@@ -92,8 +92,8 @@ autotune::Entry autotune_entry(bool backward, bool float_adapters, bool dropout,
 void bind_autotune_cache(py::module& m) {
   py::class_<autotune::Entry>(m, "AutotuneEntry")
       .def(py::init(&autotune_entry), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
-           py::arg("dropout"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("rank"),
-           py::arg("route"), py::arg("tile"), py::arg("measured"));
+           py::arg("dropout"), py::arg("rows"), py::arg("out_features"), py::arg("in_features"),
+           py::arg("rank"), py::arg("route"), py::arg("tile"), py::arg("measured"));
   m.def("replace_autotune_cache", &autotune::replace, py::arg("card"), py::arg("entries"),
         py::arg("pinned") = false);
   m.def(
