@@ -68,11 +68,8 @@ class PackedWeight:
         wins: Wins | None = None,
     ) -> None:
         self._weight: Any = weight
-        self.reason = reason
-        self.transposed = transposed
-        self.wins = wins
-        self._packed = packed
-        self._packed_t = packed_t
+        self.reason, self.transposed, self.wins = reason, transposed, wins
+        self._packed, self._packed_t = packed, packed_t
         self._identity = _identity(weight) if self.is_packed else None
         self._storage = StorageWeakRef(weight.untyped_storage()) if self.is_packed else None
         self._checksum = _checksum(weight) if self.is_packed else None
@@ -115,12 +112,7 @@ class PackedWeight:
 
     def drop_if_written(self) -> None:
         """Drops the pack if `verify` would raise."""
-        weight = self.weight
-        if (
-            self._checksum is not None
-            and weight is not None
-            and self._checksum != _checksum(weight)
-        ):
+        if self._is_written():
             self.drop(_CHANGED)
 
     def verify(self) -> None:
@@ -129,7 +121,7 @@ class PackedWeight:
         Raises:
             RuntimeError: the weight was written to since it was packed.
         """
-        if self._checksum is not None and self._checksum != _checksum(self.weight):
+        if self._is_written():
             raise RuntimeError(
                 "lora_ext.functional.PackedWeight: expected the weight as it was packed, but it "
                 "was written to since; call prepack again after a merge, unmerge or any write to "
@@ -151,10 +143,8 @@ class PackedWeight:
             return "packed", size
         ratio = near(rows, self.wins.forward)
         if ratio > MOST_TIME:
-            return (
-                "unpacked",
-                f"packed, the product takes {ratio:.2f} of its time with so many rows",
-            )
+            of = f"{ratio:.2f} of its time"
+            return "unpacked", f"packed, the product takes {of} with so many rows"
         return "packed", f"{size}, measured at {ratio:.2f} of the plain product's time"
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -171,11 +161,12 @@ class PackedWeight:
             forward = backward = rows >= _MIN_PACKED_ROWS[self.weight.dtype]
         else:
             forward, backward = (near(rows, each) <= MOST_TIME for each in self.wins)
-        return (
-            self.matrix,
-            self._packed if forward else None,
-            self._packed_t if backward else None,
-        )
+        packed = self._packed if forward else None
+        return self.matrix, packed, self._packed_t if backward else None
+
+    def _is_written(self) -> bool:
+        known, weight = self._checksum, self.weight
+        return known is not None and weight is not None and known != _checksum(weight)
 
     def _is_changed(self) -> bool:
         """Whether the weight differs from the one that was packed. A weight that was cast and cast

@@ -141,8 +141,8 @@ def write_cache(cache: Cache, path: Path) -> None:
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
-    own = {"backward": entry.backward, "route": entry.route, "tile": entry.tile}
-    return {**asdict(entry.shape), **own, "us": {name: list(t) for name, t in entry.us.items()}}
+    own = asdict(entry)
+    return {**own.pop("shape"), **own}
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:
@@ -152,24 +152,23 @@ def _expect(value: Any, kind: type, what: str) -> Any:
     return value
 
 
-def _member(value: Any, name: str, kind: type) -> Any:
-    if not isinstance(value, dict) or name not in value:
-        raise CacheError(f"expected an object with {name!r}, but got {value!r:.60}")
-    return _expect(value[name], kind, repr(name))
+def _members(value: Any, **kinds: type) -> dict[str, Any]:
+    for name, kind in kinds.items():
+        if not isinstance(value, dict) or name not in value:
+            raise CacheError(f"expected an object with {name!r}, but got {value!r:.60}")
+        _expect(value[name], kind, repr(name))
+    return {name: value[name] for name in kinds}
 
 
 def _cache(document: Any) -> Cache:
-    schema = (_member(document, "schema", str), _member(document, "schema_version", int))
+    schema = tuple(_members(document, schema=str, schema_version=int).values())
     if schema != (SCHEMA, SCHEMA_VERSION):
         raise CacheError(f"expected {SCHEMA} version {SCHEMA_VERSION}, but got {schema}")
-    entries = tuple(map(_entry, _member(document, "entries", list)))
+    own = _members(document, entries=list, **dict.fromkeys(_ORIGIN, str))
+    own["entries"] = entries = tuple(map(_entry, own["entries"]))
     if len({entry.key for entry in entries}) < len(entries):
         raise CacheError("expected one entry for a shape and direction, but got two")
-    return Cache(**{name: _member(document, name, str) for name in _ORIGIN}, entries=entries)
-
-
-def _members(value: Any, **kinds: type) -> dict[str, Any]:
-    return {name: _member(value, name, kind) for name, kind in kinds.items()}
+    return Cache(**own)
 
 
 def _entry(value: Any) -> Entry:

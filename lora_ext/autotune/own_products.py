@@ -25,17 +25,11 @@ def measure(
     model: nn.Module, rows: Iterable[int], device: torch.device, say: Callable[[str], object]
 ) -> list[str]:
     """Times each kind of layer on a device whose library has a product without dequantisation: this
-    product followed by `lora_update`, and the op. `few_rows` uses the results from now on.
+    product followed by `lora_update`, and the op. `few_rows` uses the results from now on. Returns
+    a line of text for each kind and number of rows, with which `say` was called.
 
-    Args:
-        model: its layers are called without gradients and in their current mode: on a CPU in eval
-            mode bitsandbytes then changes the order of its codes.
-        rows: batch times sequence length of later calls.
-        device: the device of the layers that are timed.
-        say: is called with each line.
-
-    Returns:
-        A line of text for each kind and number of rows.
+    Layers are called without gradients and in their current mode: on a CPU in eval mode
+    bitsandbytes then changes the order of its codes.
     """
     lines, counts = [], sorted(set(rows))
     with torch.no_grad():

@@ -15,7 +15,7 @@ from ..device import indexed
 from .cache_file import Cache, CacheError, read_cache
 
 # The pinned files by card; no other file is used for such a card.
-_pinned: dict[str, tuple[Cache, Path]] = {}
+pinned: dict[str, tuple[Cache, Path]] = {}
 
 
 def user_folder() -> Path:
@@ -48,20 +48,16 @@ def cache_path(folder: Path, device: torch.device | None = None) -> Path:
     return file_of(empty_cache(_C.cuda_card(indexed(device)).name), folder)
 
 
-def user_file(card: str) -> Path:
-    """The file of the user's cache for a card.
+def user_cache(card: str) -> tuple[Cache, Path]:
+    """The user's cache for a card with this torch and build, which may be empty; and its file.
 
     Raises:
         RuntimeError: the user has no home folder.
     """
-    return file_of(empty_cache(card), user_folder())
-
-
-def cache_or_empty(path: Path, card: str) -> Cache:
-    """The cache in a file, if it is for this card and build; else an empty one."""
     empty = empty_cache(card)
+    path = file_of(empty, user_folder())
     found = _read(path) if path.exists() else None
-    return found if found and found.origin == empty.origin else empty
+    return (found if found and found.origin == empty.origin else empty), path
 
 
 def checked_cache(path: Path, card: str) -> Cache:
@@ -98,9 +94,9 @@ def pin_cache(path: str | Path | None, device: torch.device | str | None = None)
         RuntimeError: the build has no CUDA kernels, or torch finds no CUDA device.
     """
     if path is None:
-        for card in _pinned:
+        for card in pinned:
             _C.replace_autotune_cache(card, [])
-        _pinned.clear()
+        pinned.clear()
         if _C.with_cuda:
             load_cached()
         return
@@ -115,13 +111,8 @@ def pin_cache(path: str | Path | None, device: torch.device | str | None = None)
 
 def pin(cache: Cache, path: Path) -> None:
     """Makes the planner use only this cache for its card."""
-    _pinned[cache.card] = (cache, path)
+    pinned[cache.card] = (cache, path)
     install([])
-
-
-def pinned_at(card: str) -> Path | None:
-    """The file that is pinned for a card."""
-    return _pinned[card][1] if card in _pinned else None
 
 
 def load_cached(folder: Path | None = None, also: Cache | None = None) -> list[Cache]:
@@ -160,9 +151,10 @@ def install(caches: Iterable[Cache]) -> None:
         by_card.setdefault(cache.card, {}).update(known)
     for card, known in by_card.items():
         _C.replace_autotune_cache(card, list(known.values()))
-    for card, (cache, path) in _pinned.items():
-        pinned = [entry.for_planner(f"on {card}, pinned by {path}") for entry in cache.entries]
-        _C.replace_autotune_cache(card, pinned, pinned=True)
+    for card, (cache, path) in pinned.items():
+        where = f"on {card}, pinned by {path}"
+        known = [entry.for_planner(where) for entry in cache.entries]
+        _C.replace_autotune_cache(card, known, pinned=True)
 
 
 def _caches_in(folder: Path) -> Iterator[Cache]:

@@ -18,7 +18,7 @@ from ..kernels.kernel_checks import check_kernels
 from ..packing import DECODE_AND_TRAINING, Packing, pack_weights
 from . import own_products
 from .cache_file import Cache, Entry, write_cache
-from .planner_cache import cache_or_empty, checked_cache, load_cached, pin, pinned_at, user_file
+from .planner_cache import checked_cache, empty_cache, load_cached, pin, pinned, user_cache
 from .shape import Layers, Shape, shapes_of
 from .trial import Trial, kernels_for, measure, route_by_planner
 
@@ -144,12 +144,17 @@ def warmup(
         say(nothing)
         return Warmup(note=nothing)
     device = indexed(device)
-    pinned = pinned_at(card.name) if cache is None else None
-    path = Path(cache) if cache is not None else pinned or user_file(card.name)
-    given = path.exists() if cache is not None else pinned is not None
-    known = checked_cache(path, card.name) if given else cache_or_empty(path, card.name)
+    is_pinned, path = cache is None and card.name in pinned, Path(cache or "")
+    if cache is None:
+        known, path = pinned[card.name] if is_pinned else user_cache(card.name)
+    else:
+        known = checked_cache(path, card.name) if path.exists() else empty_cache(card.name)
     session = _Session(device, card, dtype or torch.bfloat16, known, path, say)
-    note, own = _why_untimed(pinned), []
+    note, own = "", []
+    if is_pinned:
+        note = f"nothing is timed while {path} is pinned (lora_ext.autotune.pin_cache)"
+    elif torch.are_deterministic_algorithms_enabled():
+        note = "nothing is timed under torch.use_deterministic_algorithms"
     kernels = kernels_for(card, shapes, session.dtype)
     failed = check_kernels(device, kernels, begins=lambda name: say(f"checks {name}"))
     for name, why in failed.items():
@@ -162,7 +167,7 @@ def warmup(
     finally:
         if cache is not None:
             pin(session.cache, path)
-        elif pinned is None:
+        elif not is_pinned:
             load_cached(also=session.cache)
     if session.unwritten is not None:
         if cache is not None:
@@ -188,11 +193,8 @@ def _printed(line: str) -> None:
 
 def _device_of(layers: Layers) -> torch.device | None:
     """The device of a model, if it is on CUDA."""
-    if isinstance(layers, nn.Module):
-        for parameter in layers.parameters():
-            if parameter.is_cuda:
-                return parameter.device
-    return None
+    parameters = layers.parameters() if isinstance(layers, nn.Module) else ()
+    return next((each.device for each in parameters if each.is_cuda), None)
 
 
 def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
@@ -214,14 +216,6 @@ def _card_of(device: torch.device | None) -> _C.Card | str:
     if card.error:
         return f"CUDA cannot use the device: {card.error}"
     return card if card.arch >= 80 else "the kernels need compute capability 8.0 or later"
-
-
-def _why_untimed(pinned: Path | None) -> str:
-    if pinned is not None:
-        return f"nothing is timed while {pinned} is pinned (lora_ext.autotune.pin_cache)"
-    if torch.are_deterministic_algorithms_enabled():
-        return "nothing is timed under torch.use_deterministic_algorithms"
-    return ""
 
 
 @dataclass

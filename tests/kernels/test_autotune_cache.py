@@ -33,7 +33,7 @@ def cache(*entries, card=CARD):
 def nothing_known_before_or_after():
     _C.replace_autotune_cache(CARD, [])
     yield
-    planner_cache._pinned.clear()
+    planner_cache.pinned.clear()
     _C.replace_autotune_cache(CARD, [])
 
 

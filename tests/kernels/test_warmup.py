@@ -63,7 +63,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(session, "measure", found.measure)
     monkeypatch.setattr(session, "check_kernels", found.check)
     yield found
-    planner_cache._pinned.clear()
+    planner_cache.pinned.clear()
     _C.replace_autotune_cache(CARD, [])
 
 
