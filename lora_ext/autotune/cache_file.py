@@ -172,14 +172,12 @@ def _cache(document: Any) -> Cache:
 
 
 def _entry(value: Any) -> Entry:
-    sizes = _members(value, rows=int, in_features=int, out_features=int, rank=int)
-    if not all(1 <= size < 2**40 for size in sizes.values()):
-        raise CacheError(f"expected sizes of at least 1 and below 2^40, but got {sizes}")
-    shape = Shape(**sizes, **_members(value, float_adapters=bool, dropout=bool))
+    layer = dict.fromkeys(("rows", "in_features", "out_features", "rank"), int)
+    layer = _members(value, **layer, float_adapters=bool, dropout=bool)
     own = _members(value, backward=bool, route=str, tile=str, us=dict)
     own["us"] = {name: _times(name, figures) for name, figures in own["us"].items()}
-    entry = Entry(shape, **own)
     try:
+        entry = Entry(Shape(**layer), **own)
         entry.for_planner("")
     except ValueError as error:
         raise CacheError(str(error)) from None

@@ -20,6 +20,9 @@ class Shape:
         rows, in_features, out_features, rank: M, K, N and r of `lora_linear`.
         float_adapters: lora_a and lora_b are float32, else of x's dtype.
         dropout: dropout_p > 0.
+
+    Raises:
+        ValueError: a size is not valid.
     """
 
     rows: int
@@ -28,6 +31,13 @@ class Shape:
     rank: int
     float_adapters: bool = False
     dropout: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.rows, self.in_features, self.out_features, self.rank)
+        if not all(isinstance(size, int) and 1 <= size < 2**40 for size in sizes):
+            raise ValueError(
+                f"lora_ext.warmup: expected sizes of at least 1 and below 2^40, but got {sizes}"
+            )
 
     def __str__(self) -> str:
         adapters = ", float32 adapters" if self.float_adapters else ""
@@ -67,8 +77,6 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
     if not isinstance(rows, (int, Iterable)) or isinstance(rows, (str, bytes)):
         raise TypeError(f"lora_ext.warmup: expected rows as a number or several, but got {rows!r}")
     counts = sorted({rows} if isinstance(rows, int) else set(rows))
-    for count in counts:
-        _check_sizes(count)
     if isinstance(layers, nn.Module):
         found = {*_own_layers(layers), *_peft_layers(layers)}
         if not found:
@@ -83,13 +91,6 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
             f" [(4096, 4096, 16)], but got {layers!r}"
         )
     return sorted({shape for layer in layers for shape in _given(layer, counts)})
-
-
-def _check_sizes(*sizes: Any) -> None:
-    if not all(isinstance(size, int) and 1 <= size < 2**40 for size in sizes):
-        raise ValueError(
-            f"lora_ext.warmup: expected sizes of at least 1 and below 2^40, but got {sizes}"
-        )
 
 
 def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
@@ -112,10 +113,7 @@ def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
             f" dicts, but got {layer!r:.60}"
         )
     each = [own.pop("rows")] if "rows" in own else counts
-    shapes = [Shape(rows=count, **own) for count in each]
-    for shape in shapes:
-        _check_sizes(shape.rows, shape.in_features, shape.out_features, shape.rank)
-    return shapes
+    return [Shape(rows=count, **own) for count in each]
 
 
 def _own_layers(model: nn.Module) -> Iterator[Shape]:
