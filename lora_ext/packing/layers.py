@@ -31,6 +31,13 @@ class Kind(NamedTuple):
         kept = ", kept as [in, out]" if self.transposed else ""
         return f"{self.in_features}x{self.out_features} {str(self.dtype)[6:]}{kept}"
 
+    def matrix(self, backward: bool) -> tuple[torch.dtype, int, int, bool]:
+        """(dtype, depth, columns, whether it is a transposed matrix) of what x, or dy, is
+        multiplied with."""
+        sizes = (self.in_features, self.out_features)
+        depth, cols = sizes[::-1] if backward else sizes
+        return self.dtype, depth, cols, backward == self.transposed
+
     @property
     def nbytes(self) -> int:
         """Bytes of one packed copy."""

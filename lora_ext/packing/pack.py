@@ -149,10 +149,7 @@ def keep_panels(
     kind: Kind, backward: bool, measured: Sequence[tuple[int, torch.dtype | None]]
 ) -> None:
     """Sets the panels for products of a kind in this process; none measured: as by the rule."""
-    depth, cols = kind.in_features, kind.out_features
-    if backward:
-        depth, cols = cols, depth
-    _C.set_measured_panels(kind.dtype, depth, cols, backward == kind.transposed, measured)
+    _C.set_measured_panels(*kind.matrix(backward), measured)
 
 
 def _pack(weight: Weight, forward: bool, backward: bool) -> PackedWeight:

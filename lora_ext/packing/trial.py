@@ -44,13 +44,13 @@ class Trial:
         rows: int,
         backward: bool,
     ) -> None:
-        features = kind.out_features if backward else kind.in_features
-        x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0))
+        depth = kind.matrix(backward)[1]
+        x = torch.randn(rows, depth, generator=torch.Generator().manual_seed(0))
         self.kind, self.rows, self.backward = kind, rows, backward
         self.x, self.bias = x.to(kind.dtype), None if backward else bias
         self.plain = [pack.matrix if backward else pack.matrix.t() for pack in packs]
         self.packed: list[Any] = [pack.copies[backward] for pack in packs]
-        names = [_TORCH, *(str(panels)[6:] for panels in _C.cpu_panel_candidates(kind.dtype))]
+        names = [_TORCH, *map(_name, _C.cpu_panel_candidates(kind.dtype))]
         # By the number of a weight.
         self.products: dict[str, Callable[[int], Tensor]]
         self.products = {name: partial(self._by_panels, name) for name in names}
@@ -93,10 +93,8 @@ class Trial:
 
     def ruled(self, wrong: Collection[str]) -> str:
         """The plain product that is taken without a measurement, or torch's if that is wrong."""
-        depth, cols = self.plain[0].shape
-        transposed = self.backward == self.kind.transposed
-        name = str(_C.cpu_panels_of(self.kind.dtype, depth, cols, transposed, self.rows))
-        return _TORCH if name == "None" or name[6:] in wrong else name[6:]
+        panels = _C.cpu_panels_of(*self.kind.matrix(self.backward), self.rows)
+        return _TORCH if panels is None or _name(panels) in wrong else _name(panels)
 
     def found(self, wrong: Collection[str]) -> Found:
         """What is fastest, of products that are not wrong."""
@@ -107,6 +105,10 @@ class Trial:
         ratio = share(times, _PACK, best) if _PACK in times else math.inf
         panels = None if best == _TORCH else getattr(torch, best)
         return Found(self.rows, panels, gain, us, ratio)
+
+
+def _name(panels: torch.dtype) -> str:
+    return str(panels).removeprefix("torch.")
 
 
 def _ends(rows: Tensor) -> Tensor:
