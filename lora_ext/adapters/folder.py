@@ -2,21 +2,18 @@ r"""Reads the two files of an adapter as a consistent pair, and replaces them at
 
     adapter_config.json           adapter_model.safetensors
     adapter_config.json.next      adapter_model.safetensors.next      while a save is under way
-    adapter_config.json.tmp       adapter_model.safetensors.tmp       not complete; never read
 
-A save writes .tmp files and makes them durable. If the config keeps its bytes, one rename replaces
-the weights. Otherwise, by renames alone, each made durable before the next:
+A save makes each step durable before the next:
 
-    1  config.tmp -> config.next         no effect yet: a reader ignores .next files
-    2  weights.tmp -> weights.next       both .next files exist: ready
-    3  config.next -> config             the commit: weights.next without config.next
-    4  weights.next -> weights
+    1  writes config.next, then weights.next      no effect yet
+    2  config.next -> config                      the commit: weights.next without config.next
+    3  weights.next -> weights
 
 A reader that finds weights.next without config.next reads the weights from it, and the next save
-does step 4 first. If the process is killed at any moment, `open_adapter` finds the old adapter or
-the new one. If both .next files exist, weights.next is removed first, so that no step of the
-cleanup can look like a commit. A reader that runs during a save retries until the pair did not
-change while it was opened.
+does step 3 first. If the process is killed at any moment, `open_adapter` finds the old adapter or
+the new one. If config.next exists, weights.next is removed first, so that no step of the cleanup
+can look like a commit. A reader that runs during a save retries until the pair did not change while
+it was opened.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .errors import AdapterError
 
@@ -38,22 +35,16 @@ MAX_CONFIG_BYTES = 1 << 20
 _PICKLE = "adapter_model.bin"
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
 _NEXT = ".next"
-_TMP = ".tmp"
-NEW_WEIGHTS = WEIGHTS + _TMP
-_CARD_TMP = "adapter_card.tmp"
-_OWN = (*(name + end for name in (WEIGHTS, CONFIG) for end in ("", _NEXT, _TMP)), _CARD_TMP)
+NEW_WEIGHTS = WEIGHTS + _NEXT
+_NEW_CONFIG = CONFIG + _NEXT
+_NEW_CARD = "adapter_card.next"
 _ATTEMPTS = 100
+_KINDS = {"d": "a directory", "l": "a link", "p": "a FIFO", "s": "a socket"}
 
 
-@dataclass(frozen=True)
-class OpenAdapter:
-    """The files of one adapter, a consistent pair.
-
-    Attributes:
-        config: bytes of adapter_config.json.
-        weights: file descriptor of the safetensors file, open for reading.
-        weights_name: that file's name in the folder.
-    """
+class OpenAdapter(NamedTuple):
+    """The files of one adapter, a consistent pair: the bytes of adapter_config.json; a descriptor
+    of the safetensors file, open for reading; that file's name in the folder."""
 
     config: bytes
     weights: int
@@ -74,24 +65,27 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
         )
     for _ in range(_ATTEMPTS):
         with ExitStack() as stack:
-            state = _pending(folder)
-            name = WEIGHTS + _NEXT if state == (False, True) else WEIGHTS
-            descriptors = {}
+            name = _weights_name(folder)
+            opened: dict[str, int] = {}
             try:
                 for part in (CONFIG, name):
-                    descriptors[part] = _open_regular(folder, part)
-                    stack.callback(os.close, descriptors[part])
+                    opened[part] = _open_regular(folder, part)
+                    stack.callback(os.close, opened[part])
             except AdapterError:
-                if _pending(folder) != state:
-                    continue
-                raise
-            if _pending(folder) != state or not all(
-                _is_same(folder, part, descriptor) for part, descriptor in descriptors.items()
-            ):
+                if _weights_name(folder) == name:
+                    raise
                 continue
-            yield OpenAdapter(_read_config(descriptors[CONFIG]), descriptors[name], name)
-            return
+            # In this order: a commit that the name does not show yet has replaced the config.
+            if _weights_name(folder) == name and all(_is_same(folder, *o) for o in opened.items()):
+                yield OpenAdapter(_read_config(opened[CONFIG]), opened[name], name)
+                return
     raise AdapterError("expected files that stand still, but they are replaced all the time")
+
+
+def _weights_name(folder: str) -> str:
+    """The name of the file with the weights that belong to the config."""
+    weights, config = (os.path.lexists(f"{folder}/{name}") for name in (NEW_WEIGHTS, _NEW_CONFIG))
+    return NEW_WEIGHTS if weights and not config else WEIGHTS
 
 
 def _what_is_there(path: str) -> str:
@@ -103,12 +97,6 @@ def _what_is_there(path: str) -> str:
             f"huggingface_hub.snapshot_download({path!r}) returns"
         )
     return "nothing there"
-
-
-def _pending(folder: str) -> tuple[bool, bool]:
-    """Whether (config.next, weights.next) exist."""
-    config, weights = (os.path.lexists(os.path.join(folder, n + _NEXT)) for n in (CONFIG, WEIGHTS))
-    return config, weights
 
 
 def _open_regular(folder: str, name: str) -> int:
@@ -153,16 +141,14 @@ def _is_same(folder: str, name: str, descriptor: int) -> bool:
 
 
 def _read_config(descriptor: int) -> bytes:
-    size = os.fstat(descriptor).st_size
-    if size > MAX_CONFIG_BYTES:
+    data = b""
+    while len(data) <= MAX_CONFIG_BYTES and (chunk := os.read(descriptor, MAX_CONFIG_BYTES + 1)):
+        data += chunk
+    if len(data) > MAX_CONFIG_BYTES:
+        size = max(len(data), os.fstat(descriptor).st_size)
         raise AdapterError(
             f"{CONFIG}: expected at most {MAX_CONFIG_BYTES} bytes, but it has {size}"
         )
-    data = b""
-    while chunk := os.read(descriptor, MAX_CONFIG_BYTES + 1 - len(data)):
-        data += chunk
-    if len(data) > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{CONFIG}: expected at most {MAX_CONFIG_BYTES} bytes, but it has more")
     return data
 
 
@@ -188,13 +174,7 @@ def _missing(folder: str, name: str) -> str:
 
 
 def _kind(mode: int) -> str:
-    kinds = {
-        "a directory": stat.S_ISDIR,
-        "a link": stat.S_ISLNK,
-        "a FIFO": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-    }
-    return next((kind for kind, is_kind in kinds.items() if is_kind(mode)), "a device")
+    return _KINDS.get(stat.filemode(mode)[0], "a device")
 
 
 # ---- writing ----
@@ -223,15 +203,30 @@ def replace_adapter(
         os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise AdapterError("expected a folder, or none yet, but a file is in its way") from None
-    for name in _OWN:
+    for name in (WEIGHTS, CONFIG, NEW_WEIGHTS, _NEW_CONFIG, _NEW_CARD):
         path = os.path.join(folder, name)
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        if os.path.lexists(path) and not stat.S_ISREG(mode := os.lstat(path).st_mode):
             raise AdapterError(
-                f"{name}: expected a regular file to replace, but got "
-                f"{_kind(os.lstat(path).st_mode)}; remove it or save to another folder"
+                f"{name}: expected a regular file to replace, but got {_kind(mode)}; remove it or "
+                "save to another folder"
             )
     with _locked(folder) as directory:
-        _Save(folder, directory).run(config, weights, card)
+        save = _Save(folder, directory)
+        save.recover()
+        try:
+            # Everything that needs disk space happens before the first rename.
+            save.write(_NEW_CONFIG, [config])
+            save.write(NEW_WEIGHTS, weights())
+            if not save.exists(CARD):
+                save.write(_NEW_CARD, [card])
+            save.rename(_NEW_CONFIG, CONFIG)  # the commit
+            save.rename(NEW_WEIGHTS, WEIGHTS)
+            if save.exists(_NEW_CARD):
+                save.rename(_NEW_CARD, CARD)
+        except BaseException:
+            with suppress(OSError):
+                save.recover()
+            raise
 
 
 @contextmanager
@@ -257,7 +252,7 @@ def _locked(folder: str) -> Iterator[int]:
 
 
 class _Save:
-    """One replacement of an adapter, under the folder's lock."""
+    """The steps of a save, each made durable, under the folder's lock."""
 
     def __init__(self, folder: str, directory: int) -> None:
         self.folder = folder
@@ -269,53 +264,14 @@ class _Save:
     def exists(self, name: str) -> bool:
         return os.path.lexists(self.path(name))
 
-    def run(
-        self, config: bytes, weights: Callable[[], Iterable[memoryview | bytes]], card: bytes
-    ) -> None:
-        self.recover()
-        try:
-            # Everything that needs disk space happens before the first rename.
-            self.write(NEW_WEIGHTS, weights())
-            same_config = self.exists(WEIGHTS) and self.holds(CONFIG, config)
-            if not same_config:
-                self.write(CONFIG + _TMP, [config])
-            if not self.exists(CARD):
-                self.write(_CARD_TMP, [card])
-            if same_config:
-                self.rename(WEIGHTS + _TMP, WEIGHTS)
-            else:
-                self.rename(CONFIG + _TMP, CONFIG + _NEXT)
-                self.rename(WEIGHTS + _TMP, WEIGHTS + _NEXT)
-                self.rename(CONFIG + _NEXT, CONFIG)  # the commit
-                self.rename(WEIGHTS + _NEXT, WEIGHTS)
-            if self.exists(_CARD_TMP):
-                self.rename(_CARD_TMP, CARD)
-        except BaseException:
-            with suppress(OSError):
-                self.clean_up()
-            raise
-
     def recover(self) -> None:
-        """Finishes or discards a save that was killed."""
-        if self.exists(WEIGHTS + _NEXT) and not self.exists(CONFIG + _NEXT):
-            self.rename(WEIGHTS + _NEXT, WEIGHTS)
-        self.clean_up()
-
-    def clean_up(self) -> None:
-        if self.exists(CONFIG + _NEXT):  # not committed: weights.next is removed first
-            self.remove(WEIGHTS + _NEXT)
-            self.remove(CONFIG + _NEXT)
-        for name in (WEIGHTS + _TMP, CONFIG + _TMP, _CARD_TMP):
-            self.remove(name)
-
-    def holds(self, name: str, data: bytes) -> bool:
-        """Whether the file has exactly these bytes."""
-        try:
-            descriptor = _open_regular(self.folder, name)
-        except AdapterError:
-            return False
-        with open(descriptor, "rb") as file:
-            return file.read(len(data) + 1) == data
+        """Finishes a save that was committed, or discards what one has left."""
+        if _weights_name(self.folder) == NEW_WEIGHTS:
+            self.rename(NEW_WEIGHTS, WEIGHTS)
+        for name in (NEW_WEIGHTS, _NEW_CONFIG, _NEW_CARD):
+            if self.exists(name):
+                os.unlink(self.path(name))
+                os.fsync(self.directory)
 
     def write(self, name: str, pieces: Iterable[memoryview | bytes]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -328,12 +284,8 @@ class _Save:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        os.fsync(self.directory)
 
     def rename(self, source: str, target: str) -> None:
         os.replace(self.path(source), self.path(target))
         os.fsync(self.directory)
-
-    def remove(self, name: str) -> None:
-        if self.exists(name):
-            os.unlink(self.path(name))
-            os.fsync(self.directory)

@@ -300,7 +300,7 @@ def test_readers_beside_a_writer(tmp_path):
 # ---- what may be replaced ----
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, f"{WEIGHTS}.next", f"{CONFIG}.tmp"])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, f"{WEIGHTS}.next", f"{CONFIG}.next"])
 @pytest.mark.parametrize("kind", ["link out", "link in", "directory", "FIFO"])
 def test_no_write_through_links_and_to_what_is_no_file(name, kind, tmp_path):
     folder = tmp_path / "adapter"
