@@ -23,13 +23,8 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
     """
     if not config.alpha_pattern:
         return dict.fromkeys(paths, config.alpha)
-    try:
-        import regex
-    except ImportError:
-        raise AdapterError(
-            "expected the package `regex` for alpha_pattern, but it is not installed; pip install "
-            "regex"
-        ) from None
+    import regex
+
     end = time.monotonic() + _SECONDS
     found: dict[str, float] = {}
     waiting = list(paths)

@@ -1,21 +1,23 @@
-"""Checks a file's tensors against a placement by its header: nothing is read or allocated."""
+"""Checks a file's tensors against a placement: by the header first, then as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from ..models.model import BIAS_SAVED_BY, SAVED_BY, named_modules, saved_modules
 from .errors import AdapterError, shown, some
-from .layout import PREFIX, features
+from .layout import PREFIX, Stored, features
+from .owners import bias_of, check_real, tensors_of
 from .placement import Placement
-from .tensors import Entry
+from .tensors import Entry, TensorFile
 
 
-def check_keys(placement: Placement, header: Mapping[str, Entry]) -> None:
-    """Checks that every tensor of the file belongs to a slot, and that every slot has its tensor.
-
-    Raises:
-        AdapterError: a tensor is missing, or there is one too many.
-    """
+def check_header(placement: Placement, header: Mapping[str, Entry]) -> None:
+    """Raises AdapterError for a tensor that belongs to no slot, a slot without its tensor, a rank
+    that differs from the config, a size from the model, and a dtype that cannot be used."""
     needed = {slot.key for target in placement.targets for slot in target.slots}
     needed |= {key for key, entry in placement.stored.items() if entry.written}
     missing = needed - set(header)
@@ -27,6 +29,19 @@ def check_keys(placement: Placement, header: Mapping[str, Entry]) -> None:
         raise AdapterError(
             f"expected all tensors of an adapter of these layers, but {some(missing)} is missing"
             f"{also}; without it another result would be served"
+        )
+    for target in placement.targets:
+        sides = "{} in and {} out features".format(*features(target.layer))
+        for slot in target.slots:
+            why = f" (rank {target.spec.r} by the config, {sides})"
+            header[slot.key].check(slot.shape, why=why)
+    for key in placement.stored.keys() & header.keys():
+        tensor = placement.stored[key].tensor
+        header[key].check(
+            tuple(tensor.shape),
+            why=" as in the model",
+            advice="; if it was resized for the adapter, resize the model's",
+            is_floating=tensor.is_floating_point(),
         )
 
 
@@ -41,37 +56,70 @@ def _why_unknown(placement: Placement, unknown: set[str]) -> str:
     return some(unknown)
 
 
-def check_entries(placement: Placement, header: Mapping[str, Entry]) -> None:
-    """Checks shapes and dtypes.
-
-    Raises:
-        AdapterError: a rank differs from the config, a size from the model, or a dtype cannot be
-            used.
-    """
+def read_values(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
+    """Reads all tensors into memory, in the dtypes in which they will be used."""
     for target in placement.targets:
+        dtype = target.layer.factor_dtype(adapter_dtype)
+        values = target.values
         for slot in target.slots:
-            entry = header[slot.key]
-            _check_floating(entry)
-            if entry.shape != slot.shape:
-                in_features, out_features = features(target.layer)
-                raise AdapterError(
-                    f"{shown(slot.key, 200)}: expected shape {list(slot.shape)} (rank "
-                    f"{target.spec.r} by the config, {in_features} in and {out_features} out "
-                    f"features), but got {list(entry.shape)}"
-                )
-    for key in placement.stored.keys() & header.keys():
-        entry, tensor = header[key], placement.stored[key].tensor
-        if entry.shape != tuple(tensor.shape):
+            value = file.read(file.entries[slot.key], dtype)
+            values[slot.table] = value.reshape(slot.shape[:2])
+        pair = target.order.ours(values["lora_a"], values["lora_b"])
+        values["lora_a"], values["lora_b"] = pair
+    for key in placement.stored.keys() & file.entries.keys():
+        stored, where = placement.stored[key], shown(key, 200)
+        tensor = stored.tensor
+        check_real(where, tensor)
+        value = file.read(file.entries[key], tensor.dtype if tensor.is_floating_point() else None)
+        if value.dtype != tensor.dtype:
             raise AdapterError(
-                f"{shown(key, 200)}: expected shape {list(tensor.shape)} as in the model, but got "
-                f"{list(entry.shape)}; if it was resized for the adapter, resize the model's"
+                f"{where}: expected {tensor.dtype} as in the model, but got {value.dtype}"
             )
-        if tensor.is_floating_point():
-            _check_floating(entry)
+        if stored.written:
+            stored.value = value
+        elif not torch.equal(value, tensor.detach().cpu()):
+            raise AdapterError(
+                f"{where}: expected the model's own weight, but got another, for which the adapter "
+                "was trained; load that into the model first"
+            )
 
 
-def _check_floating(entry: Entry) -> None:
-    if not entry.is_floating:
-        raise AdapterError(
-            f"{shown(entry.name, 200)}: expected a floating dtype, but got {entry.dtype}"
-        )
+def check_owners(placement: Placement) -> None:
+    """Checks that no write changes tensors that another adapter or a tied module relies on: a
+    module that PEFT copies gets a separate parameter, anything else is an error."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    claims: dict[int, str] = {}  # the adapter that has stored values in a tensor
+    for path, module in named_modules(placement.model):
+        for name, tensor in tensors_of(module):
+            full = f"{path}.{name}" if path else name
+            holders.setdefault(id(tensor), []).append((full, module))
+        for adapter in getattr(module, BIAS_SAVED_BY, ())[:1]:
+            claims[id(bias_of(module))] = adapter
+    for _, root in saved_modules(placement.model):
+        held = (tensor for module in root.modules() for _, tensor in tensors_of(module))
+        claims |= {id(tensor): getattr(root, SAVED_BY)[0] for tensor in held}
+    groups: dict[int, list[tuple[Stored, Tensor]]] = {}
+    for stored, value in placement.written():
+        groups.setdefault(id(stored.tensor), []).append((stored, value))
+    for address, group in groups.items():
+        first, value = group[0]
+        equal = all(torch.equal(value, other) for _, other in group)
+        if equal and torch.equal(value, first.tensor.detach().cpu()):
+            continue
+        if address in claims:
+            raise AdapterError(
+                f"expected {shown(first.key, 200)} to be free, but adapter {claims[address]!r} has "
+                "other values there; the model has room for one"
+            )
+        writers = {id(stored.holder) for stored, _ in group}
+        tied = [name for name, module in holders[address] if id(module) not in writers]
+        if equal and not tied:
+            continue
+        for stored, _ in group:
+            stored.untied = stored.is_copied and isinstance(stored.tensor, nn.Parameter)
+            if not stored.untied:
+                others = tied or [other.key for other, _ in group if other is not stored]
+                raise AdapterError(
+                    f"expected {shown(stored.key, 200)} to be one module's alone, but it is tied "
+                    f"to {others[0]!r}, which would change with it; untie them (clone it) first"
+                )

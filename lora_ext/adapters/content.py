@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,11 @@ from ..nn import LoRAEmbedding, LoRALayer, LoRALinear
 from ..nn.adapter_spec import AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.parameter import LoRAParameter
-from .errors import AdapterError
-from .layout import PREFIX, Slot, bias_key, features, plain_spec, slots
-from .names import escaped, module_names, parameter_names
+from .errors import AdapterError, telling
+from .layout import Slot, slots, stored_tensors
 from .owners import bias_of, tensors_of
-from .parameters import FactorOrder, parameter_slots
 from .peft_config import PEFT_VERSION, AdapterConfig
-from .targets import base_modules, saved_paths
+from .targets import anchored, base_modules, module_names, parameter_names, saved_paths
 
 # Names of the linear layers in a mixture's experts before transformers 5, which had one layer for
 # each expert.
@@ -41,31 +41,18 @@ _PEFT_PARTS = (
 
 
 class Content:
-    """One adapter as PEFT stores it.
-
-    Args:
-        model: has the adapter.
-        adapter: its name.
-        bias: "none", "all" or "lora_only"; None derives it from the model.
-
-    Raises:
-        AdapterError: the model has no such adapter, or the format cannot express it.
-    """
+    """One adapter of a model as PEFT stores it; bias is "none", "all" or "lora_only", None derives
+    it from the model. AdapterError if there is no such adapter, or the format cannot express it."""
 
     def __init__(self, model: nn.Module, adapter: str, bias: str | None) -> None:
         self.model = model
         self.adapter = adapter
         self.every = base_modules(model, remove_duplicate=False)
-        self.layers: dict[str, LoRALayer] = {}
-        self.parameters: dict[str, LoRAParameter] = {}
-        for path, layer in lora_layers(model):
-            if layer.spec_of(adapter) is not None:
-                if isinstance(layer, LoRAParameter):
-                    self.parameters[layer.name_at(path)] = layer
-                else:
-                    self.layers[path] = layer
-        every = {**self.layers, **self.parameters}
-        if not every:
+        found = [(p, m) for p, m in lora_layers(model) if m.spec_of(adapter) is not None]
+        self.parameters = {m.name_at(p): m for p, m in found if isinstance(m, LoRAParameter)}
+        self.layers = {p: m for p, m in found if not isinstance(m, LoRAParameter)}
+        self.by_name: dict[str, LoRALayer] = {**self.layers, **self.parameters}
+        if not found:
             raise AdapterError(
                 f"expected one of the adapters {adapter_names(model)}, but got {adapter!r}"
             )
@@ -73,7 +60,7 @@ class Content:
             raise AdapterError("expected a model that holds layers, but got the layer itself")
         if bias not in (None, *BIASES):
             raise AdapterError(f"expected bias to be None or one of {BIASES}, but got {bias!r}")
-        self.specs = {path: self._plain_spec(path, layer) for path, layer in every.items()}
+        self.specs = {path: self._plain_spec(path, layer) for path, layer in self.by_name.items()}
         self.saved = self._find_saved()
         self.bias = bias or self._find_bias()
         self.lora_bias = any(spec.lora_bias for spec in self.specs.values())
@@ -89,18 +76,20 @@ class Content:
         return any(getattr(layer, "fan_in_fan_out", False) for layer in self.layers.values())
 
     def _plain_spec(self, path: str, layer: LoRALayer) -> AdapterSpec:
-        try:
-            spec = layer.spec_of(self.adapter)
-            assert spec is not None
-            return plain_spec(spec, layer.rank(self.adapter))
-        except ValueError as error:
-            raise AdapterError(f"{path!r} as a plain LoRA: {error}") from None
+        """That of a plain LoRA with the same scaling."""
+        spec, rank = layer.spec_of(self.adapter), layer.rank(self.adapter)
+        assert spec is not None
+        if rank == spec.r and not spec.subtracts_init:
+            return spec
+        alpha = spec.alpha * (rank / spec.r) ** (0.5 if spec.use_rslora else 1)
+        with telling(f"{path!r} as a plain LoRA: "):
+            return replace(spec, r=rank, alpha=alpha, init="kaiming")
 
     # ---- tensors ----
 
     def tensors(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
         """(name in the file, tensor, shape in the file), in the order of the layers."""
-        for name, layer in {**self.layers, **self.parameters}.items():
+        for name, layer in self.by_name.items():
             lora_a, lora_b = layer.factors(self.adapter)
             values = {"lora_a": lora_a, "lora_b": lora_b}
             if self.adapter in layer.lora_bias:
@@ -108,32 +97,22 @@ class Content:
             for slot in self.slots(name):
                 value = values.get(slot.table)
                 yield slot.key, torch.zeros(slot.shape) if value is None else value, slot.shape
-        stored = {f"{PREFIX}{p}.{n}": t for p, m in self.saved.items() for n, t in _state(m)}
-        if self.bias != "none":
-            wrapped = {*self.layers, *(name.rpartition(".")[0] for name in self.parameters)}
-            for path, module in {"": self.model, **self.every}.items():
-                bias = bias_of(module)
-                if bias is not None and (self.bias == "all" or path in self.layers):
-                    stored[bias_key(path, path in wrapped)] = bias
-        for key, tensor in stored.items():
-            yield key, tensor, tuple(tensor.shape)
+        adapted = {*self.layers, *(name.rpartition(".")[0] for name in self.parameters)}
+        for stored in stored_tensors(self.model, self.every, self.bias, adapted, self.saved):
+            yield stored.key, stored.tensor, tuple(stored.tensor.shape)
 
     def slots(self, name: str) -> list[Slot]:
         """The tensors of a layer, or of a parameter, as PEFT stores them."""
-        rank, layer = self.specs[name].r, self.parameters.get(name)
-        if layer is None:
-            return slots(name, self.layers[name], rank, self.lora_bias)
-        around = [one for one in layer.module.layers() if one.spec_of(self.adapter)]
-        depth = len(around) - 1 - around.index(layer)
-        shapes = FactorOrder(layer.count).shapes(rank, features(layer))
-        return parameter_slots(name.rpartition(".")[0], depth, shapes)
+        layer, rank, depth = self.by_name[name], self.specs[name].r, 0
+        if isinstance(layer, LoRAParameter):
+            around = [one for one in layer.module.layers() if one.spec_of(self.adapter)]
+            name, depth = name.rpartition(".")[0], len(around) - 1 - around.index(layer)
+        return slots(name, layer, rank, self.lora_bias, depth)
 
     # ---- config ----
 
-    def config(
-        self, base_model_name_or_path: str | None, revision: str | None, task_type: str | None
-    ) -> AdapterConfig:
-        """The config that selects these layers, and no others, in PEFT."""
+    def config(self, information: Mapping[str, Any]) -> AdapterConfig:
+        """The config that selects these layers, and no others, in PEFT, with further fields."""
         use_rslora = most_common(spec.use_rslora for spec in self.specs.values())
         as_parameters = self._layers_as_parameters()
         # The names that PEFT matches with the patterns.
@@ -172,11 +151,9 @@ class Content:
             peft_version=PEFT_VERSION if parameters else None,
             exclude_modules=exclude_modules,
             modules_to_save=self.saved_names,
-            rank_pattern={_anchored(path): n for path, n in ranks.items() if n != r},
-            alpha_pattern={_anchored(path): a for path, a in alphas.items() if a != alpha},
-            base_model_name_or_path=base_model_name_or_path,
-            revision=revision,
-            task_type=task_type,
+            rank_pattern={anchored(path): n for path, n in ranks.items() if n != r},
+            alpha_pattern={anchored(path): a for path, a in alphas.items() if a != alpha},
+            **information,
         )
 
     def _layers_as_parameters(self) -> set[str]:
@@ -184,17 +161,14 @@ class Content:
         target_modules as names of the experts' parameters."""
         if not any(is_experts(module) for module in self.every.values()):
             return set()
-        return {
-            path
-            for path, layer in self.layers.items()
-            if path.rpartition(".")[2] in _NAMES_OF_EXPERTS and self._can_be_parameter(path, layer)
-        }
-
-    def _can_be_parameter(self, path: str, layer: LoRALayer) -> bool:
-        spec = self.specs[path]
-        is_plain = type(layer) is LoRALinear and not layer.fan_in_fan_out
-        has_dropout = spec.dropout and not self.parameters  # beside parameters 0 is stored
-        return is_plain and not has_dropout and not spec.lora_bias
+        found = set()
+        for path, layer in self.layers.items():
+            spec = self.specs[path]
+            is_plain = type(layer) is LoRALinear and not layer.fan_in_fan_out and not spec.lora_bias
+            has_dropout = spec.dropout and not self.parameters  # beside parameters 0 is stored
+            if path.rpartition(".")[2] in _NAMES_OF_EXPERTS and is_plain and not has_dropout:
+                found.add(path)
+        return found
 
     # ---- what is stored whole ----
 
@@ -206,7 +180,8 @@ class Content:
         while True:
             if "" in paths:
                 raise AdapterError("expected modules to save inside the model, but got all of it")
-            held = {id(t) for path in paths for _, t in _state(self.every[path])}
+            states = [modules[path].state_dict(keep_vars=True) for path in paths]
+            held = {id(tensor) for state in states for tensor in state.values()}
             tied = {p for p, m in modules.items() if any(id(t) in held for _, t in tensors_of(m))}
             more = {p for p in tied if not any(f"{p}.".startswith(f"{r}.") for r in paths)}
             self.saved_names = self._saved_names(paths | more)
@@ -240,31 +215,21 @@ class Content:
     def _find_bias(self) -> str:
         """The mode that covers the biases that are trained or that came with the adapter."""
         inside = {id(part) for module in self.saved.values() for part in module.modules()}
-        owners = [
-            module
-            for module in (self.model, *base_modules(self.model).values())
-            if id(module) not in inside and self._owns_bias(module)
-        ]
-        adapted = {id(layer) for layer in self.layers.values()}
-        if not owners:
+        owned = set()
+        for module in (self.model, *base_modules(self.model).values()):
+            bias, by = bias_of(module), getattr(module, BIAS_SAVED_BY, ())
+            if bias is not None and (bias.requires_grad or self.adapter in by):
+                owned.add(id(module))
+        owned -= inside
+        if not owned:
             return "none"
-        return "lora_only" if all(id(module) in adapted for module in owners) else "all"
-
-    def _owns_bias(self, module: nn.Module) -> bool:
-        bias = bias_of(module)
-        return bias is not None and (
-            bias.requires_grad or self.adapter in getattr(module, BIAS_SAVED_BY, ())
-        )
+        return "lora_only" if owned <= {id(layer) for layer in self.layers.values()} else "all"
 
 
 def _clashes(names: tuple[str, ...]) -> list[tuple[str, str]]:
     """The (name, part) pairs in which a name in modules_to_save is the end of the name of a part of
     PEFT's own layers: PEFT would try to copy that part too."""
     return [(name, part) for name in names for part in _PEFT_PARTS if part.endswith(name)]
-
-
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.state_dict(keep_vars=True).items())
 
 
 def most_common(values):
@@ -282,8 +247,3 @@ def alpha_of(scaling: float, rank: int, use_rslora: bool) -> float:
     """The alpha of a scaling, without the noise of its roots; an int if it is integral."""
     alpha = float(f"{scaling * (math.sqrt(rank) if use_rslora else rank):.15g}")
     return int(alpha) if alpha.is_integer() else alpha
-
-
-def _anchored(path: str) -> str:
-    """A key of rank_pattern that matches this path alone."""
-    return f"^{escaped(path)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 WAY_OUT = (
@@ -11,6 +13,16 @@ WAY_OUT = (
 
 class AdapterError(ValueError):
     """An adapter folder cannot be read or written; the model and the folder are unchanged."""
+
+
+@contextmanager
+def telling(start: str = "", end: str = "") -> Iterator[None]:
+    """Makes a ValueError an AdapterError, with a text before its message, and one after it unless
+    it has a way out of its own."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterError(f"{start}{error}{'' if 'PeftModel' in str(error) else end}") from None
 
 
 def shown(value: Any, limit: int = 80) -> str:

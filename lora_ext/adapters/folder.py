@@ -75,7 +75,7 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
                 if _weights_name(folder) == name:
                     raise
                 continue
-            # In this order: a commit that the name does not show yet has replaced the config.
+            # The name first: from a commit on it differs, until the weights, too, are replaced.
             if _weights_name(folder) == name and all(_is_same(folder, *o) for o in opened.items()):
                 yield OpenAdapter(_read_config(opened[CONFIG]), opened[name], name)
                 return
@@ -185,14 +185,9 @@ def replace_adapter(
 ) -> None:
     """Replaces the adapter in the folder or, on an error, leaves the folder unchanged.
 
-    Other files in the folder are not touched; README.md is written if there is none.
-
-    Args:
-        folder: made if it does not exist.
-        config: bytes of adapter_config.json.
-        weights: yields the parts of the safetensors file; each is in NEW_WEIGHTS when it goes on,
-            and what it raises leaves the folder unchanged.
-        card: bytes of README.md.
+    Other files in the folder are not touched; README.md is written if there is none. `weights`
+    yields the parts of the safetensors file; each is in NEW_WEIGHTS when it goes on, and what it
+    raises leaves the folder unchanged.
 
     Raises:
         AdapterError: another process is saving there, or one of the files is a link or no regular

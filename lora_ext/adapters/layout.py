@@ -1,13 +1,21 @@
-"""Names and shapes of one adapted module's tensors in PEFT's file."""
+"""Names and shapes of the tensors in PEFT's file: the factors of modules and parameters, and
+tensors of the base beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from torch import Tensor, nn
+
+from ..models.model import named_modules
 from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer
-from ..nn.adapter_spec import AdapterSpec
+from ..nn.parameter import LoRAParameter
+from .owners import bias_of
 
 PREFIX = "base_model.model."
+WRAPPED = ".base_layer"
 _ENDS = (
     ".lora_A.weight",
     ".lora_B.weight",
@@ -17,15 +25,10 @@ _ENDS = (
 )
 
 
-@dataclass(frozen=True)
-class Slot:
-    """The place of one tensor of an adapter, in the file and in the layer.
-
-    Attributes:
-        key: its name in the file.
-        table: "lora_a", "lora_b" or "lora_bias": the layer's attribute.
-        shape: its shape in the file; in the layer it has the first two dimensions only.
-    """
+class Slot(NamedTuple):
+    """The place of one tensor of an adapter: its name in the file; "lora_a", "lora_b" or
+    "lora_bias", the layer's attribute; its shape in the file, of which the layer has the first two
+    dimensions."""
 
     key: str
     table: str
@@ -46,38 +49,90 @@ def features(layer: LoRALayer) -> tuple[int, int]:
     return in_features, out_features
 
 
-def slots(path: str, layer: LoRALayer, rank: int, lora_bias: bool) -> list[Slot]:
-    """The tensors that PEFT stores for a module with an adapter.
+def slots(
+    path: str,
+    layer: LoRALayer,
+    rank: int,
+    lora_bias: bool = False,
+    depth: int = 0,
+    is_swapped: bool = False,
+) -> list[Slot]:
+    """The tensors that PEFT stores for a module with an adapter, or for one of its parameters.
 
-    Linear layers and Conv1D have lora_A.weight ``[r, in]`` and lora_B.weight ``[out, r]``, 1x1
-    convolutions the same with two more dimensions of size 1. Embeddings have lora_embedding_A
-    ``[r, in]`` and lora_embedding_B ``[out, r]``.
+    Linear layers, Conv1D and matrices have lora_A.weight ``[r, in]`` and lora_B.weight ``[out,
+    r]``, 1x1 convolutions the same with two more dimensions of size 1, stacks ``[E r, in]`` and
+    ``[out, r E]``. Embeddings have lora_embedding_A ``[r, in]`` and lora_embedding_B ``[out, r]``.
+
+    Args:
+        path: of the module.
+        depth: number of wrappers around that of the parameter (`parameters.py`).
+        is_swapped: whether `in` and `out` are.
     """
-    in_features, out_features = features(layer)
-    start = f"{PREFIX}{path}."
-    if isinstance(layer, LoRAEmbedding):
-        keys = ("lora_embedding_A", "lora_embedding_B")
-    else:
-        keys = ("lora_A.weight", "lora_B.weight")
+    in_features, out_features = features(layer)[:: -1 if is_swapped else 1]
+    start = f"{PREFIX}{path}{WRAPPED * depth}."
+    is_embedding = isinstance(layer, LoRAEmbedding)
+    end = "lora_embedding_{}" if is_embedding else "lora_{}.weight"
     ones = (1, 1) if isinstance(layer, LoRAConv2d) else ()
+    ranks = rank * layer.count if isinstance(layer, LoRAParameter) else rank
     found = [
-        Slot(start + keys[0], "lora_a", (rank, in_features, *ones)),
-        Slot(start + keys[1], "lora_b", (out_features, rank, *ones)),
+        Slot(start + end.format("A"), "lora_a", (ranks, in_features, *ones)),
+        Slot(start + end.format("B"), "lora_b", (out_features, ranks, *ones)),
     ]
-    if lora_bias:
+    if lora_bias and not isinstance(layer, LoRAParameter):
         found.append(Slot(start + "lora_B.bias", "lora_bias", (out_features,)))
     return found
 
 
-def bias_key(path: str, is_adapted: bool) -> str:
-    """The name of a base's bias."""
-    inside = f"{path}." if path else ""
-    return f"{PREFIX}{inside}{'base_layer.' if is_adapted else ''}bias"
+@dataclass
+class Stored:
+    """A tensor of the base in the file.
+
+    Attributes:
+        key: its name in the file.
+        tensor: of the model.
+        holder: the module that it is a parameter or buffer of.
+        is_copied: whether PEFT copies the holder, so that modules tied to it do not change.
+        written: False if the tensor is optional in the file and must have the model's values.
+        value: the value to write, after it is read.
+        untied: whether the holder gets a separate parameter instead.
+    """
+
+    key: str
+    tensor: Tensor
+    holder: nn.Module
+    is_copied: bool = False
+    written: bool = True
+    value: Tensor | None = None
+    untied: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the holder."""
+        return self.key.rpartition(".")[2]
 
 
-def plain_spec(spec: AdapterSpec, rank: int) -> AdapterSpec:
-    """The spec of a plain LoRA of this rank with the same scaling."""
-    if rank == spec.r and not spec.subtracts_init:
-        return spec
-    alpha = spec.alpha * (rank / spec.r) ** (0.5 if spec.use_rslora else 1)
-    return AdapterSpec(rank, alpha, spec.dropout, spec.use_rslora, lora_bias=spec.lora_bias)
+def stored_tensors(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    bias: str,
+    adapted: set[str],
+    saved: Mapping[str, nn.Module],
+) -> Iterator[Stored]:
+    """What an adapter stores of its base.
+
+    Args:
+        modules: path -> module of the model, at each of its paths.
+        bias: "none", "all" or "lora_only".
+        adapted: paths of the modules with adapters.
+        saved: path -> module that is stored whole.
+    """
+    for path, module in {"": model, **modules}.items():
+        own = bias_of(module)
+        if own is not None and (bias == "all" or (bias == "lora_only" and path in adapted)):
+            inside = f"{path}{WRAPPED if path in adapted else ''}." if path else ""
+            yield Stored(f"{PREFIX}{inside}bias", own, module)
+    for path, root in saved.items():
+        holders = dict(named_modules(root, remove_duplicate=False))
+        for name, tensor in root.state_dict(keep_vars=True).items():
+            holder = holders[name.rpartition(".")[0]]
+            yield Stored(f"{PREFIX}{path}.{name}", tensor, holder, is_copied=True)

@@ -1,4 +1,5 @@
-"""Layouts of an adapter's file for other programs than PEFT 0.21; `separate_experts.py` reads them.
+"""Layouts of an adapter's file for other programs than PEFT 0.21; `separate_experts.py` reads them,
+and what is written is read and compared with the layers.
 
 "per-expert" has a linear layer for each expert's projection, as files from before transformers 5,
 "stacked" one tensor for all experts of a projection. Modules have their names in checkpoints, which
@@ -17,13 +18,17 @@ import torch
 from torch import Tensor
 
 from ..experts.decorated import is_concatenated
+from ..experts.factors import a_by_expert, b_by_expert
 from ..nn.experts import is_experts
 from ..nn.parameter import LoRAParameter
+from .alphas import find_alphas
 from .content import Content, alpha_of, most_common
-from .errors import AdapterError
+from .errors import AdapterError, some
 from .layout import PREFIX
-from .names import escaped, module_names
-from .peft_config import AdapterConfig
+from .peft_config import AdapterConfig, parse_config
+from .separate_experts import with_stacks
+from .targets import anchored, module_names, named
+from .tensors import open_tensors
 
 LAYOUTS = ("peft", "per-expert", "stacked")
 _OUTER = (".w1.lora_A.weight", ".w3.lora_A.weight", ".w2.lora_B.weight")
@@ -68,7 +73,7 @@ def laid_out(
         parts += [(spec.scaling, key.replace(*block), value) for key, value in own.items()]
     r = max(ranks or dense.values())
     scaling = most_common([each for each, _, _ in parts if each] or [1.0])
-    larger = {f"^{escaped(p.replace(*block))}": rank for p, rank in dense.items() if rank > r}
+    larger = {anchored(p.replace(*block)): rank for p, rank in dense.items() if rank > r}
     targets, excluded = module_names(content.model, [*dense], content.saved_names)
     targets = dense if isinstance(targets, str) else targets
     config = replace(
@@ -112,8 +117,7 @@ def _projections(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(today's name, A ``[E, r, in]``, B ``[E, out, r]``) of each projection in a stack. If B is
     block-diagonal, each has its own rows of A; else each has all of them."""
-    a = lora_a.view(layer.count, -1, lora_a.shape[1])
-    b = lora_b.view(len(lora_b), -1, layer.count).permute(2, 0, 1)
+    a, b = a_by_expert(lora_a, layer.count), b_by_expert(lora_b, layer.count)
     if layer.parameter != "gate_up_proj":
         yield layer.parameter, a, b
         return
@@ -142,3 +146,62 @@ def _times(value: Tensor, ratio: float) -> Tensor:
         return value
     keeps = abs(math.frexp(ratio)[0]) == 0.5 or value.dtype == torch.float64
     return (value.double() * ratio).to(value.dtype if keeps else torch.float32)
+
+
+# ---- what is written, read as its readers do ----
+
+
+def check_written(
+    path: str, data: bytes, layout: str, content: Content, whole: Mapping[str, Tensor]
+) -> None:
+    """Raises AdapterError if the safetensors file at `path` with the config `data` is not the
+    model's adapter: for random x, in float64, W x + s B A x has to be that of each layer (W x is
+    left out), and all else what `whole` has, the tensors in PEFT's layout. In other layouts r and
+    lora_alpha alone have to give the scaling, too: some engines read nothing else.
+    """
+    name, rest, own = "", dict(whole), parse_config(data)
+    try:
+        with open(path, "rb") as opened, open_tensors(opened.fileno()) as stored:
+            file, config = with_stacks(stored, own, content.model)
+            found = dict(file.entries)
+            by_rank = replace(config, alpha=config.r, alpha_pattern=config.rank_pattern)
+            for name, spec in content.specs.items():
+                keys = [slot.key for slot in content.slots(name)]
+                count = getattr(content.by_name[name], "count", 1)
+                weight = f"{name}.weight"
+                at = weight if named([weight], config.target_parameters) else name
+                rank, alpha = int(find_alphas([at], by_rank)[at]), find_alphas([at], config)[at]
+                scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+                if layout != "peft" and not math.isclose(scaling, own.alpha / own.r):
+                    raise ValueError(f"scaling {scaling}, but another by r and lora_alpha alone")
+                lora_a, lora_b, *bias = (file.read(found.pop(key)) for key in keys)
+                expected_a, expected_b, *expected_bias = map(rest.pop, keys)
+                random = torch.Generator().manual_seed(1)
+                x = torch.randn(expected_a[0].numel(), 4, dtype=torch.float64, generator=random)
+                expected = spec.scaling * _product(expected_a, expected_b, x, spec.r, count)
+                _compare(scaling * _product(lora_a, lora_b, x, rank, count), expected)
+                for each, expected in zip(bias, expected_bias, strict=True):
+                    _compare(each * scaling, expected * spec.scaling)
+            for name, expected in rest.items():
+                if not torch.equal(file.read(found.pop(name)), expected):
+                    raise ValueError("other values")
+        if found:
+            raise ValueError(f"tensors that nothing reads: {some(found)}")
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise AdapterError(
+            f"expected a file of which its readers make the model's {name!r}, but got {error}; the "
+            "folder is as it was; another layout may do, and please report it"
+        ) from None
+
+
+def _product(a: Tensor, b: Tensor, x: Tensor, rank: int, count: int) -> Tensor:
+    """B A x ``[E, out, 4]`` of factors as PEFT stores them."""
+    inner = (a.double().flatten(1) @ x).view(count, rank, -1)
+    return b.double().reshape(len(b), rank, count).permute(2, 0, 1) @ inner
+
+
+def _compare(found: Tensor, expected: Tensor) -> None:
+    """Up to the rounding of a B in float32 that was multiplied."""
+    error = (found.double() - expected.double()).abs().max()
+    if found.shape != expected.shape or not error <= 1e-6 * expected.double().abs().max():
+        raise ValueError(f"other values, with an error of {error:.1e}")

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..models.model import adapter_names, check_not_peft, reshard
 from ..nn.adapter_spec import DEFAULT_ADAPTER
-from .apply import apply, written
-from .check import check_entries, check_keys
-from .errors import WAY_OUT, AdapterError, shown
+from .apply import apply
+from .check import check_header, check_owners, read_values
+from .errors import WAY_OUT, AdapterError, telling
 from .folder import CONFIG, open_adapter
-from .owners import Owners, check_real, inner_model
+from .owners import inner_model
 from .peft_config import AdapterConfig, parse_config
-from .placement import Placement, Stored
+from .placement import Placement
 from .separate_experts import with_stacks
-from .targets import warn_of_other_parameters, warn_of_others
-from .tensors import TensorFile, open_tensors
+from .targets import warn_of_others
+from .tensors import open_tensors
 
 
 def load_adapter(
@@ -63,7 +62,7 @@ def load_adapter(
     inner = inner_model(model)
     check_not_peft(inner, "load_adapter")
     reshard(inner)
-    try:
+    with telling(f"lora_ext.load_adapter: {folder}: "):
         if adapter in adapter_names(inner):
             raise AdapterError(
                 f"expected a new adapter name, but the model has {adapter!r}; delete_adapter it "
@@ -71,14 +70,11 @@ def load_adapter(
             )
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
-        placement = read_placement(inner, folder, adapter_dtype, _check_owners)
+        placement = read_placement(inner, folder, adapter_dtype, check_owners)
         config, targets = placement.config, placement.targets
-        warn_of_others(inner, config, [target.path for target in targets])
-        names = [target.name for target in targets]
-        warn_of_other_parameters(inner, config.target_parameters, names)
+        paths = [target.path for target in targets]
+        warn_of_others(inner, config, paths, [target.name for target in targets])
         apply(placement, adapter, trainable, adapter_dtype)
-    except ValueError as error:
-        raise AdapterError(f"lora_ext.load_adapter: {folder}: {error}") from None
     return model
 
 
@@ -88,30 +84,20 @@ def read_placement(
     dtype: torch.dtype | None,
     check: Callable[[Placement], None],
 ) -> Placement:
-    """Reads a folder with all its tensors and checks it for a model; changes nothing.
-
-    Args:
-        model: the adapter's base.
-        folder: a local path.
-        dtype: of the factors; None as in `load_adapter`.
-        check: is called with the placement that was read; raises ValueError.
-
-    Raises:
-        AdapterError: as `load_adapter`.
-    """
+    """Reads a folder with all its tensors and checks it for a model, as `load_adapter`; changes
+    nothing. `check` is called with the placement that was read and raises ValueError."""
     with open_adapter(folder) as files:
-        with _naming(CONFIG), _with_way_out():
+        with telling(f"{CONFIG}: ", WAY_OUT):
             config = parse_config(files.config)
         with (
-            _naming(files.weights_name),
+            telling(f"{files.weights_name}: "),
             open_tensors(files.weights) as file,
-            _with_way_out(),
+            telling(end=WAY_OUT),
         ):
             tensors, config = with_stacks(file, config, model)
             placement = Placement(model, config, tensors.entries)
-            check_keys(placement, tensors.entries)
-            check_entries(placement, tensors.entries)
-            _read(placement, tensors, dtype)
+            check_header(placement, tensors.entries)
+            read_values(placement, tensors, dtype)
             check(placement)
     return placement
 
@@ -123,83 +109,9 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         AdapterError: a file is missing, or the config is not that of a plain LoRA.
     """
     folder = os.fspath(folder)
-    try:
-        with open_adapter(folder) as files, _naming(CONFIG):
-            return parse_config(files.config)
-    except ValueError as error:
-        raise AdapterError(f"lora_ext.adapters.read_adapter_config: {folder}: {error}") from None
-
-
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Puts the file's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise AdapterError(f"{file}: {error}") from None
-
-
-@contextmanager
-def _with_way_out() -> Iterator[None]:
-    """Adds to the message of a ValueError what can load the adapter."""
-    try:
-        yield
-    except ValueError as error:
-        way_out = "" if "PeftModel" in str(error) else WAY_OUT
-        raise AdapterError(f"{error}{way_out}") from None
-
-
-def _read(placement: Placement, file: TensorFile, adapter_dtype: torch.dtype | None) -> None:
-    """Reads all tensors into memory, in the dtypes in which they will be used."""
-    for target in placement.targets:
-        dtype = target.layer.factor_dtype(adapter_dtype)
-        for slot in target.slots:
-            value = file.read(file.entries[slot.key], dtype)
-            target.values[slot.table] = value.reshape(slot.shape[:2])
-        if target.order is not None:
-            values = target.values
-            values["lora_a"], values["lora_b"] = target.order.ours(
-                values["lora_a"], values["lora_b"]
-            )
-    for key in placement.stored.keys() & file.entries.keys():
-        stored = placement.stored[key]
-        tensor = stored.tensor
-        check_real(shown(key, 200), tensor)
-        value = file.read(file.entries[key], tensor.dtype if tensor.is_floating_point() else None)
-        if value.dtype != tensor.dtype:
-            raise AdapterError(
-                f"{shown(key, 200)}: expected {tensor.dtype} as in the model, but got {value.dtype}"
-            )
-        if stored.written:
-            stored.value = value
-        elif not torch.equal(value, tensor.detach().cpu()):
-            raise AdapterError(
-                f"{shown(key, 200)}: expected the model's own weight, but got another, for which "
-                "the adapter was trained; load that into the model first"
-            )
-
-
-def _check_owners(placement: Placement) -> None:
-    """Checks that no write changes tensors that another adapter or a tied module relies on: a
-    module that PEFT copies gets a separate parameter, anything else is an error."""
-    owners = Owners(placement.model)
-    groups: dict[int, list[tuple[Stored, Tensor]]] = {}
-    for stored, value in written(placement):
-        groups.setdefault(id(stored.tensor), []).append((stored, value))
-    for group in groups.values():
-        first, value = group[0]
-        equal = all(torch.equal(value, other) for _, other in group)
-        if equal and torch.equal(value, first.tensor.detach().cpu()):
-            continue
-        owners.check_free(first.key, first.tensor)
-        tied = owners.tied(first.tensor, {id(stored.holder) for stored, _ in group})
-        if equal and not tied:
-            continue
-        for stored, _ in group:
-            stored.untied = stored.is_copied and isinstance(stored.tensor, nn.Parameter)
-            if not stored.untied:
-                others = tied or [other.key for other, _ in group if other is not stored]
-                raise AdapterError(
-                    f"expected {shown(stored.key, 200)} to be one module's alone, but it is tied "
-                    f"to {others[0]!r}, which would change with it; untie them (clone it) first"
-                )
+    with (
+        telling(f"lora_ext.adapters.read_adapter_config: {folder}: "),
+        open_adapter(folder) as files,
+        telling(f"{CONFIG}: "),
+    ):
+        return parse_config(files.config)

@@ -26,14 +26,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..experts.factors import a_by_expert, b_by_expert
+from ..nn import LoRALayer, LoRAModule
 from ..nn.parameter import LoRAParameter
 from ..quantized.stacks import parameter_names
 from .errors import AdapterError, shown, some
-from .layout import PREFIX, Slot
+from .layout import WRAPPED, slots
 from .peft_config import AdapterConfig
+from .targets import named
 from .tensors import Entry
 
-_INNER = ".base_layer"
 # The first version that interprets `in` correctly in both layouts of a stack.
 _FIXED = (0, 19, 1)
 
@@ -41,62 +43,44 @@ _FIXED = (0, 19, 1)
 def without_wrappers(path: str) -> tuple[str, int]:
     """(the module's path, the number of wrappers around it) from the path in a key."""
     end = len(path)
-    while path.endswith(_INNER, 0, end):  # a stranger's path may repeat it for very long
-        end -= len(_INNER)
-    return path[:end], (len(path) - end) // len(_INNER)
-
-
-def is_named(name: str, targets: Iterable[str]) -> bool:
-    """Whether target_parameters names this parameter, by PEFT's rule."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+    while path.endswith(WRAPPED, 0, end):  # a stranger's path may repeat it for very long
+        end -= len(WRAPPED)
+    return path[:end], (len(path) - end) // len(WRAPPED)
 
 
 def named_parameters(path: str, module: nn.Module, targets: Iterable[str]) -> list[str]:
     """The module's own parameters that target_parameters names, the innermost first."""
-    own = parameter_names(module)
-    return [name for name in own if is_named(f"{path}.{name}", targets)]
+    found = named([f"{path}.{name}" for name in parameter_names(module)], targets)
+    return [name.rpartition(".")[2] for name in found]
+
+
+def stacked(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(lora_A ``[E r, in]``, lora_B ``[out, r E]``) of A ``[E, r, in]`` and B ``[E, out, r]``."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 @dataclass(frozen=True)
 class FactorOrder:
-    """The layout in which a file stores the factors of one parameter.
-
-    Attributes:
-        count: E, 1 for a matrix.
-        is_swapped: whether B^T is stored as A, and A^T as B.
-        is_grouped: whether the columns of lora_B are grouped by expert.
-    """
+    """The layout in which a file stores the factors of one parameter: E, 1 for a matrix; whether
+    B^T is stored as A, and A^T as B; whether the columns of lora_B are grouped by expert."""
 
     count: int
     is_swapped: bool = False
     is_grouped: bool = False
 
-    def shapes(self, r: int, features: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of lora_A and lora_B in the file, for (in, out) features."""
-        first, second = reversed(features) if self.is_swapped else features
-        return (self.count * r, first), (second, r * self.count)
-
     def ours(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
         """The file's tensors in the layout of a `LoRAParameter`."""
-        count = self.count
         if self.is_grouped:
-            lora_b = lora_b.view(len(lora_b), count, -1).transpose(1, 2).reshape(lora_b.shape)
+            lora_b = lora_b.unflatten(1, (self.count, -1)).transpose(1, 2).flatten(1)
         if not self.is_swapped:
             return lora_a, lora_b
-        of_b = lora_a.view(count, -1, lora_a.shape[1]).permute(2, 1, 0)  # [out, r, E]
-        of_a = lora_b.view(len(lora_b), -1, count).permute(2, 1, 0)  # [E, r, in]
-        return of_a.reshape(-1, len(lora_b)), of_b.reshape(lora_a.shape[1], -1)
+        return stacked(b_by_expert(lora_b, self.count).mT, a_by_expert(lora_a, self.count).mT)
 
 
-def order_of(layer: LoRAParameter, entry: Entry | None, config: AdapterConfig) -> FactorOrder:
-    """The layout of a parameter's factors in a file; warns if the file does not determine it.
-
-    Args:
-        layer: of the parameter.
-        entry: of its lora_A; None if there is none.
-        config: the adapter's.
-    """
-    if len(layer.weight_shape) == 2:
+def order_of(layer: LoRALayer, entry: Entry | None, config: AdapterConfig) -> FactorOrder:
+    """The layout of factors in a file, of which `entry` is lora_A; warns if the file does not
+    determine it."""
+    if not isinstance(layer, LoRAParameter) or len(layer.weight_shape) == 2:
         return FactorOrder(1)
     out_features, in_features = layer.matrix_shape
     width = entry.shape[1] if entry and len(entry.shape) == 2 else in_features
@@ -125,14 +109,12 @@ def _is_swapped_by_version(version: str | None, transposed: bool) -> bool:
     return numbers >= (0, 19, 0) or not transposed
 
 
-def warn_of_unsloth(config: AdapterConfig, targets: Iterable[tuple[LoRAParameter, int]]) -> None:
-    """Warns of a file from Unsloth that does not state the layout of lora_B.
-
-    Args:
-        config: the adapter's.
-        targets: the parameters that get the adapter, each with its rank.
-    """
-    unclear = any(layer.count > 1 and r > 1 for layer, r in targets)
+def warn_of_unsloth(config: AdapterConfig, targets: Iterable[tuple[LoRALayer, int]]) -> None:
+    """Warns of a file from Unsloth that does not state the layout of lora_B, for the layers that
+    get the adapter, each with its rank."""
+    unclear = any(
+        isinstance(layer, LoRAParameter) and layer.count > 1 and r > 1 for layer, r in targets
+    )
     if config.is_of_unsloth and config.lora_b_layout is None and unclear:
         warnings.warn(
             "lora_ext.load_adapter: the folder is Unsloth's and adapter_config.json has no "
@@ -153,60 +135,39 @@ def check_wrappers(path: str, names: list[str], depth: int, config: AdapterConfi
         )
 
 
-def parameter_of(path: str, name: str, layers: Iterable[LoRAParameter]) -> LoRAParameter:
-    """The layer of a parameter by its name.
-
-    Raises:
-        AdapterError: it cannot have an adapter.
-    """
-    found = {layer.parameter: layer for layer in layers}
-    if name not in found:
-        raise AdapterError(
-            f"expected target_parameters to name weights, which are {some(found)} of {path!r}, "
-            f"but it names {name!r}"
-        )
-    return found[name]
-
-
-def in_file(
-    path: str, layers: Mapping[str, LoRAParameter], entries: Mapping[str, Entry]
-) -> list[str]:
-    """The names of parameters, that of the innermost wrapper first.
+def layers_of(
+    path: str, names: list[str], around: LoRAModule, entries: Mapping[str, Entry]
+) -> list[LoRAParameter]:
+    """The layers of a module's parameters, that of the innermost wrapper first.
 
     PEFT wraps the parameters of quantised experts by the alphabet, of others in the module's order,
     and a file of the ones may be loaded into the others: the factors' sizes say what they are of.
 
     Args:
         path: of the module.
-        layers: by the parameters' names, in the order of this module's wrappers.
+        names: of the parameters, in the order of this module's wrappers.
+        around: holds the layers.
         entries: of the file.
+
+    Raises:
+        AdapterError: a parameter cannot have an adapter.
     """
-    names = list(layers)
+    own = {layer.parameter: layer for layer in around.layers()}
+    for name in names:
+        if name not in own:
+            raise AdapterError(
+                f"expected target_parameters to name weights, which are {some(own)} of {path!r}, "
+                f"but it names {name!r}"
+            )
+    layers = [own[name] for name in names]
 
-    def fits(order: list[str]) -> bool:
-        depths = reversed(range(len(order)))
-        return all(_is_of(layers[n], path, d, entries) for n, d in zip(order, depths, strict=True))
+    def fits(order: list[LoRAParameter]) -> bool:
+        """Whether factors in the file have the sizes of these parameters', swapped or not."""
+        for depth, layer in enumerate(reversed(order)):
+            pair = [entries.get(slot.key) for slot in slots(path, layer, 0, depth=depth)]
+            sizes = [e.shape[1 - i] for i, e in enumerate(pair) if e and len(e.shape) == 2]
+            if len(sizes) < 2 or set(sizes) != set(layer.matrix_shape):
+                return False
+        return True
 
-    return names[::-1] if not fits(names) and fits(names[::-1]) else names
-
-
-def _is_of(layer: LoRAParameter, path: str, depth: int, entries: Mapping[str, Entry]) -> bool:
-    """Whether factors in a file have the sizes of a parameter's, swapped or not."""
-    slots = parameter_slots(path, depth, ((0, 0), (0, 0)))
-    lora_a, lora_b = (entries.get(slot.key) for slot in slots)
-    if lora_a is None or lora_b is None or len(lora_a.shape) != 2 or len(lora_b.shape) != 2:
-        return False
-    return {lora_a.shape[1], lora_b.shape[0]} == set(layer.matrix_shape)
-
-
-def parameter_slots(path: str, depth: int, shapes: tuple[tuple[int, int], ...]) -> list[Slot]:
-    """The tensors that PEFT stores for a parameter.
-
-    Args:
-        path: of the module.
-        depth: number of wrappers around that of the parameter.
-        shapes: of lora_A and lora_B in the file.
-    """
-    start = f"{PREFIX}{path}{_INNER * depth}."
-    keys = (("lora_A.weight", "lora_a"), ("lora_B.weight", "lora_b"))
-    return [Slot(start + k, table, s) for (k, table), s in zip(keys, shapes, strict=True)]
+    return layers[::-1] if not fits(layers) and fits(layers[::-1]) else layers

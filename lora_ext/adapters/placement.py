@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.model import adapter_names, named_modules
-from ..nn import LoRAEmbedding, LoRALayer, LoRAQuantizedLinear
+from ..models.find import replacement_for
+from ..models.model import adapter_names
+from ..nn import (
+    LoRAConv2d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    LoRAMergedLinear,
+    LoRAQuantizedLinear,
+)
 from ..nn.adapter_spec import AdapterSpec
+from ..nn.experts import LoRAExperts, is_experts
+from ..nn.linear import is_conv1d
+from ..nn.module import LoRAModule, adaptable_parameters
 from ..nn.parameter import LoRAParameter
-from .adaptable import can_subtract, example_path, is_linear, layer_for, module_for
 from .alphas import find_alphas
 from .errors import AdapterError, some
-from .layout import PREFIX, Slot, bias_key, features, path_of_factor, slots
-from .owners import bias_of, check_real
+from .layout import PREFIX, WRAPPED, Slot, Stored, path_of_factor, slots, stored_tensors
+from .owners import check_real
 from .parameters import (
     FactorOrder,
     check_wrappers,
-    in_file,
+    layers_of,
     named_parameters,
     order_of,
-    parameter_of,
-    parameter_slots,
     warn_of_unsloth,
     without_wrappers,
 )
@@ -43,7 +53,7 @@ class Target:
             for a parameter, the part of such a module.
         spec: of the adapter there.
         slots: the tensors that the adapter needs.
-        order: the layout of a parameter's factors in the file.
+        order: the layout of the factors in the file.
         values: the tensors by the layer's attribute, after they are read.
     """
 
@@ -53,7 +63,7 @@ class Target:
     layer: LoRALayer
     spec: AdapterSpec
     slots: list[Slot]
-    order: FactorOrder | None = None
+    order: FactorOrder
     values: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -62,41 +72,9 @@ class Target:
         return self.layer.module if isinstance(self.layer, LoRAParameter) else self.layer
 
 
-@dataclass
-class Stored:
-    """A tensor of the base in the file.
-
-    Attributes:
-        key: its name in the file.
-        tensor: of the model.
-        holder: the module that it is a parameter or buffer of.
-        written: False if the tensor is optional in the file and must have the model's values.
-        is_copied: whether PEFT copies the holder, so that modules tied to it do not change.
-        value: the value to write, after it is read.
-        untied: whether the holder gets a separate parameter instead.
-    """
-
-    key: str
-    tensor: Tensor
-    holder: nn.Module
-    written: bool
-    is_copied: bool = False
-    value: Tensor | None = None
-    untied: bool = False
-
-    @property
-    def name(self) -> str:
-        """Its name in the holder."""
-        return self.key.rpartition(".")[2]
-
-
 class Placement:
-    """Everything that an adapter requires of a model.
-
-    Args:
-        model: the base, with or without adapters.
-        config: the adapter's.
-        entries: the tensors of its file; their keys determine the layers, their shapes the rank.
+    """Everything that an adapter requires of a model, with or without other adapters: the keys of
+    the tensors in its file determine the layers, their shapes the rank.
 
     Attributes:
         modules: path -> module of the model, each once.
@@ -122,6 +100,12 @@ class Placement:
         self._saved_names = {path: set(root.state_dict()) for path, root in self.saved.items()}
         self.stored = {entry.key: entry for entry in self._find_stored()}
 
+    def written(self) -> Iterator[tuple[Stored, Tensor]]:
+        """The base's tensors that the file changes, each with its value, after they are read."""
+        for stored in self.stored.values():
+            if stored.value is not None:
+                yield stored, stored.value
+
     def may_hold(self, key: str) -> bool:
         """Whether a file may have this tensor, although it is not applied."""
         if key in self.stored:
@@ -140,71 +124,58 @@ class Placement:
             wanted[path] = max(depth, wanted.get(path, 0))
         paths = [path for path in self.modules if path in wanted]
         if not paths:
+            adaptable = (p for p, module in self.modules.items() if replacement_for(module))
+            example = next(adaptable, "<path>")
             raise AdapterError(
-                f"expected tensors such as '{PREFIX}{example_path(self.modules)}.lora_A.weight', "
+                f"expected tensors such as '{PREFIX}{example}.lora_A.weight', "
                 f"of layers of the {type(self.model).__name__}, but none matches; got "
                 f"{some(entries, 2) or 'no tensor'}; is it the adapter's base?"
             )
-        named = {p: self._named(p) for p in paths}
+        own = self.config.target_parameters
+        named = {p: named_parameters(p, self.modules[p], own) for p in paths}
         names = {p: [f"{p}.{each}" for each in named[p]] or [p] for p in paths}
         alphas = find_alphas([name for p in paths for name in names[p]], self.config)
-        found = []
+        found: list[Target] = []
         for path in paths:
-            if not named[path] or is_linear(self.modules[path]):
-                found.append(self._target(path, names[path][0], alphas[names[path][0]], entries))
-            else:
+            module = self.modules[path]
+            if named[path] and not _is_linear(module):
                 check_wrappers(path, named[path], wanted[path], self.config)
-                found += self._parameters(path, named[path], alphas, entries)
-        layers = [(t.layer, t.spec.r) for t in found if isinstance(t.layer, LoRAParameter)]
-        warn_of_unsloth(self.config, layers)
+                # The innermost of the wrappers that PEFT has for them first.
+                wrapped = layers_of(path, named[path], _module_for(path, module), entries)
+                layers = [*enumerate(reversed(wrapped))][::-1]
+            else:
+                layers = [(0, _layer_for(path, module))]
+            for depth, layer in layers:
+                name = names[path][0]
+                if isinstance(layer, LoRAParameter):
+                    name = f"{path}.{layer.parameter}"
+                    check_real(repr(name), layer.weight)
+                found.append(self._target(path, name, layer, depth, alphas[name], entries))
+        warn_of_unsloth(self.config, [(target.layer, target.spec.r) for target in found])
         return found
 
-    def _named(self, path: str) -> list[str]:
-        """The parameters of a module that get the adapter; [] if the module itself gets it."""
-        return named_parameters(path, self.modules[path], self.config.target_parameters)
-
-    def _parameters(
+    def _target(
         self,
         path: str,
-        names: list[str],
-        alphas: Mapping[str, float],
+        name: str,
+        layer: LoRALayer,
+        depth: int,
+        alpha: float,
         entries: Mapping[str, Entry],
-    ) -> Iterator[Target]:
-        """The targets of a module that PEFT wraps for parameters, the innermost first."""
-        module = self.modules[path]
-        around = module_for(path, module)
-        layers = {each: parameter_of(path, each, around.layers()) for each in names}
-        names = in_file(path, layers, entries)
-        for depth, parameter in zip(reversed(range(len(names))), names, strict=True):
-            name, layer = f"{path}.{parameter}", layers[parameter]
-            check_real(repr(name), layer.weight)
-            entry = entries.get(parameter_slots(path, depth, ((0, 0), (0, 0)))[0].key)
-            order = order_of(layer, entry, self.config)
-            rank = entry.shape[0] // order.count if entry and entry.shape else 0
-            spec = self._spec(name, rank, alphas[name], self.config.init)
-            shapes = order.shapes(spec.r, features(layer))
-            slots = parameter_slots(path, depth, shapes)
-            yield Target(path, module, name, layer, spec, slots, order)
-
-    def _spec(self, name: str, rank: int, alpha: float, init: str) -> AdapterSpec:
-        config = self.config
-        return AdapterSpec(
+    ) -> Target:
+        config, module = self.config, self.modules[path]
+        lora_a = entries.get(slots(path, layer, 0, depth=depth)[0].key)
+        order = order_of(layer, lora_a, config)
+        rank = lora_a.shape[0] // order.count if lora_a and lora_a.shape else 0
+        spec = AdapterSpec(
             r=rank if rank in config.rank_pattern.values() else config.r,
             alpha=alpha,
             dropout=config.dropout,
             use_rslora=config.use_rslora,
-            init=init,
+            # PEFT initializes embeddings in the default way for any value of init_lora_weights.
+            init="kaiming" if isinstance(layer, LoRAEmbedding) else config.init,
             lora_bias=config.lora_bias,
         )
-
-    def _target(self, path: str, name: str, alpha: float, entries: Mapping[str, Entry]) -> Target:
-        config, module = self.config, self.modules[path]
-        layer = layer_for(path, module)
-        lora_a = entries.get(slots(path, layer, config.r, False)[0].key)
-        rank = lora_a.shape[0] if lora_a and lora_a.shape else 0
-        # PEFT initializes embeddings in the default way for any value of init_lora_weights.
-        init = "kaiming" if isinstance(layer, LoRAEmbedding) else config.init
-        spec = self._spec(path, rank, alpha, init)
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):
             raise AdapterError(f"expected lora_bias false for the embedding {path!r}, but got true")
         if spec.subtracts_init and isinstance(layer, LoRAQuantizedLinear):
@@ -213,12 +184,13 @@ class Placement:
                 f"{spec.init!r}: its factors are taken out of the weight as it was before; load it "
                 "into that model, and save_adapter writes it as plain LoRA"
             )
-        if spec.subtracts_init and not can_subtract(spec, layer, module):
+        if spec.subtracts_init and not _can_subtract(spec, layer, module):
             raise AdapterError(
                 f"expected init_lora_weights {spec.init!r} for linear layers with a positive "
                 f"lora_alpha, but got alpha {spec.alpha} for {path!r}, a {type(module).__name__}"
             )
-        return Target(path, module, name, layer, spec, slots(path, layer, spec.r, spec.lora_bias))
+        own = slots(path, layer, spec.r, spec.lora_bias, depth, order.is_swapped)
+        return Target(path, module, name, layer, spec, own, order)
 
     def _saved_module(self, path: str) -> nn.Module:
         module = self.every[path]
@@ -231,32 +203,83 @@ class Placement:
 
     def _find_stored(self) -> Iterator[Stored]:
         adapted = {target.path for target in self.targets}
-        for path in self._embedding_paths():
-            module = self.modules[path]
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                inside = "base_layer." if path in adapted else ""
-                yield Stored(f"{PREFIX}{path}.{inside}weight", weight, module, written=False)
-        for path, module in {"": self.model, **self.every}.items():
-            bias = bias_of(module)
-            if bias is not None and (
-                self.config.bias == "all" or (self.config.bias == "lora_only" and path in adapted)
-            ):
-                yield Stored(bias_key(path, path in adapted), bias, module, written=True)
-        for path, root in self.saved.items():
-            holders = dict(named_modules(root))
-            for name, tensor in root.state_dict(keep_vars=True).items():
-                holder = holders[name.rpartition(".")[0]]
-                key = f"{PREFIX}{path}.{name}"
-                yield Stored(key, tensor, holder, written=True, is_copied=True)
-
-    def _embedding_paths(self) -> list[str]:
-        """The paths at which PEFT stores an untrained weight, since it may have been resized."""
-        found = []
+        embeddings = []
         for name in ("get_input_embeddings", "get_output_embeddings"):
-            get = getattr(self.model, name, None)
-            try:
-                found.append(get() if callable(get) else None)
-            except (AttributeError, NotImplementedError):  # transformers' answers for "none"
-                continue
-        return [path for path, m in self.modules.items() if any(m is one for one in found)]
+            # AttributeError and NotImplementedError are transformers' answers for "none".
+            with suppress(AttributeError, NotImplementedError):
+                get = getattr(self.model, name, None)
+                embeddings.append(get() if callable(get) else None)
+        for path, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is not None and any(module is one for one in embeddings):
+                # PEFT stores such a weight untrained, since it may have been resized.
+                key = f"{PREFIX}{path}{WRAPPED if path in adapted else ''}.weight"
+                yield Stored(key, weight, module, written=False)
+        bias = self.config.bias
+        yield from stored_tensors(self.model, self.every, bias, adapted, self.saved)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether an adapter of the weight is an adapter of the module: W is ``[out, in]``."""
+    if isinstance(module, LoRALinear):
+        return not module.fan_in_fan_out
+    return (
+        type(module) is nn.Linear
+        or isinstance(module, LoRAQuantizedLinear)
+        or (replacement_for(module) is LoRAQuantizedLinear)
+    )
+
+
+def _layer_for(path: str, module: nn.Module) -> LoRALayer:
+    """The layer that replaces a module which gets an adapter; AdapterError if it cannot."""
+    if isinstance(module, LoRAMergedLinear):
+        raise AdapterError(
+            f"expected a layer with plain factors at {path!r}, but it is a LoRAMergedLinear, which "
+            "keeps them by groups"
+        )
+    if isinstance(module, LoRALayer):
+        layer = module
+    else:
+        kind = replacement_for(module)
+        if kind is not None and issubclass(kind, LoRAModule):
+            raise AdapterError(
+                f"expected target_parameters of adapter_config.json to name weights of {path!r} "
+                f"({some(adaptable_parameters(module))}), for which the file has tensors, but it "
+                "names none"
+            )
+        if kind is None:
+            raise AdapterError(
+                "expected nn.Linear, nn.Embedding, Conv1D, a 1x1 nn.Conv2d or a quantised linear "
+                f"layer that is known at {path!r}, but the adapter is for a "
+                f"{type(module).__module__}.{type(module).__qualname__}"
+            )
+        layer = _around(kind, path, module)
+    check_real(f"the weight of {path!r}", layer.stored_weight)
+    return layer
+
+
+def _module_for(path: str, module: nn.Module) -> LoRAModule:
+    """The module that replaces one whose parameters get an adapter; AdapterError if they cannot."""
+    if isinstance(module, LoRAModule):
+        return module
+    if isinstance(module, LoRALayer):
+        raise AdapterError(
+            f"expected {path!r} to have no adapter, since target_parameters names a parameter of "
+            f"it, but it is a {type(module).__name__}; unload it first"
+        )
+    return _around(LoRAExperts if is_experts(module) else LoRAModule, path, module)
+
+
+def _around(kind: Any, path: str, module: nn.Module) -> Any:
+    try:
+        return kind.around(module)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{path!r} cannot be adapted: {error}") from None
+
+
+def _can_subtract(spec: AdapterSpec, layer: LoRALayer, module: nn.Module) -> bool:
+    """Whether PEFT's init and this library's subtract the same product. PEFT's OLoRA decomposes a
+    Conv1D's weight in its stored layout, and its convolutions have neither init."""
+    if isinstance(layer, LoRAConv2d) or spec.scaling <= 0:
+        return False
+    return spec.init == "pissa" or not getattr(layer, "fan_in_fan_out", is_conv1d(module))

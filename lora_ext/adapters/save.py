@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ..models.model import check_not_peft, reshard
 from ..nn.adapter_spec import DEFAULT_ADAPTER
 from .content import Content
-from .errors import AdapterError, shown
+from .errors import AdapterError, shown, telling
 from .folder import NEW_WEIGHTS, replace_adapter
-from .layouts import LAYOUTS, laid_out
+from .layouts import LAYOUTS, check_written, laid_out
 from .owners import inner_model, is_sharded
 from .peft_config import AdapterConfig, render_config
-from .read_back import check_written
 from .tensors import encode
 
 _TASK_TYPES = (
@@ -78,7 +77,7 @@ def save_adapter(
     inner = inner_model(model)
     check_not_peft(inner, "save_adapter")
     reshard(inner)
-    try:
+    with telling(f"lora_ext.save_adapter: {folder}: "):
         if layout not in LAYOUTS:
             raise AdapterError(f"expected layout to be one of {LAYOUTS}, but got {layout!r}")
         information = {
@@ -92,7 +91,7 @@ def save_adapter(
         if task_type not in (None, *_TASK_TYPES):
             raise AdapterError(f"expected task_type in {_TASK_TYPES}, but got {shown(task_type)}")
         content = Content(inner, adapter, bias)
-        config = content.config(**information)
+        config = content.config(information)
         whole, is_collective = _whole(content.tensors())
 
         def write() -> None:
@@ -106,8 +105,6 @@ def save_adapter(
             replace_adapter(folder, data, weights, _card(laid))
 
         _on_first_rank(write) if is_collective else write()
-    except ValueError as error:
-        raise AdapterError(f"lora_ext.save_adapter: {folder}: {error}") from None
 
 
 def _whole(
@@ -153,17 +150,15 @@ def _on_first_rank(write: Callable[[], None]) -> None:
 def _card(config: AdapterConfig) -> bytes:
     """A model card with the metadata that the Hugging Face hub reads."""
     base = config.base_model_name_or_path
-    head = ["---", "library_name: peft", "tags:", "- lora"]
-    if base is not None:
-        head.insert(1, f"base_model: {json.dumps(base)}")
-    text = [
-        *head,
-        "---",
-        "",
-        "# LoRA adapter",
-        "",
-        f"Rank {config.r}, alpha {config.alpha:g}; see `adapter_config.json`. Load it with",
-        "`lora_ext.load_adapter` or, in PEFT's layout, `peft.PeftModel.from_pretrained`.",
-        "",
-    ]
-    return "\n".join(text).encode()
+    base_line = "" if base is None else f"base_model: {json.dumps(base)}\n"
+    return f"""---
+{base_line}library_name: peft
+tags:
+- lora
+---
+
+# LoRA adapter
+
+Rank {config.r}, alpha {config.alpha:g}; see `adapter_config.json`. Load it with
+`lora_ext.load_adapter` or, in PEFT's layout, `peft.PeftModel.from_pretrained`.
+""".encode()

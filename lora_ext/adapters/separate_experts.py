@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,21 +36,23 @@ from ..nn.experts import is_experts
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of
 from .alphas import find_alphas
-from .errors import AdapterError, shown, some
-from .layout import PREFIX, path_of_factor
-from .names import escaped
-from .parameters import is_named, named_parameters, parameter_slots
+from .errors import AdapterError, some
+from .layout import PREFIX, WRAPPED, path_of_factor
+from .parameters import named_parameters
 from .peft_config import PEFT_VERSION, AdapterConfig
-from .targets import base_modules
+from .targets import anchored, base_modules, named
 from .tensors import Entry, TensorFile
 
+# PEFT's conversion of such files is not called: it needs PEFT, which reading a folder does not; it
+# is not public, and takes other arguments in 0.19 than in 0.21; it knows the configs of two model
+# types, wants gate and up together, and reads a stranger's tensors before it checks a shape.
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 _PROJECTION = re.compile(r"(.+?)(?:\.(0|[1-9]\d{0,5}))?\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
 _TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 _ALL = -1  # in the place of an expert's number
-# (projection, "A" or "B", expert or _ALL) -> its entry in the file
-Factors = dict[tuple[str, str, int], Entry]
+# (projection, "A" or "B") -> expert or _ALL -> its entry in the file
+Factors = dict[tuple[str, str], dict[int, Entry]]
 
 
 @dataclass(frozen=True)
@@ -59,56 +61,46 @@ class Stack:
 
     Attributes:
         name: of the parameter, with its path.
-        rows: the projections whose rows it contains.
-        adapted: the projections that have an adapter.
+        places: each projection that has an adapter -> its rows of the stack.
         count: E.
         rank: the rank of each projection's adapter.
-        features: (in, out) of each projection.
-        factors: in the file.
-        alternates: whether a row of each projection follows one of the other.
+        features: (in, out) of the stack.
+        size: out of each projection.
+        factors: in the file, of these projections.
     """
 
     name: str
-    rows: tuple[str, ...]
-    adapted: tuple[str, ...]
+    places: Mapping[str, slice]
     count: int
     rank: int
     features: tuple[int, int]
+    size: int
     factors: Factors
-    alternates: bool
 
-    def shape(self, factor: str) -> tuple[int, int]:
+    def shape(self, letter: str) -> tuple[int, int]:
         """The shape of lora_A ``[E R, in]`` or lora_B ``[out, R E]``; R is the rank of all
         projections together."""
-        ranks = self.count * self.rank * len(self.adapted)
-        in_features, out_features = self.features
-        if factor == "A":
-            return ranks, in_features
-        return len(self.rows) * out_features, ranks
+        ranks = self.count * self.rank * len(self.places)
+        return (ranks, self.features[0]) if letter == "A" else (self.features[1], ranks)
 
     def check(self) -> None:
         """Raises AdapterError if a factor is missing, is one too many or has another size."""
-        in_features, out_features = self.features
-        shapes = {"A": (self.rank, in_features), "B": (out_features, self.rank)}
-        for part in self.adapted:
-            for factor, shape in shapes.items():
-                whole = self.factors.get((part, factor, _ALL))
+        shapes = {"A": (self.rank, self.features[0]), "B": (self.size, self.rank)}
+        more: list[str] = []
+        for part in self.places:
+            for letter, shape in shapes.items():
+                left = dict(self.factors.get((part, letter), {}))
+                whole = left.pop(_ALL, None)
                 if whole is not None:
-                    _check(whole, (1, *shape), (self.count, *shape))
-                    continue
-                for e in range(self.count):
-                    entry = self.factors.get((part, factor, e))
-                    if entry is None:
+                    whole.check((1, *shape), (self.count, *shape))
+                for e in range(self.count if whole is None else 0):
+                    if e not in left:
                         raise AdapterError(
                             f"expected {part} of each of the {self.count} experts of "
-                            f"{self.name!r}, but lora_{factor} of expert {e} is missing"
+                            f"{self.name!r}, but lora_{letter} of expert {e} is missing"
                         )
-                    _check(entry, shape)
-        more = [
-            entry.name
-            for (part, factor, e), entry in self.factors.items()
-            if e >= self.count or (e != _ALL and (part, factor, _ALL) in self.factors)
-        ]
+                    left.pop(e).check(shape)
+                more += [entry.name for entry in left.values()]
         if more:
             raise AdapterError(
                 f"expected factors of the {self.count} experts of {self.name!r}, but got "
@@ -121,73 +113,51 @@ class Stack:
         Raises:
             AdapterError: the projections do not have the same alpha.
         """
-        paths = {path_of_factor(entry.name) or "" for entry in self.factors.values()}
+        entries = [entry for own in self.factors.values() for entry in own.values()]
+        paths = {path_of_factor(entry.name) or "" for entry in entries}
         alphas = set(find_alphas(paths, config).values())
         if len(alphas) > 1:
             raise AdapterError(
                 f"expected one lora_alpha for all experts of {self.name!r}, but alpha_pattern "
                 f"gives {some(map(str, alphas))}"
             )
-        times = len(self.adapted)
+        times = len(self.places)
         return alphas.pop() * (math.sqrt(times) if config.use_rslora else times)
 
-    def read(self, file: TensorFile, factor: str, dtype: torch.dtype | None) -> Tensor:
+    def read(self, file: TensorFile, letter: str, dtype: torch.dtype | None) -> Tensor:
         """The factor as PEFT stores it for a stack."""
-        parts = [self._of_each(file, part, factor, dtype) for part in self.adapted]
-        if factor == "A":
+        parts = []  # [E, ...] of each projection
+        for part in self.places:
+            own = self.factors[part, letter]
+            if _ALL in own:
+                parts.append(file.read(own[_ALL], dtype).expand(self.count, -1, -1))
+            else:
+                each = [file.read(own[e], dtype) for e in range(self.count)]
+                parts.append(torch.stack(each))
+        if letter == "A":
             return torch.cat(parts, 1).flatten(0, 1)
-        out = self.features[1]
         lora_b = parts[0].new_zeros(self.shape("B")).unflatten(1, (-1, self.count))
-        for number, (part, each) in enumerate(zip(self.adapted, parts, strict=True)):
-            row, column = self.rows.index(part), number * self.rank
-            rows = slice(row * out, (row + 1) * out)
-            if self.alternates:
-                rows = slice(row, None, len(self.rows))
+        for number, (rows, each) in enumerate(zip(self.places.values(), parts, strict=True)):
+            column = number * self.rank
             lora_b[rows, column : column + self.rank] = each.permute(1, 2, 0)
         return lora_b.flatten(1)
 
-    def _of_each(
-        self, file: TensorFile, part: str, factor: str, dtype: torch.dtype | None
-    ) -> Tensor:
-        """A projection's factor ``[E, ...]``."""
-        whole = self.factors.get((part, factor, _ALL))
-        if whole is not None:
-            return file.read(whole, dtype).expand(self.count, -1, -1)
-        every = range(self.count)
-        return torch.stack([file.read(self.factors[part, factor, e], dtype) for e in every])
-
-
-def _check(entry: Entry, *shapes: tuple[int, ...]) -> None:
-    """Raises AdapterError for an entry with none of the shapes."""
-    if entry.shape not in shapes or not entry.is_floating:
-        raise AdapterError(
-            f"{shown(entry.name, 200)}: expected shape {' or '.join(map(str, map(list, shapes)))} "
-            f"and a floating dtype, but got {list(entry.shape)} and {entry.dtype}"
-        )
-
 
 class _StackedFile(TensorFile):
-    """A view of a file in which the stacks' factors have the current keys.
-
-    Args:
-        file: the file that is read.
-        others: its other tensors, by their current keys.
-        stacks: key -> stack, and "A" or "B".
-    """
+    """A view of a file that has stacks, key -> (stack, "A" or "B"), beside its other tensors."""
 
     def __init__(
         self, file: TensorFile, others: dict[str, Entry], stacks: dict[str, tuple[Stack, str]]
     ) -> None:
         self._source, self._stacks = file, stacks
-        self.entries = dict(others)
-        for key, (stack, factor) in stacks.items():
-            self.entries[key] = Entry(key, "F32", stack.shape(factor))
+        made = {key: Entry(key, "F32", stack.shape(of)) for key, (stack, of) in stacks.items()}
+        self.entries = {**others, **made}
 
     def read(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
         if entry.name not in self._stacks:
             return self._source.read(entry, dtype)
-        stack, factor = self._stacks[entry.name]
-        return stack.read(self._source, factor, dtype)
+        stack, letter = self._stacks[entry.name]
+        return stack.read(self._source, letter, dtype)
 
 
 def with_stacks(
@@ -212,12 +182,13 @@ def with_stacks(
         of = _PROJECTION.fullmatch(path)
         if found and of and of[1] in modules and is_experts(modules[of[1]]):
             part, expert = _TODAY.get(of[3], of[3]), _ALL if of[2] is None else int(of[2])
-            apart.setdefault(of[1], {})[part, found[2], expert] = entry
+            apart.setdefault(of[1], {}).setdefault((part, found[2]), {})[expert] = entry
             continue
-        name = f"{path}.weight"
-        if id(modules.get(path)) in at_router and not is_named(name, config.target_parameters):
-            names.append(name)
+        if id(modules.get(path)) in at_router:
+            names.append(f"{path}.weight")
         others[key.replace(found[1], path) if found else key] = entry
+    known = set(named(names, config.target_parameters))
+    names = [name for name in names if name not in known]
     if not (apart or names):
         return file, config
     if config.dropout and names:
@@ -227,13 +198,19 @@ def with_stacks(
             "it matters in training alone: to load the adapter without, put "
             '"lora_dropout": 0 into adapter_config.json'
         )
-    stacks = {p: _stacks(p, modules[p], factors, config) for p, factors in apart.items()}
-    every = [stack for each in stacks.values() for stack in each]
+    keys: dict[str, tuple[Stack, str]] = {}
+    every: list[Stack] = []
+    for path, factors in apart.items():
+        stacks = _stacks(path, modules[path], factors, config)
+        every += stacks
+        for depth, stack in enumerate(reversed(stacks)):
+            start = f"{PREFIX}{path}{WRAPPED * depth}"
+            keys |= {f"{start}.lora_{letter}.weight": (stack, letter) for letter in "AB"}
     names += [stack.name for stack in every]
-    alphas = {f"^{escaped(stack.name)}": stack.alpha(config) for stack in every}
-    ranks = {stack.name: stack.rank * len(stack.adapted) for stack in every}
-    keys = dict(_keys(stacks))
-    if len(others | keys) + sum(map(len, apart.values())) != len(file.entries) + len(keys):
+    alphas = {anchored(stack.name): stack.alpha(config) for stack in every}
+    ranks = {stack.name: stack.rank * len(stack.places) for stack in every}
+    apart_count = sum(len(own) for factors in apart.values() for own in factors.values())
+    if len(others | keys) + apart_count != len(file.entries) + len(keys):
         raise AdapterError(
             "expected each tensor once, but the file has one by two of its names, such as those in "
             "transformers 4 and 5"
@@ -250,15 +227,6 @@ def with_stacks(
     return _StackedFile(file, others, keys), config
 
 
-def _keys(stacks: Mapping[str, list[Stack]]) -> Iterator[tuple[str, tuple[Stack, str]]]:
-    """(current key, (stack, "A" or "B"))."""
-    for path, of_path in stacks.items():
-        for depth, stack in enumerate(reversed(of_path)):
-            slots = parameter_slots(path, depth, (stack.shape("A"), stack.shape("B")))
-            for slot, factor in zip(slots, "AB", strict=True):
-                yield slot.key, (stack, factor)
-
-
 def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
     """The current path: Mixtral's block had another name."""
     if path.partition(".experts.")[0] in modules:
@@ -268,33 +236,37 @@ def _path_of_today(path: str, modules: Mapping[str, nn.Module]) -> str:
 
 def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> list[Stack]:
     """The stacks of a module's parameters, that of the innermost wrapper first."""
-    rows = {
-        up_name(module): ("gate_proj", "up_proj") if has_gate(module) else ("up_proj",),
-        "down_proj": ("down_proj",),
-    }
-    known = [part for parts in rows.values() for part in parts]
-    others = {part for part, _, _ in factors} - set(known)
-    if others:
+    of_up = ("gate_proj", "up_proj") if has_gate(module) else ("up_proj",)
+    parts = {up_name(module): of_up, "down_proj": ("down_proj",)}
+    known, given = [*of_up, "down_proj"], {part for part, _ in factors}
+    if others := given.difference(known):
         raise AdapterError(
             f"expected factors of {known} of {path!r}, which has no other projections, but got "
             f"{sorted(others)}"
         )
     found = []
-    for name in named_parameters(path, module, [f"{path}.{each}" for each in rows]):
-        adapted = tuple(part for part in rows[name] if any(part == of for of, _, _ in factors))
-        if not adapted:
+    for name in named_parameters(path, module, [f"{path}.{each}" for each in parts]):
+        if given.isdisjoint(parts[name]):
             continue
         stored = stack_of(module, name)
         assert isinstance(stored, (Tensor, QuantizedStack))
         count, *sides = stored.shape
         in_features, out_features = sides if module.is_transposed else reversed(sides)
-        own = {key: entry for key, entry in factors.items() if key[0] in adapted}
-        features = (in_features, out_features // len(rows[name]))
-        first = own.get((adapted[0], "A", 0)) or own.get((adapted[0], "A", _ALL))
+        number = len(parts[name])
+        size = out_features // number
+        places = {
+            part: slice(row * size, (row + 1) * size)
+            if is_concatenated(module)
+            else slice(row, None, number)
+            for row, part in enumerate(parts[name])
+            if part in given
+        }
+        own = {key: entries for key, entries in factors.items() if key[0] in places}
+        of_a = own.get((next(iter(places)), "A"), {})
+        first = of_a.get(0) or of_a.get(_ALL)
         found_rank = first.shape[-2] if first and len(first.shape) > 1 else 0
         rank = found_rank if found_rank in config.rank_pattern.values() else config.r
-        alternates = not is_concatenated(module)
-        stack = Stack(f"{path}.{name}", rows[name], adapted, count, rank, features, own, alternates)
-        stack.check()
-        found.append(stack)
+        features = (in_features, out_features)
+        found.append(Stack(f"{path}.{name}", places, count, rank, features, size, own))
+        found[-1].check()
     return found

@@ -10,11 +10,8 @@ from .errors import AdapterError, shown
 
 
 def parse_json(data: bytes, max_depth: int) -> Any:
-    """The value of UTF-8 encoded JSON; NaN and Infinity are floats, as in Python's json module.
-
-    Args:
-        data: the bytes; the caller bounds their number.
-        max_depth: most levels of nested lists and objects.
+    """The value of UTF-8 encoded JSON, of which the caller bounds the length; NaN and Infinity are
+    floats, as in Python's json module.
 
     Raises:
         AdapterError: not UTF-8, not JSON, a key twice in one object, a number that is too long, or
@@ -22,7 +19,7 @@ def parse_json(data: bytes, max_depth: int) -> Any:
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
-        _check_depth(value, max_depth, max_depth)
+        _check_depth(value, max_depth)
     except UnicodeDecodeError as error:
         raise AdapterError(f"expected UTF-8, but got {error}") from None
     except RecursionError:
@@ -45,10 +42,10 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _check_depth(value: Any, left: int, max_depth: int) -> None:
+def _check_depth(value: Any, left: int) -> None:
     if not isinstance(value, (dict, list)):
         return
     if not left:
-        raise AdapterError(f"expected at most {max_depth} levels of nesting, but got more")
+        raise RecursionError
     for child in value.values() if isinstance(value, dict) else value:
-        _check_depth(child, left - 1, max_depth)
+        _check_depth(child, left - 1)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +17,29 @@ from torch import Tensor
 from .errors import AdapterError, shown
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of the file: its key, its dtype as safetensors names it ("BF16"), its shape."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def is_floating(self) -> bool:
-        return self.dtype.startswith(("F", "BF"))
+    def check(
+        self, *shapes: tuple[int, ...], why: str = "", advice: str = "", is_floating: bool = True
+    ) -> None:
+        """Raises AdapterError, with the shapes' reason, for one of another shape or dtype."""
+        where = shown(self.name, 200)
+        if is_floating and not self.dtype.startswith(("F", "BF")):
+            raise AdapterError(f"{where}: expected a floating dtype, but got {self.dtype}")
+        if self.shape not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise AdapterError(
+                f"{where}: expected shape {wanted}{why}, but got {list(self.shape)}{advice}"
+            )
 
 
 class TensorFile:
-    """An open safetensors file.
-
-    Attributes:
-        entries: what it holds, by key.
-    """
+    """An open safetensors file; its entries, by key."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -47,15 +50,8 @@ class TensorFile:
         return Entry(key, part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of the tensor, on the CPU.
-
-        Args:
-            entry: of this file.
-            dtype: of the copy; None keeps the file's.
-
-        Raises:
-            AdapterError: torch does not have the dtype, or a value is not finite in `dtype`.
-        """
+        """A copy of the tensor, on the CPU, in `dtype`, or the file's; AdapterError if torch does
+        not have it, or a value is not finite in it."""
         where = shown(entry.name, 200)
         try:
             stored = self._file.get_tensor(entry.name)
@@ -71,14 +67,8 @@ class TensorFile:
 
 @contextmanager
 def open_tensors(descriptor: int) -> Iterator[TensorFile]:
-    """Opens a safetensors file.
-
-    Args:
-        descriptor: of the file, open for reading.
-
-    Raises:
-        AdapterError: it is not a safetensors file, or its header contradicts itself or its length.
-    """
+    """Opens the safetensors file of a descriptor; AdapterError if it is none, or its header
+    contradicts itself or its length."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -90,15 +80,8 @@ def open_tensors(descriptor: int) -> Iterator[TensorFile]:
 
 
 def encode(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file with the metadata that PEFT writes; tensors that share memory are
-    stored for each name.
-
-    Args:
-        tensors: by name; contiguous, on the CPU.
-
-    Raises:
-        AdapterError: safetensors cannot store a dtype.
-    """
+    """A safetensors file with PEFT's metadata, of contiguous tensors on the CPU; those that share
+    memory are stored for each name. AdapterError if it cannot store a dtype."""
     from safetensors.torch import save
 
     seen: set[int] = set()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..adapters.errors import AdapterError, some
 from ..adapters.load import read_placement
-from ..adapters.parameters import is_named
 from ..adapters.placement import Placement, Target
+from ..adapters.targets import named
 from ..models import LoRAConfig
 from ..models.apply import layers_of
 from ..models.config import not_a_config
@@ -199,8 +199,8 @@ def _check_parameters(placement: Placement, layers: Mapping[str, LoRALayer]) -> 
     """Checks that the file has factors of each parameter of the pool that its config names."""
     found = {_name_of(target) for target in placement.targets}
     parameters = (name for name, layer in layers.items() if isinstance(layer, LoRAParameter))
-    named = (name for name in parameters if is_named(name, placement.config.target_parameters))
-    missing = [name for name in named if name not in found]
+    wanted = named(parameters, placement.config.target_parameters)
+    missing = [name for name in wanted if name not in found]
     if missing:
         raise AdapterError(
             f"expected factors of all that target_parameters names, but the file has none of "

@@ -154,6 +154,15 @@ def test_each_layout_into_each(kind, name, bases, tmp_path):
                 assert_same(weights_of(load_adapter(copy.deepcopy(base), target)), expected)
 
 
+def test_the_bias_of_a_router_comes_with_its_adapter(bases, tmp_path):
+    """As in PEFT, whose wrapper has it as any other layer."""
+    base, _ = bases["gpt_oss"]
+    model = adapted(base, "router")
+    save_adapter(model, tmp_path, bias="lora_only")
+    assert any(key.endswith(".router.base_layer.bias") for key in tensors_of(tmp_path))
+    assert_same(weights_of(load_adapter(copy.deepcopy(base), tmp_path)), weights_of(model))
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3"])
 def test_names_are_those_of_checkpoints(kind, bases, tmp_path):
     """Which transformers writes; of gpt-oss they are stacks."""
