@@ -8,6 +8,12 @@
 5. Modules of lora_ext and of benchmarks import one another without a circle, imports inside
    functions included; and so do their folders.
 6. emulator/, the execution layer, knows nothing of what runs in it: of csrc/ it has ptx/ alone.
+
+It also prints the floors of lora_ext: the longest chain of imports between its rooms, which are its
+folders and the modules outside them, along imports that run down `FLOORS`. The others run back up,
+and are counted by module and room. A circle of files is a largest set of modules that reach one
+another. Imports for type checkers and inside functions count, and a name that is no module is taken
+from the package's `__init__`.
 """
 
 import ast
@@ -47,6 +53,21 @@ FOLDERS = [
     "common",
 ]
 APART = {"cpu", "kernels"}
+# The rooms of lora_ext by floor, from the top down: each imports rooms of lower lines alone.
+FLOORS = [
+    ["__init__", "__main__"],
+    ["reports", "autotune", "pool"],
+    ["adapters", "loralib"],
+    ["models"],
+    ["peft"],
+    ["nn"],
+    ["call"],
+    ["experts"],
+    ["functional", "flops"],
+    ["quantized", "packing", "kernels", "measure"],
+    ["packed_weight", "grouped", "invariance", "reference", "torch_state"],
+    ["device", "dtypes", "versions", "build_info"],
+]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")
 OF_PROJECT = re.compile(r"\s*(?:from|import) (?:emulated|tests|lora_ext|benchmarks|scripts)\b")
@@ -110,11 +131,12 @@ def wrong_include(name: str, included: str) -> str:
     return ""
 
 
-def imports(modules: dict[str, str]) -> dict[str, set[str]]:
+def imports(modules: dict[str, str], all_kinds: bool = False) -> dict[str, set[str]]:
     """The modules out of `modules` (name -> source) that each one imports, wherever it does.
 
     A package stands for its `__init__`, but not for its own modules, which name their neighbours
-    by it. Imports for type checkers alone are left out.
+    by it. Imports for type checkers alone, and what its own modules take from a package's
+    `__init__`, are left out unless `all_kinds`.
     """
     found: dict[str, set[str]] = {}
     for name, source in modules.items():
@@ -123,7 +145,9 @@ def imports(modules: dict[str, str]) -> dict[str, set[str]]:
         for_types = {
             id(node)
             for block in ast.walk(tree)
-            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            if isinstance(block, ast.If)
+            and ast.unparse(block.test) == "TYPE_CHECKING"
+            and not all_kinds
             for node in ast.walk(block)
         }
         for node in ast.walk(tree):
@@ -133,10 +157,16 @@ def imports(modules: dict[str, str]) -> dict[str, set[str]]:
             package = parts[: len(parts) - node.level + 1]
             target = ".".join([*package, *filter(None, [node.module])])
             named = [target, *(f"{target}.{alias.name}" for alias in node.names)]
+            if all_kinds:
+                named += [
+                    f"{target}.__init__"
+                    for other in named[1:]
+                    if not modules.keys() & {other, f"{other}.__init__"}
+                ]
             named += [
                 f"{other}.__init__" for other in named if not f"{own}.".startswith(f"{other}.")
             ]
-            found.setdefault(name, set()).update(other for other in named if other in modules)
+            found.setdefault(name, set()).update(modules.keys() & set(named) - {name})
     return found
 
 
@@ -161,12 +191,38 @@ def _folder(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+def house(modules: dict[str, str]) -> tuple[int, int, int]:
+    """(floors, imports that run back up, circles of files) of lora_ext, as defined above."""
+    graph = imports(modules, all_kinds=True)
+    line = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    height = dict.fromkeys(line, 1)
+    up = 0
+    for name in sorted(graph, key=lambda name: -line[_room(name)]):
+        own = _room(name)
+        for other in {_room(other) for other in graph[name]} - {own}:
+            up += line[other] <= line[own]
+            height[own] = max(height[own], (line[other] > line[own]) * (height[other] + 1))
+    reached = {name: {*graph.get(name, ())} for name in modules}
+    for middle in modules:
+        for others in reached.values():
+            others |= reached[middle] if middle in others else set()
+    around = {frozenset(b for b in reached[a] if a in reached[b]) for a in modules} - {frozenset()}
+    return max(height.values()), up, len(around)
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1]
+
+
 def main() -> int:
     count = 0
     for package in ("lora_ext", "benchmarks"):
         sources = sorted((ROOT / package).rglob("*.py"))
         names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources)
-        around = circle({name: path.read_text() for name, path in zip(names, sources, strict=True)})
+        modules = {name: path.read_text() for name, path in zip(names, sources, strict=True)}
+        if package == "lora_ext":
+            print("lora_ext: {} floors, {} imports run up, {} circles".format(*house(modules)))
+        around = circle(modules)
         if around:
             print(f"{package}: modules import one another in a circle: {' -> '.join(around)}")
             count += 1

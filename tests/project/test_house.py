@@ -72,3 +72,25 @@ def test_circles_of_imports_are_found(lower, around):
     }
     found = circle(modules)
     assert sorted(set(found)) == sorted(set(around)) and found[:1] == found[-1:]
+
+
+@pytest.mark.parametrize(
+    ("source", "counted"),
+    [
+        ("", (3, 0, 0)),
+        ("from . import dtypes", (4, 0, 0)),
+        ("from .nn.base import f", (3, 1, 1)),
+        ("def f():\n    from .nn import base", (3, 1, 1)),
+        ("if TYPE_CHECKING:\n    from .nn.base import f", (3, 1, 1)),
+        ("from . import _C", (3, 1, 1)),
+    ],
+)
+def test_floors_are_counted(source, counted):
+    house = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["house"]
+    modules = {
+        "lora_ext.__init__": "from .nn import base",
+        "lora_ext.nn.base": "from ..functional import f",
+        "lora_ext.functional": source,
+        "lora_ext.dtypes": "",
+    }
+    assert house(modules) == counted
