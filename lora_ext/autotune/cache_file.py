@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..adapters.errors import AdapterError
 from ..adapters.strict_json import parse_json
 from .shape import Shape

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..build_info import build_id, version
 from ..device import indexed
 from .cache_file import Cache, CacheError, read_cache

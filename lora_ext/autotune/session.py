@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..device import indexed
 from ..dtypes import HALVES
 from ..kernels.kernel_checks import check_kernels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _C
+import lora_ext._C as _C
 
 
 @dataclass(frozen=True, order=True)

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..measure import fastest, interleaved_us
 from .cache_file import Entry
 from .planner_cache import load_cached

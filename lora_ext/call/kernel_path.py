@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..invariance import invariance_note, is_on
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..dtypes import HALVES
 from ..quantized.four_bit_stack import FourBitStack
 from ..quantized.stack import QuantizedStack

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
 from .expert_groups import ExpertGroup

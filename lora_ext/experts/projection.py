@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..quantized.stack import QuantizedStack
 from . import expert_groups, few_rows, one_pass, products
 from .expert_groups import ExpertGroup

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..device import indexed
 from .isolated import CannotStart, ChildLost, answers
 

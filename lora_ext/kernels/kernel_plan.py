@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..device import indexed
 from ..invariance import invariance_note
 

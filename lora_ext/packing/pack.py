@@ -9,7 +9,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..packed_weight import PackedWeight, Wins, prepack
 from .layers import Kind, Weight, packable_layers, weights_of
 from .report import Packing, Products

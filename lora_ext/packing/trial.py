@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
+import lora_ext._C as _C
+
 from ..measure import Times, fastest, interleaved_us, share
 from ..packed_weight import MOST_TIME, PackedWeight, packed_linear
 from .layers import Kind
