@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..experts.factors import a_by_expert, b_by_expert
-
-if TYPE_CHECKING:
-    from .base import LoRALayer
+from .named_adapters import NamedAdapters
 
 # Rows of the weight that are widened at a time: limits temporaries to 16 MiB at 4096 columns.
 _ROWS = 512
 
 
-def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+def merged_tensors(layer: NamedAdapters, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """(W + sum of scaling * B A, bias + sum of scaling * lora_bias) as new tensors.
 
     The bias is None if no adapter has one: the base's bias is then used.
@@ -55,7 +52,7 @@ def merged_tensors(layer: LoRALayer, names: Sequence[str]) -> tuple[Tensor, Tens
 
 
 def _merge_matrix(
-    layer: LoRALayer, source: Tensor, target: Tensor, updates: list[tuple[str, Tensor, Tensor]]
+    layer: NamedAdapters, source: Tensor, target: Tensor, updates: list[tuple[str, Tensor, Tensor]]
 ) -> None:
     """Writes source + sum of B A, both ``[out, in]``, into target."""
     for begin in range(0, source.shape[0], _ROWS):
@@ -68,7 +65,7 @@ def _merge_matrix(
         target[rows] = _rounded(layer, total, source[rows])
 
 
-def _merged_bias(layer: LoRALayer, names: Sequence[str], wide: torch.dtype) -> Tensor | None:
+def _merged_bias(layer: NamedAdapters, names: Sequence[str], wide: torch.dtype) -> Tensor | None:
     """The base's bias plus those of the adapters, None if these have none."""
     total = None
     for name in names:
@@ -83,7 +80,7 @@ def _merged_bias(layer: LoRALayer, names: Sequence[str], wide: torch.dtype) -> T
     return _rounded(layer, layer.bias.to(wide) + total, layer.bias)
 
 
-def _rounded(layer: LoRALayer, total: Tensor, base: Tensor) -> Tensor:
+def _rounded(layer: NamedAdapters, total: Tensor, base: Tensor) -> Tensor:
     """The sum in the base's dtype."""
     rounded = total.to(base.dtype)
     if not torch.isfinite(rounded).all() and torch.isfinite(base).all():
@@ -95,7 +92,7 @@ def _rounded(layer: LoRALayer, total: Tensor, base: Tensor) -> Tensor:
     return rounded
 
 
-def _check_finite(layer: LoRALayer, name: str, update: Tensor) -> None:
+def _check_finite(layer: NamedAdapters, name: str, update: Tensor) -> None:
     if not torch.isfinite(update).all():
         raise RuntimeError(
             f"lora_ext.nn.{type(layer).__name__}.merge: expected a finite update, but adapter "
