@@ -1,4 +1,4 @@
-"""Checks six rules of this repository that no linter knows, and prints each breach.
+"""Checks seven rules of this repository that no linter knows, and prints each breach.
 
 1. Inline assembly stays under csrc/ptx/, one function per instruction.
 2. Kernels and their launchers include nothing of torch: they compile in seconds, for every torch.
@@ -8,12 +8,11 @@
 5. Modules of lora_ext and of benchmarks import one another without a circle, imports inside
    functions included; and so do their folders.
 6. emulator/, the execution layer, knows nothing of what runs in it: of csrc/ it has ptx/ alone.
+7. A room of lora_ext, which is a folder or a module outside them, imports rooms of lower lines of
+   `FLOORS`. The floors, the longest chain of imports between rooms, are printed.
 
-It also prints the floors of lora_ext: the longest chain of imports between its rooms, which are its
-folders and the modules outside them, along imports that run down `FLOORS`. The others run back up,
-and are counted by module and room. A circle of files is a largest set of modules that reach one
-another. Imports for type checkers and inside functions count, and a name that is no module is taken
-from the package's `__init__`.
+In 5 and 7 imports inside functions and for type checkers count, and a name that is no module is
+taken from the package's `__init__`.
 """
 
 import ast
@@ -53,7 +52,7 @@ FOLDERS = [
     "common",
 ]
 APART = {"cpu", "kernels"}
-# The rooms of lora_ext by floor, from the top down: each imports rooms of lower lines alone.
+# The rooms of lora_ext, from the top down.
 FLOORS = [
     ["__init__", "__main__"],
     ["reports", "autotune", "pool"],
@@ -131,38 +130,28 @@ def wrong_include(name: str, included: str) -> str:
     return ""
 
 
-def imports(modules: dict[str, str], all_kinds: bool = False) -> dict[str, set[str]]:
-    """The modules out of `modules` (name -> source) that each one imports, wherever it does.
+def imports(modules: dict[str, str]) -> dict[str, set[str]]:
+    """The modules out of `modules` (name -> source) that each one imports, wherever it does, for
+    type checkers alone, too.
 
-    A package stands for its `__init__`, but not for its own modules, which name their neighbours
-    by it. Imports for type checkers alone, and what its own modules take from a package's
-    `__init__`, are left out unless `all_kinds`.
+    A package stands for its `__init__`; for its own modules, which name their neighbours by it,
+    only where they take a name that is no module.
     """
     found: dict[str, set[str]] = {}
     for name, source in modules.items():
         own = name.rpartition(".")[0]
-        tree = ast.parse(source)
-        for_types = {
-            id(node)
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If)
-            and ast.unparse(block.test) == "TYPE_CHECKING"
-            and not all_kinds
-            for node in ast.walk(block)
-        }
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in for_types:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parts = own.split(".")
+                package = parts[: len(parts) - node.level + 1] if node.level else []
+                target = ".".join([*package, *filter(None, [node.module])])
+                named = [target, *(f"{target}.{alias.name}" for alias in node.names)]
+                if any(not modules.keys() & {each, f"{each}.__init__"} for each in named[1:]):
+                    named.append(f"{target}.__init__")
+            else:
                 continue
-            parts = own.split(".")
-            package = parts[: len(parts) - node.level + 1]
-            target = ".".join([*package, *filter(None, [node.module])])
-            named = [target, *(f"{target}.{alias.name}" for alias in node.names)]
-            if all_kinds:
-                named += [
-                    f"{target}.__init__"
-                    for other in named[1:]
-                    if not modules.keys() & {other, f"{other}.__init__"}
-                ]
             named += [
                 f"{other}.__init__" for other in named if not f"{own}.".startswith(f"{other}.")
             ]
@@ -191,23 +180,21 @@ def _folder(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-def house(modules: dict[str, str]) -> tuple[int, int, int]:
-    """(floors, imports that run back up, circles of files) of lora_ext, as defined above."""
-    graph = imports(modules, all_kinds=True)
+def floors(modules: dict[str, str]) -> tuple[int, list[str]]:
+    """(the floors of lora_ext, what is wrong with its imports), as rule 7 says."""
     line = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    height = dict.fromkeys(line, 1)
-    up = 0
+    height, wrong = dict.fromkeys(line, 1), []
+    if new := {*map(_room, modules)} - {*line}:
+        return 0, [f"expected each room in FLOORS, but {', '.join(sorted(new))} is not"]
+    graph = imports(modules)
     for name in sorted(graph, key=lambda name: -line[_room(name)]):
         own = _room(name)
-        for other in {_room(other) for other in graph[name]} - {own}:
-            up += line[other] <= line[own]
-            height[own] = max(height[own], (line[other] > line[own]) * (height[other] + 1))
-    reached = {name: {*graph.get(name, ())} for name in modules}
-    for middle in modules:
-        for others in reached.values():
-            others |= reached[middle] if middle in others else set()
-    around = {frozenset(b for b in reached[a] if a in reached[b]) for a in modules} - {frozenset()}
-    return max(height.values()), up, len(around)
+        for other in sorted(each for each in graph[name] if _room(each) != own):
+            if line[_room(other)] > line[own]:
+                height[own] = max(height[own], height[_room(other)] + 1)
+            else:
+                wrong.append(f"{name} must not import {other}, which does not stand below it")
+    return max(height.values()), wrong
 
 
 def _room(module: str) -> str:
@@ -221,7 +208,9 @@ def main() -> int:
         names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources)
         modules = {name: path.read_text() for name, path in zip(names, sources, strict=True)}
         if package == "lora_ext":
-            print("lora_ext: {} floors, {} imports run up, {} circles".format(*house(modules)))
+            height, wrong = floors(modules)
+            print("\n".join([f"lora_ext: {height} floors", *wrong]))
+            count += len(wrong)
         around = circle(modules)
         if around:
             print(f"{package}: modules import one another in a circle: {' -> '.join(around)}")

@@ -44,10 +44,13 @@ def test_house_rules(name, line, wrong):
 @pytest.mark.parametrize(
     ("lower", "around"),
     [
-        ("from . import _C", []),
+        ("import p._C as _C", []),
+        ("from . import _C", ["p.lower", "p.__init__", "p.upper", "p.lower"]),
+        ("import p.upper", ["p.lower", "p.upper", "p.lower"]),
+        ("from p.upper import f", ["p.lower", "p.upper", "p.lower"]),
         ("from .upper import f", ["p.lower", "p.upper", "p.lower"]),
         ("def f():\n    from . import upper", ["p.lower", "p.upper", "p.lower"]),
-        ("if TYPE_CHECKING:\n    from .upper import f", []),
+        ("if TYPE_CHECKING:\n    from .upper import f", ["p.lower", "p.upper", "p.lower"]),
         ("from .package.inner import f", ["p.lower", "p.package.inner", "p.lower"]),
         ("from . import package", ["p.lower", "p.package.__init__", "p.package.inner", "p.lower"]),
         (
@@ -75,22 +78,29 @@ def test_circles_of_imports_are_found(lower, around):
 
 
 @pytest.mark.parametrize(
-    ("source", "counted"),
+    ("source", "height", "wrong"),
     [
-        ("", (3, 0, 0)),
-        ("from . import dtypes", (4, 0, 0)),
-        ("from .nn.base import f", (3, 1, 1)),
-        ("def f():\n    from .nn import base", (3, 1, 1)),
-        ("if TYPE_CHECKING:\n    from .nn.base import f", (3, 1, 1)),
-        ("from . import _C", (3, 1, 1)),
+        ("", 3, []),
+        ("from . import dtypes", 4, []),
+        ("from . import _C", 3, ["lora_ext.__init__"]),
+        ("from .nn.base import f", 3, ["lora_ext.nn.base"]),
+        ("from . import flops", 3, ["lora_ext.flops"]),
+        ("if TYPE_CHECKING:\n    from .nn.base import f", 3, ["lora_ext.nn.base"]),
     ],
 )
-def test_floors_are_counted(source, counted):
-    house = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["house"]
+def test_rooms_import_only_what_stands_below(source, height, wrong):
+    floors = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["floors"]
     modules = {
         "lora_ext.__init__": "from .nn import base",
-        "lora_ext.nn.base": "from ..functional import f",
+        "lora_ext.nn.base": "from ..functional import f\nfrom . import other",
+        "lora_ext.nn.other": "",
         "lora_ext.functional": source,
+        "lora_ext.flops": "",
         "lora_ext.dtypes": "",
     }
-    assert house(modules) == counted
+    expected = "lora_ext.functional must not import {}, which does not stand below it"
+    assert floors(modules) == (height, [expected.format(other) for other in wrong])
+    assert floors({**modules, "lora_ext.attic.box": ""}) == (
+        0,
+        ["expected each room in FLOORS, but attic is not"],
+    )
