@@ -61,11 +61,11 @@ FLOORS = [
     ["peft"],
     ["nn"],
     ["call"],
-    ["experts"],
-    ["functional", "flops"],
-    ["quantized", "packing", "kernels", "measure"],
-    ["packed_weight", "grouped", "invariance", "reference", "torch_state"],
-    ["device", "dtypes", "versions", "build_info"],
+    ["experts", "functional", "flops"],
+    ["quantized", "packing", "kernels"],
+    ["packed_weight"],
+    ["measure", "dropout", "grouped", "invariance", "reference"],
+    ["torch_state", "device", "dtypes", "versions", "build_info"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")

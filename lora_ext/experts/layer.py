@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..dropout import draw_seed, keep_scale_of
 from ..dtypes import HALVES
-from ..functional import draw_seed, keep_scale_of
 from ..invariance import row_block
 from ..quantized.stack import QuantizedStack
 from .autograd import GateDown, Projected

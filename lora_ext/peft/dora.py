@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..call.apply import stacked
 from ..call.updates import Update
-from ..functional import base_linear, draw_seed, lora_linear
+from ..dropout import draw_seed
+from ..functional import base_linear, lora_linear
 from ..quantized.weight import QuantizedWeight, dense
 from .reasons import has_hooks
 from .row_blocks import combine, drop, shrink, without_autocast

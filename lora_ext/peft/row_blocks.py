@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dropout import dropout_mask, keep_scale_of
 from ..dtypes import HALVES
-from ..functional import dropout_mask, keep_scale_of
 from ..invariance import refuse
 
 # Elements of a block: 1 MiB of float32, which stays in a core's cache; 64 MiB on a GPU, which needs

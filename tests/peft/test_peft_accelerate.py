@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from benchmarks.memory import peak_bytes
-from lora_ext.functional import draw_seed
+from lora_ext.dropout import draw_seed
 from lora_ext.peft.fast_path import fast_path_operands
 from lora_ext.peft.layer import Call
 from lora_ext.peft.linear import OverLinear
