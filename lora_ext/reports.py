@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from .adapters.owners import is_sharded
 from .kernels.kernel_plan import CallPlan, explain_call
+from .model_layers import peft_layers
 from .models.model import lora_layers
 from .nn import LoRALayer
 from .packing import packed_bytes
 from .peft.reasons import HOOKED, PEFT, has_hooks
-from .peft.report import peft_layers, peft_path
+from .peft.report import peft_path
 
 
 @dataclass(frozen=True)

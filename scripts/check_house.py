@@ -57,14 +57,13 @@ FLOORS = [
     ["__init__", "__main__"],
     ["reports", "autotune", "pool"],
     ["adapters", "loralib"],
-    ["models"],
-    ["peft"],
+    ["models", "peft"],
     ["nn"],
     ["call"],
     ["experts", "functional", "flops"],
     ["quantized", "packing", "kernels"],
     ["packed_weight"],
-    ["measure", "dropout", "grouped", "invariance", "reference"],
+    ["measure", "dropout", "grouped", "invariance", "reference", "model_layers"],
     ["torch_state", "device", "dtypes", "versions", "build_info"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.

@@ -66,9 +66,9 @@ def _kinds(model: nn.Module, device: torch.device) -> dict[Kind, tuple[Forward, 
 
 def _layers(model: nn.Module) -> Iterator[tuple[Forward, BaseFor]]:
     """(its base's own forward, the result of `quantized_base` for an x) of layers with adapters."""
+    from ..model_layers import peft_layers
     from ..models.model import lora_layers
     from ..nn import LoRAQuantizedLinear
-    from ..peft.report import peft_layers
 
     for _, layer in lora_layers(model):
         if isinstance(layer, LoRAQuantizedLinear):

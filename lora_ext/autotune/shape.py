@@ -130,7 +130,7 @@ def _own_layers(model: nn.Module) -> Iterator[Shape]:
 
 
 def _peft_layers(model: nn.Module) -> Iterator[Shape]:
-    from ..peft.report import peft_layers
+    from ..model_layers import peft_layers
 
     layer: Any
     for _, layer in peft_layers(model):

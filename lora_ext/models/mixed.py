@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model_layers import per_row_modules
 from ..nn import LoRALayer
 from ..nn.row_adapters import RowAdapters, entered
-from ..peft.per_row_modules import per_row_modules
 from ..torch_state import outside_inference
 
 

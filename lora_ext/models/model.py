@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model_layers import peft_layers
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
-from ..peft.report import peft_layers
 from .config import BIASES
 
 # Attribute of a module that is trained whole: the names of the adapters to which it belongs.

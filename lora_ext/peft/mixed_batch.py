@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from ..model_layers import per_row_modules
 from ..nn.row_adapters import BASE_NAME, RowAdapters, entered
 from ..torch_state import outside_inference
-from .per_row_modules import per_row_modules
 
 
 def known_names(layer: Any) -> set[str]:

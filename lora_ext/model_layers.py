@@ -1,11 +1,28 @@
-"""Which layers of a model, of this package or of PEFT, support different adapters for rows."""
+"""Layers of a model, of this package or of PEFT, found without an import of PEFT."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+
+def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The (path, layer) pairs of PEFT's LoRA layers; imports no further modules.
+
+    For nested wrappers of parameters only the outermost, which represents all.
+    """
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    if lora is None:
+        return
+    inner = set()
+    for path, module in model.named_modules():
+        if isinstance(module, lora.ParamWrapper):
+            inner.add(id(module.base_layer))
+        if isinstance(module, lora.LoraLayer) and id(module) not in inner:
+            yield path, module
 
 
 def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:
