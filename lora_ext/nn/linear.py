@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import lora_linear
+from ..call.op import lora_linear
 from ..packed_weight import Base
 from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .fast_path import fast_path_operands

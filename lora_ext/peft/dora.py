@@ -19,9 +19,9 @@ from peft.tuners.lora import dora as peft_dora
 from torch import Tensor
 
 from ..call.apply import stacked
+from ..call.op import base_linear, lora_linear
 from ..call.updates import Update
 from ..dropout import draw_seed
-from ..functional import base_linear, lora_linear
 from ..quantized.weight import QuantizedWeight, dense
 from .reasons import has_hooks
 from .row_blocks import combine, drop, shrink, without_autocast

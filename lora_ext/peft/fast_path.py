@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..call.op import lora_linear
 from ..dtypes import FLOATS, HALVES
-from ..functional import lora_linear
 from ..nn.adapter_spec import MAX_RANK
 from ..torch_state import is_traced
 

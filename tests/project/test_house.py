@@ -92,13 +92,13 @@ def test_rooms_import_only_what_stands_below(source, height, wrong):
     floors = runpy.run_path(str(ROOT / "scripts" / "check_house.py"))["floors"]
     modules = {
         "lora_ext.__init__": "from .nn import base",
-        "lora_ext.nn.base": "from ..functional import f\nfrom . import other",
+        "lora_ext.nn.base": "from ..packing import f\nfrom . import other",
         "lora_ext.nn.other": "",
-        "lora_ext.functional": source,
+        "lora_ext.packing": source,
         "lora_ext.flops": "",
         "lora_ext.dtypes": "",
     }
-    expected = "lora_ext.functional must not import {}, which does not stand below it"
+    expected = "lora_ext.packing must not import {}, which does not stand below it"
     assert floors(modules) == (height, [expected.format(other) for other in wrong])
     assert floors({**modules, "lora_ext.attic.box": ""}) == (
         0,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from benchmarks.memory import peak_bytes
-from lora_ext.functional import base_linear
+from lora_ext.call.op import base_linear
 from lora_ext.quantized import workspace
 
 pytestmark = pytest.mark.usefixtures("fresh_workspace")
