@@ -61,7 +61,8 @@ def apply(
         A new tensor ``[..., out]``.
     """
     y: Any = None
-    weight = bias = dtype = None
+    weight: Any = None
+    bias = dtype = None
     if isinstance(base, Tensor):
         if rows is None and _needs_torch(base, x, updates):
             return _by_torch(base, x, updates)
@@ -90,7 +91,7 @@ def apply(
 
 def _calls(
     x: Tensor, updates: Any, rows: RowIndex | None
-) -> list[tuple[Any, Any, Any, float, dict[str, Tensor]]]:
+) -> list[tuple[Any, Any, Any, float, dict[str, Any]]]:
     """(lora_a, lora_b, scaling, dropout_p, index and ranks) of each call of the op."""
     if rows is None:
         return [(*stacked(updates, x), updates[0].dropout, {})]
@@ -175,7 +176,7 @@ def _with_biases_of_rows(
     return y + F.embedding(index + 1, table).view(*lead, -1)
 
 
-def _needs_torch(y: Tensor, x: Tensor, updates: Sequence[Update]) -> bool:
+def _needs_torch(y: Tensor, x: Tensor, updates: Any) -> bool:
     """Whether `lora_update` cannot add the updates: a transform or an exporter that does not know
     it, y has a shape or kind that torch has to resolve, there is a bias, which is added in the
     widest dtype, or they cannot be one call."""
@@ -196,7 +197,7 @@ def takes_op(x: Tensor) -> bool:
     return not (x.is_nested or is_onnx_export() or is_transformed())
 
 
-def _by_torch(base: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+def _by_torch(base: Tensor, x: Tensor, updates: Any) -> Tensor:
     """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
     refuse("updates that torch adds")
     total = base

@@ -1,5 +1,7 @@
 """The fused LoRA linear, and its update alone: from arguments to the operands of the op."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,7 +107,7 @@ def lora_linear(
         if not isinstance(weight, QuantizedWeight):
             raise _not_a_tensor("lora_linear", weight=weight)
         call = Call(weight, scaling, dropout_p, seed, (index, offs, ranks), row_block(x))
-        factors = (*lora_a, *lora_b) if many else (lora_a, lora_b)
+        factors: Any = (*lora_a, *lora_b) if many else (lora_a, lora_b)
         return quantized_linear(call, x, bias, factors)
     rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
     if many:

@@ -98,6 +98,6 @@ def updates_obstacle(
     if rows is None and dtype in HALVES and any(update.bias is not None for update in updates):
         # The op would round the sum of both biases, and sum dy over a float32 copy of it.
         return "a lora_bias on a half base"
-    dtypes = () if x is None else dict.fromkeys(update.lora_a.dtype for update in updates)
-    reasons = (dtype_obstacle(x, dtype, each) for each in dtypes)
+    dtypes = dict.fromkeys(update.lora_a.dtype for update in updates)
+    reasons = () if x is None else (dtype_obstacle(x, dtype, each) for each in dtypes)
     return next(filter(None, reasons), "") or (obstacle(updates, dtype) if rows is None else "")

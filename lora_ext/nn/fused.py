@@ -35,9 +35,6 @@ class FusedLoRALayer(Packable, LoRALayer):
         super()._init_lora(base)
         self.packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decide(x, self.adapters_of_rows()).run(x)
-
     def base_forward(self, x: Tensor) -> Tensor:
         weight, bias = self.base_operands()
         return F.linear(x, self.matrix(weight), bias)
@@ -74,13 +71,13 @@ class FusedLoRALayer(Packable, LoRALayer):
         return fused(base, updates, rows)
 
     def base_for(
-        self, x: Tensor | None, updates: Sequence[Update] | Slots, rows: RowAdapters | None
+        self, x: Tensor | None, updates: Any, rows: RowAdapters | None
     ) -> Dense | QuantizedBase | str:
         """The base for one call of the op, or why its own forward has to be called.
 
         Args:
             x: ``[..., in]``; None for an x in the base's preferred dtype.
-            updates: at least one.
+            updates: as of `apply`.
             rows: which of them each row has, None: all.
         """
         if rows is None:
@@ -132,9 +129,8 @@ class FusedLoRALayer(Packable, LoRALayer):
         """
         base = self.packable()
         if base is None:
-            packed = PackedWeight(self.stored_weight, None, None, self.unpacked_reason)
-        else:
-            packed = prepack(base.weight, backward=backward, transposed=base.transposed)
+            return PackedWeight(self.stored_weight, None, None, self.unpacked_reason)
+        packed = prepack(base.weight, backward=backward, transposed=base.transposed)
         self.packed = packed.of_layer()
         return self.packed
 

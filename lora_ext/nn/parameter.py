@@ -184,8 +184,10 @@ class LoRAParameter(LoRALayer):
 
     def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
         module = self.module
-        path = module.adapted_path(None) if rows is None else (module.path_of_rows, of_rows(names))
-        return Decision(module.forward, *path)
+        if rows is not None:
+            return Decision(module.forward, module.path_of_rows, of_rows(names))
+        path, reason = module.adapted_path(None)
+        return Decision(module.forward, path, reason)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..call.apply import takes_op
-from ..call.updates import Slots, Update, updates_obstacle
+from ..call.updates import updates_obstacle
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_plain
@@ -131,12 +131,15 @@ class LoRAQuantizedLinear(Over, FromLinear):
 
     # What a forward computes.
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decide(x, self.adapters_of_rows()).run(x)
+
     def base_forward(self, x: Tensor) -> Tensor:
         """The forward of the base layer, without adapters."""
         return self.base_type.forward(self, x)
 
     def base_for(
-        self, x: Tensor | None, updates: Sequence[Update] | Slots, rows: RowAdapters | None
+        self, x: Tensor | None, updates: Any, rows: RowAdapters | None
     ) -> QuantizedBase | str:
         if rows is None and x is not None and not (is_plain(x) and takes_op(x)):
             return "a tensor subclass, ONNX or torch.func: added by torch"
