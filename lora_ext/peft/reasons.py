@@ -97,16 +97,13 @@ def update_of(layer: Any, name: str) -> Update | str:
         return "a factor is not a plain nn.Linear"
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return HOOKED
-    own, other = lora_a._parameters, lora_b._parameters  # read as attributes they take longer
-    first, second = own.get("weight"), other.get("weight")
-    if first is None or second is None:  # attributes in the forwards of FSDP1
-        first, second = lora_a.weight, lora_b.weight
+    first, second = _held(lora_a, "weight"), _held(lora_b, "weight")
     are_plain = is_plain(first) and is_plain(second)
     if is_replaced(lora_a) or is_replaced(lora_b):
         if not are_plain:
             return "the adapters are sharded for tensor parallelism"
         return "a factor's forward is replaced on the instance"
-    if own["bias"] is not None:
+    if _held(lora_a, "bias") is not None:
         return "lora_A has a bias"
     p = 0.0
     if type(dropout) is nn.Dropout:
@@ -119,7 +116,13 @@ def update_of(layer: Any, name: str) -> Update | str:
         return "a factor is a tensor subclass, such as a sharded one"
     if first.dtype != second.dtype or first.dtype not in FLOATS:
         return "the factors' dtypes are not the same floating dtype"
-    return Update(name, first, second, other["bias"], layer.scaling[name], p)
+    return Update(name, first, second, _held(lora_b, "bias"), layer.scaling[name], p)
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """A parameter, faster than by its attribute, which it is alone in the forwards of FSDP1."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
 
 
 def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> str:
