@@ -52,7 +52,7 @@ class Problem:
         """lora_ext's packed copy of the weight, for forward and backward."""
         import lora_ext
 
-        return lora_ext.prepack(self.weight, backward=True)
+        return lora_ext.pack_weight(self.weight, backward=True)
 
     @cached_property
     def merged(self) -> torch.Tensor:

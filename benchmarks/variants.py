@@ -90,10 +90,10 @@ def merged(problem: Problem, dropout_p: float) -> Variant:
 
 def merged_packed(problem: Problem, dropout_p: float) -> Variant:
     """The merged layer on a packed weight: what packing alone gives."""
-    from lora_ext import prepack
+    from lora_ext import pack_weight
     from lora_ext.packed_weight import packed_linear
 
-    pack = prepack(problem.merged)
+    pack = pack_weight(problem.merged)
     packed, _ = pack.copies
     if packed is None:
         raise Unavailable(f"not packed: {pack.reason}")

@@ -5,12 +5,12 @@
 `lora_linear` computes the layer and, through autograd, the gradients of x, lora_a, lora_b and
 bias; the weight is frozen. `lora_update` adds the update alone onto the y of any other base.
 `accelerate` runs a PEFT model on them, `decelerate` undoes this. Without PEFT, `LoRALinear` is the
-layer, `apply_lora` adds such layers to a model according to a `LoRAConfig`, `save_adapter` and
+layer, `apply_lora` adds such layers to a model according to a `LoraConfig`, `save_adapter` and
 `load_adapter` write and read adapters in PEFT's format. `use_adapters` selects an adapter for each
-sample of a batch, `AdapterPool` holds many adapters. `prepack` keeps a frozen weight in oneDNN's
-layout on the CPU, `batch_invariant` keeps the bits of a row the same in batches of any size,
-`warmup` checks and times the kernels on a GPU, `explain` reports what the layers of a model run and
-why, `build_info` what was compiled and what runs here.
+sample of a batch, `AdapterPool` holds many adapters. `pack_weight` keeps a frozen weight in
+oneDNN's layout on the CPU, `batch_invariant` keeps the bits of a row the same in batches of any
+size, `warmup` checks and times the kernels on a GPU, `explain` reports what the layers of a model
+run and why, `build_info` what was compiled and what runs here.
 
 The rest is in modules that are named after their purpose:
 
@@ -38,9 +38,20 @@ from . import adapters, autotune, functional, kernels, loralib, models, nn, pool
 from . import flops as flops  # registers the formulas with torch's FLOP counter
 from .adapters import load_adapter, save_adapter
 from .autotune import load_cached, warmup
-from .functional import lora_linear, lora_update, prepack
+from .functional import lora_linear, lora_update, pack_weight
 from .invariance import batch_invariant
-from .models import LoRAConfig, apply_lora, use_adapters
+from .models import (
+    LoraConfig,
+    apply_lora,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    merge_and_unload,
+    set_adapter,
+    unload,
+    unmerge_adapter,
+    use_adapters,
+)
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
 from .pool import AdapterPool
@@ -53,20 +64,27 @@ if _C.with_cuda:
 
 __all__ = [
     "AdapterPool",
-    "LoRAConfig",
     "LoRALinear",
+    "LoraConfig",
     "__version__",
     "accelerate",
     "apply_lora",
     "batch_invariant",
     "build_info",
     "decelerate",
+    "delete_adapter",
+    "disable_adapter",
     "explain",
     "load_adapter",
     "lora_linear",
     "lora_update",
-    "prepack",
+    "merge_adapter",
+    "merge_and_unload",
+    "pack_weight",
     "save_adapter",
+    "set_adapter",
+    "unload",
+    "unmerge_adapter",
     "use_adapters",
     "warmup",
 ]

@@ -2,6 +2,6 @@
 
 from .call.op import lora_linear, lora_update
 from .dropout import dropout_mask
-from .packed_weight import PackedWeight, prepack
+from .packed_weight import PackedWeight, pack_weight
 
-__all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "prepack"]
+__all__ = ["PackedWeight", "dropout_mask", "lora_linear", "lora_update", "pack_weight"]

@@ -24,16 +24,16 @@ _KINDS: dict[str, tuple[type[LoRALayer], type[nn.Module]]] = {
 _SUFFIXES = {".lora_A": "lora_a", ".lora_B": "lora_b"}
 
 
-def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Module:
+def convert_loralib(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> nn.Module:
     """Replaces loralib's Linear, MergedLinear and Embedding by layers of this package, in place.
 
     Weights and adapters are the same Parameter objects, so an optimizer goes on; the outputs are
     loralib's. A layer that loralib merged is first unmerged by loralib's own ``train()``. From then
-    on nothing is merged by ``eval()``: call `lora_ext.models.merge` if you want that.
+    on nothing is merged by ``eval()``: call `lora_ext.merge_adapter` if you want that.
 
     Args:
         model: holds loralib layers.
-        adapter: the name to give to their adapters.
+        adapter_name: the name to give to their adapters.
 
     Returns:
         The model.
@@ -55,7 +55,7 @@ def convert_loralib(model: nn.Module, adapter: str = DEFAULT_ADAPTER) -> nn.Modu
     with frozen_only_by_success(model):
         for path, module in found:
             try:
-                layers[id(module)] = _converted(module, adapter)
+                layers[id(module)] = _converted(module, adapter_name)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{error} (at {path!r})") from None
     for _, module in found:
@@ -113,7 +113,7 @@ def _base_of(module: nn.Module, base_type: type[nn.Module]) -> nn.Module:
 
 
 def loralib_state_dict(
-    model: nn.Module, adapter: str = DEFAULT_ADAPTER, bias: str = "none"
+    model: nn.Module, adapter_name: str = DEFAULT_ADAPTER, bias: str = "none"
 ) -> dict[str, Tensor]:
     """One adapter as ``loralib.lora_state_dict`` gives it: ``<path>.lora_A``, ``<path>.lora_B``.
 
@@ -130,7 +130,7 @@ def loralib_state_dict(
         raise ValueError(
             f"lora_ext.loralib.loralib_state_dict: expected bias in {BIASES}, but got {bias!r}"
         )
-    checked_names(model, adapter, "loralib.loralib_state_dict")
+    checked_names(model, adapter_name, "loralib.loralib_state_dict")
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     own: set[str] = set()
@@ -140,11 +140,11 @@ def loralib_state_dict(
             own |= {f"{prefix}{table}.{name}" for name in list(entries)}
         if bias == "lora_only" and layer.bias is not None:
             result[f"{prefix}bias"] = state[f"{prefix}bias"]
-        if adapter not in layer.adapters:
+        if adapter_name not in layer.adapters:
             continue
-        _check_known_to_loralib(path, layer, adapter)
+        _check_known_to_loralib(path, layer, adapter_name)
         for suffix, table in _SUFFIXES.items():
-            result[f"{path}{suffix}".lstrip(".")] = state[f"{prefix}{table}.{adapter}"]
+            result[f"{path}{suffix}".lstrip(".")] = state[f"{prefix}{table}.{adapter_name}"]
     if bias == "all":
         result |= {
             key: value
@@ -160,7 +160,7 @@ def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:
     if not isinstance(layer, (LoRALinear, LoRAEmbedding)):
         reason = f"is a {type(layer).__name__}, whose factors loralib stores otherwise"
     elif spec.subtracts_init:
-        reason = f"has init {spec.init!r}, which loralib has not"
+        reason = f"has init {spec.init_lora_weights!r}, which loralib has not"
     elif spec.lora_bias:
         reason = "has a lora_bias, which loralib has not"
     if reason:
@@ -171,7 +171,7 @@ def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:
 
 
 def load_loralib_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], adapter: str = DEFAULT_ADAPTER
+    model: nn.Module, state: Mapping[str, Tensor], adapter_name: str = DEFAULT_ADAPTER
 ) -> None:
     """Loads a state dict of loralib into adapters that the model already has.
 
@@ -179,7 +179,7 @@ def load_loralib_state_dict(
         model: with layers from `apply_lora`, `convert_loralib` or the classes themselves.
         state: from ``loralib.lora_state_dict`` or a whole ``state_dict()``. Read files with
             ``torch.load(path, weights_only=True)``: others can run code.
-        adapter: which adapter to fill.
+        adapter_name: which adapter to fill.
 
     Raises:
         ValueError: a key does not belong to the model, an adapter of the model has no key, a shape
@@ -188,10 +188,10 @@ def load_loralib_state_dict(
     layers = {
         path: layer
         for path, layer in lora_layers(model, remove_duplicate=False)
-        if adapter in layer.adapters
+        if adapter_name in layer.adapters
     }
     targets = {
-        f"{path}{suffix}".lstrip("."): getattr(layer, table)[adapter]
+        f"{path}{suffix}".lstrip("."): getattr(layer, table)[adapter_name]
         for path, layer in layers.items()
         for suffix, table in _SUFFIXES.items()
     }
@@ -202,8 +202,8 @@ def load_loralib_state_dict(
     missing, unknown = sorted(needed - set(state)), sorted(set(state) - set(targets))
     if missing or unknown or not needed:
         raise ValueError(
-            f"{where}: expected the keys of adapter {adapter!r} and none that the model has not, "
-            f"but missing are {missing[:4]} and unknown {unknown[:4]} (of {len(missing)} and "
+            f"{where}: expected the keys of adapter {adapter_name!r} and none that the model has "
+            f"not, but missing are {missing[:4]} and unknown {unknown[:4]} (of {len(missing)} and "
             f"{len(unknown)}); add layers with apply_lora, or load the model that was saved"
         )
     for key, tensor in state.items():

@@ -124,8 +124,8 @@ class PackedWeight:
         if self._is_written():
             raise RuntimeError(
                 "lora_ext.functional.PackedWeight: expected the weight as it was packed, but it "
-                "was written to since; call prepack again after a merge, unmerge or any write to "
-                "weight.data"
+                "was written to since; call pack_weight again after a merge, unmerge or any write "
+                "to weight.data"
             )
 
     def route(self, rows: int) -> tuple[str, str]:
@@ -183,7 +183,7 @@ class PackedWeight:
         return PackedWeight(moved, None, None, "moved by .to()", self.transposed)
 
     def __reduce__(self) -> tuple:
-        reason = "copied or unpickled: call prepack again"
+        reason = "copied or unpickled: call pack_weight again"
         return PackedWeight, (self.weight, None, None, reason, self.transposed)
 
     def __repr__(self) -> str:
@@ -223,7 +223,7 @@ def writes_weight(method: Callable[..., None], always: bool = True) -> Any:
 
 
 class Base(NamedTuple):
-    """A layer's frozen weight in the form that `prepack` takes, and its bias."""
+    """A layer's frozen weight in the form that `pack_weight` takes, and its bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -255,7 +255,7 @@ class Packable:
         return packed if own is weight and packed.is_packed else None
 
 
-def prepack(
+def pack_weight(
     weight: Tensor, *, forward: bool = True, backward: bool = False, transposed: bool = False
 ) -> PackedWeight:
     """Packs a frozen CPU weight in oneDNN's layout once, for all later calls of `lora_linear`.
@@ -277,12 +277,12 @@ def prepack(
     """
     if weight.dim() != 2:
         raise RuntimeError(
-            "lora_ext.prepack: expected a weight of two dimensions, [out_features, in_features], "
-            f"but got {list(weight.shape)}"
+            "lora_ext.pack_weight: expected a weight of two dimensions, [out_features, "
+            f"in_features], but got {list(weight.shape)}"
         )
     if weight.requires_grad:
         raise RuntimeError(
-            "lora_ext.prepack: expected a frozen weight, but got one that requires grad; "
+            "lora_ext.pack_weight: expected a frozen weight, but got one that requires grad; "
             "call weight.requires_grad_(False)"
         )
     reason = unpackable_reason(weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapter_helpers import assert_unchanged, make_zoo, peft_model, save_peft, state_of
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter
 
 Q0 = "base_model.model.layers.0.q_proj."
@@ -27,7 +27,7 @@ def save_valid(folder):
 def assert_refused(folder, message, base=None, targets="q_proj"):
     """Into a plain model, and into one with an adapter, whose layers are there already."""
     base = make_zoo(torch.float32) if base is None else base
-    adapted = apply_lora(copy.deepcopy(base), LoRAConfig(targets, r=3), adapter="other")
+    adapted = apply_lora(copy.deepcopy(base), LoraConfig(targets, r=3), adapter_name="other")
     for model in (base, adapted):
         before = state_of(model)
         with pytest.raises(AdapterError, match=message) as caught:

@@ -83,7 +83,7 @@ def delta(layer: LoRALayer, name: str, factors: dict[str, Tensor] | None = None)
     stored = {key: getattr(layer, key).get(name) for key in ("lora_a", "lora_b")}
     lora_a, lora_b = ((factors or stored)[key].double() for key in ("lora_a", "lora_b"))
     spec = layer.adapters[name]
-    scaling = spec.alpha / (spec.r**0.5 if spec.use_rslora else spec.r)
+    scaling = spec.lora_alpha / (spec.r**0.5 if spec.use_rslora else spec.r)
     if isinstance(layer, LoRAMergedLinear) and not all(layer.enable_lora):
         height = OUT // len(GROUPS)
         product, done = lora_a.new_zeros(OUT, IN), 0

@@ -3,7 +3,7 @@
 import torch
 from helpers import F32, make_problem
 
-from lora_ext import lora_linear, prepack
+from lora_ext import lora_linear, pack_weight
 from lora_ext.functional import PackedWeight
 
 
@@ -13,7 +13,7 @@ def packable(dtype) -> bool:
 
 
 def packed_weight(dtype=F32, shape=(70, 40), **options) -> PackedWeight:
-    packed = prepack(torch.randn(shape).to(dtype), **options)
+    packed = pack_weight(torch.randn(shape).to(dtype), **options)
     assert packed.is_packed, packed.reason
     return packed
 

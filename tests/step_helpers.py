@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from helpers import BF16, F64
 from torch import nn
 
-from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext import LoraConfig, LoRALinear, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
@@ -42,12 +42,12 @@ def compiled_under_autocast(module, device, backend, inside):
 
 
 def linear(dropout=0.0, **options):
-    return randomized(LoRALinear(IN, OUT, r=3, alpha=6, dropout=dropout, **options))
+    return randomized(LoRALinear(IN, OUT, r=3, lora_alpha=6, lora_dropout=dropout, **options))
 
 
 def several(dropout=0.0, alphas=(6, 4), dropouts=None):
     """Three active adapters of different ranks."""
-    layer = LoRALinear(IN, OUT, r=3, alpha=6, dropout=dropout)
+    layer = LoRALinear(IN, OUT, r=3, lora_alpha=6, lora_dropout=dropout)
     others = zip(("second", "third"), (2, 4), alphas, dropouts or (dropout, dropout), strict=True)
     for name, rank, alpha, p in others:
         layer.add_adapter(name, AdapterSpec(rank, alpha, p))
@@ -67,7 +67,7 @@ class Disabled(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        with self.layer.disable_adapters():
+        with self.layer.disable_adapter():
             return self.layer(x)
 
 
@@ -90,7 +90,9 @@ def projections(dropout=0.0):
 
 def adapted(module, dropout=0.0, **options):
     holder = nn.Sequential(module)
-    return randomized(apply_lora(holder, LoRAConfig("0", r=3, alpha=6, dropout=dropout, **options)))
+    return randomized(
+        apply_lora(holder, LoraConfig("0", r=3, lora_alpha=6, lora_dropout=dropout, **options))
+    )
 
 
 def convolution(dropout=0.0, **options):
@@ -135,7 +137,9 @@ class Block(nn.Module):
 
 def block(dropout=0.0):
     names = ["embed", "q", "k", "v", "o", "up", "down"]
-    model = apply_lora(Block(), LoRAConfig(names, r=3, alpha=6, dropout=dropout, bias="all"))
+    model = apply_lora(
+        Block(), LoraConfig(names, r=3, lora_alpha=6, lora_dropout=dropout, bias="all")
+    )
     return randomized(model)
 
 
@@ -148,8 +152,8 @@ LAYERS = {
     "one row": (linear, (IN,)),
     "lora_bias": (partial(linear, lora_bias=True), ROWS),
     "no bias": (partial(linear, bias=False), ROWS),
-    "pissa": (partial(linear, init="pissa"), ROWS),
-    "olora": (partial(linear, init="olora"), ROWS),
+    "pissa": (partial(linear, init_lora_weights="pissa"), ROWS),
+    "olora": (partial(linear, init_lora_weights="olora"), ROWS),
     "fan_in_fan_out": (partial(linear, fan_in_fan_out=True), ROWS),
     "float64": (partial(linear, dtype=F64), ROWS),
     "bfloat16": (partial(linear, dtype=BF16), ROWS),

@@ -50,7 +50,7 @@ def round_trip(
     lora_ext.load_adapter(model, folder)
     found = {"texts": len(expected), "unadapted": compared(unadapted, expected)}
     found["reloaded"] = compared(predict(model, batches), expected)
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     found["merged"] = compared(predict(model, batches), expected)
     found["peft"] = compared(_in_peft(classes, batches, folder), expected)
     found["files"] = folder_bytes(folder)

@@ -44,10 +44,14 @@ class TrainedModel:
         return trainable_parameters(self.model)
 
 
-def config(dropout: float) -> lora_ext.LoRAConfig:
+def config(dropout: float) -> lora_ext.LoraConfig:
     """Ours: which layers, which rank, and that the head is trained whole and saved."""
-    return lora_ext.LoRAConfig(
-        target_modules=TARGETS, r=RANK, alpha=ALPHA, dropout=dropout, modules_to_save=["head"]
+    return lora_ext.LoraConfig(
+        target_modules=TARGETS,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        modules_to_save=["head"],
     )
 
 

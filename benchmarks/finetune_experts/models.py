@@ -23,8 +23,12 @@ def adapted(base: Classifier, name: str) -> nn.Module:
     if name == "frozen":
         return model
     if name == "ours":
-        config = lora_ext.LoRAConfig(
-            "all-linear", r=RANK, alpha=ALPHA, exclude_modules=["head"], modules_to_save=["head"]
+        config = lora_ext.LoraConfig(
+            "all-linear",
+            r=RANK,
+            lora_alpha=ALPHA,
+            exclude_modules=["head"],
+            modules_to_save=["head"],
         )
         return lora_ext.apply_lora(model, config)
     from peft import LoraConfig, get_peft_model

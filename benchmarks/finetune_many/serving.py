@@ -91,7 +91,7 @@ def in_bfloat16(tenants: Tenants) -> Tenants:
             parameter.data = parameter.data.bfloat16()
 
     def activate(name: str) -> None:
-        lora_ext.models.set_adapter(model, name)
+        lora_ext.set_adapter(model, name)
 
     return Tenants(model, tenants.heads, [], [], activate)
 

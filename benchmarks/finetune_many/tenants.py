@@ -77,15 +77,15 @@ def make_tenants(
     if kind == "ours":
         for place, name in enumerate(names):
             rank = rank_of(place)
-            config = lora_ext.LoRAConfig(
-                [*targets, *stacks], r=rank, alpha=2 * rank, dropout=dropout
+            config = lora_ext.LoraConfig(
+                [*targets, *stacks], r=rank, lora_alpha=2 * rank, lora_dropout=dropout
             )
             lora_ext.apply_lora(encoder, config, name)
-        lora_ext.models.set_adapter(encoder, names)
+        lora_ext.set_adapter(encoder, names)
         model = encoder
 
         def activate(name: str) -> None:
-            lora_ext.models.set_adapter(encoder, name)
+            lora_ext.set_adapter(encoder, name)
     else:
         model = _with_peft(encoder, names, dropout, targets, stacks)
         activate = model.base_model.set_adapter

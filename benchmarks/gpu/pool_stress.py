@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig, lora_linear
+from lora_ext import AdapterPool, LoraConfig, lora_linear
 
 from ..agreement import TOLERANCE, error_of
 from ..cuda_timing import captured
@@ -69,7 +69,7 @@ def served(device: str, sizes: Sequence[int], dtype: torch.dtype) -> Served:
     """An empty pool on bfloat16 layers."""
     rows, k, n = sizes
     model = nn.ModuleDict({"first": nn.Linear(k, n), "second": nn.Linear(k, n // 2, bias=False)})
-    pool = AdapterPool(model.to(device, torch.bfloat16), _CAPACITY, _MAX_RANK, dtype=dtype)
+    pool = AdapterPool(model.to(device, torch.bfloat16), _CAPACITY, _MAX_RANK, adapter_dtype=dtype)
     x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
     return Served(pool, x, _slots(rows).to(device))
 
@@ -91,12 +91,12 @@ def change(one: Served, dice: random.Random) -> str:
     else:
         name = dice.choice(pool.names)
     if what == "remove":
-        pool.remove(name)
+        pool.delete_adapter(name)
         return f"{what} {name}"
     if what != "write":
         paths = dice.choice([["first"], ["second"], ["first", "second"]])
-        config = LoRAConfig(paths, r=dice.randint(1, _MAX_RANK), alpha=dice.randint(1, 20))
-        getattr(pool, what)(name, config)
+        config = LoraConfig(paths, r=dice.randint(1, _MAX_RANK), lora_alpha=dice.randint(1, 20))
+        getattr(pool, f"{what}_adapter")(name, config)
     for parameter in pool.parameters(name):
         parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
     return f"{what} {name}"

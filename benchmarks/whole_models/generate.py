@@ -68,7 +68,7 @@ def _models(dtype: str, layers: int) -> dict[str, Any]:
         model = copy.deepcopy(base)
         if name.startswith("ours"):
             kind = torch.float32 if name == "ours_fp32" else getattr(torch, dtype)
-            config = lora_ext.LoRAConfig(_paths(model), r=16, alpha=32, adapter_dtype=kind)
+            config = lora_ext.LoraConfig(_paths(model), r=16, lora_alpha=32, adapter_dtype=kind)
             model = lora_ext.apply_lora(model, config)
         else:
             config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=_paths(model))

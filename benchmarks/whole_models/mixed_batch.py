@@ -93,7 +93,7 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> Row:
             steps[how] = step_of(model, pairs, call)
     turns = {
         "in_turn": (theirs, theirs.base_model.set_adapter),
-        "ours_in_turn": (alone, lambda name: lora_ext.models.set_adapter(alone, name)),
+        "ours_in_turn": (alone, lambda name: lora_ext.set_adapter(alone, name)),
     }
     for how, (model, choose) in turns.items():
         steps[how] = _in_turn(model, names, choose, pairs)

@@ -53,10 +53,12 @@ def own_model(
     model: nn.Module, paths: list[str], dtype: torch.dtype, names: Sequence[str] = ("default",)
 ) -> nn.Module:
     """The model with adapters of ours, all of them active."""
-    config = lora_ext.LoRAConfig(paths, r=RANK, alpha=ALPHA, dropout=DROPOUT, adapter_dtype=dtype)
+    config = lora_ext.LoraConfig(
+        paths, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, adapter_dtype=dtype
+    )
     for name in names:
         lora_ext.apply_lora(model, config, name)
-    lora_ext.models.set_adapter(model, list(names))
+    lora_ext.set_adapter(model, list(names))
     return model
 
 

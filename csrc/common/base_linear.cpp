@@ -8,7 +8,7 @@
 namespace lora_ext {
 namespace {
 
-// oneDNN's linear on a weight that prepack() reordered; the op that torch.compile emits.
+// oneDNN's linear on a weight that pack_weight() reordered; the op that torch.compile emits.
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed,
                          const std::optional<at::Tensor>& bias) {
   using Attributes = c10::List<std::optional<at::Scalar>>;

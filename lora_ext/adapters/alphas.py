@@ -22,7 +22,7 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
             seconds.
     """
     if not config.alpha_pattern:
-        return dict.fromkeys(paths, config.alpha)
+        return dict.fromkeys(paths, config.lora_alpha)
     import regex
 
     end = time.monotonic() + _SECONDS
@@ -50,7 +50,7 @@ def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]
         waiting = [path for path in waiting if path not in hits]
         if not waiting:
             break
-    return dict.fromkeys(waiting, config.alpha) | found
+    return dict.fromkeys(waiting, config.lora_alpha) | found
 
 
 def _left(end: float) -> float:

@@ -81,9 +81,9 @@ class Content:
         assert spec is not None
         if rank == spec.r and not spec.subtracts_init:
             return spec
-        alpha = spec.alpha * (rank / spec.r) ** (0.5 if spec.use_rslora else 1)
+        alpha = spec.lora_alpha * (rank / spec.r) ** (0.5 if spec.use_rslora else 1)
         with telling(f"{path!r} as a plain LoRA: "):
-            return replace(spec, r=rank, alpha=alpha, init="kaiming")
+            return replace(spec, r=rank, alpha=alpha, init=True)
 
     # ---- tensors ----
 
@@ -119,7 +119,7 @@ class Content:
         names = {path: f"{path}.weight" if path in as_parameters else path for path in self.specs}
         ranks = {names[path]: spec.r for path, spec in self.specs.items()}
         alphas = {names[path]: _alpha(spec, use_rslora) for path, spec in self.specs.items()}
-        dropouts = [spec.dropout for spec in self.specs.values()]
+        dropouts = [spec.lora_dropout for spec in self.specs.values()]
         parameters = [*self.parameters, *(names[path] for path in as_parameters)]
         if parameters and any(dropouts):
             warnings.warn(
@@ -141,8 +141,8 @@ class Content:
         target_modules, exclude_modules = module_names(self.model, modules, self.saved_names)
         return AdapterConfig(
             r=r,
-            alpha=alpha,
-            dropout=most_common(dropouts),
+            lora_alpha=alpha,
+            lora_dropout=most_common(dropouts),
             use_rslora=use_rslora,
             lora_bias=self.lora_bias,
             bias=self.bias,
@@ -165,7 +165,7 @@ class Content:
         for path, layer in self.layers.items():
             spec = self.specs[path]
             is_plain = type(layer) is LoRALinear and not layer.fan_in_fan_out and not spec.lora_bias
-            has_dropout = spec.dropout and not self.parameters  # beside parameters 0 is stored
+            has_dropout = spec.lora_dropout and not self.parameters  # beside parameters 0 is stored
             if path.rpartition(".")[2] in _NAMES_OF_EXPERTS and is_plain and not has_dropout:
                 found.add(path)
         return found
@@ -239,7 +239,9 @@ def most_common(values):
 def _alpha(spec: AdapterSpec, use_rslora: bool) -> float:
     """The alpha that gives the spec's scaling with this convention; an int if it is integral."""
     if spec.use_rslora == use_rslora:
-        return int(spec.alpha) if float(spec.alpha).is_integer() else float(spec.alpha)
+        return (
+            int(spec.lora_alpha) if float(spec.lora_alpha).is_integer() else float(spec.lora_alpha)
+        )
     return alpha_of(spec.scaling, spec.r, use_rslora)
 
 

@@ -31,7 +31,7 @@ def convert(source: str, target: str, layout: str, base: str | None = None) -> N
 
     config = read_adapter_config(source)
     base = base or config.base_model_name_or_path
-    if base is None or config.init != "kaiming":
+    if base is None or config.init_lora_weights is not True:
         missing = "the name of the base, --base" if base is None else "an adapter without its init"
         raise AdapterError(
             f"lora_ext.adapters convert: {source}: expected {missing}, but got none; load_adapter "

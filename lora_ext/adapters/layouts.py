@@ -79,7 +79,7 @@ def laid_out(
     config = replace(
         config,
         r=r,
-        alpha=alpha_of(scaling, r, False),
+        lora_alpha=alpha_of(scaling, r, False),
         use_rslora=False,
         rank_pattern=larger,
         alpha_pattern={path: alpha_of(scaling, rank, False) for path, rank in larger.items()},
@@ -164,7 +164,7 @@ def check_written(
         with open(path, "rb") as opened, open_tensors(opened.fileno()) as stored:
             file, config = with_stacks(stored, own, content.model)
             found = dict(file.entries)
-            by_rank = replace(config, alpha=config.r, alpha_pattern=config.rank_pattern)
+            by_rank = replace(config, lora_alpha=config.r, alpha_pattern=config.rank_pattern)
             for name, spec in content.specs.items():
                 keys = [slot.key for slot in content.slots(name)]
                 count = getattr(content.by_name[name], "count", 1)
@@ -172,7 +172,7 @@ def check_written(
                 at = weight if named([weight], config.target_parameters) else name
                 rank, alpha = int(find_alphas([at], by_rank)[at]), find_alphas([at], config)[at]
                 scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-                if layout != "peft" and not math.isclose(scaling, own.alpha / own.r):
+                if layout != "peft" and not math.isclose(scaling, own.lora_alpha / own.r):
                     raise ValueError(f"scaling {scaling}, but another by r and lora_alpha alone")
                 lora_a, lora_b, *bias = (file.read(found.pop(key)) for key in keys)
                 expected_a, expected_b, *expected_bias = map(rest.pop, keys)

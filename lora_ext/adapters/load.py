@@ -25,7 +25,7 @@ from .tensors import open_tensors
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    adapter: str = DEFAULT_ADAPTER,
+    adapter_name: str = DEFAULT_ADAPTER,
     trainable: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -44,7 +44,7 @@ def load_adapter(
     Args:
         model: the base that the adapter was trained on, with or without other adapters.
         folder: a local path.
-        adapter: the name that it gets in the model.
+        adapter_name: the name that it gets in the model.
         trainable: whether it is to be trained further, or frozen.
         adapter_dtype: of its factors; None is float32 on a half base, else the base's dtype,
             for any dtype in the file (PEFT's autocast_adapter_dtype).
@@ -63,10 +63,10 @@ def load_adapter(
     check_not_peft(inner, "load_adapter")
     reshard(inner)
     with telling(f"lora_ext.load_adapter: {folder}: "):
-        if adapter in adapter_names(inner):
+        if adapter_name in adapter_names(inner):
             raise AdapterError(
-                f"expected a new adapter name, but the model has {adapter!r}; delete_adapter it "
-                "first or choose another name"
+                f"expected a new adapter name, but the model has {adapter_name!r}; delete_adapter "
+                "it first or choose another name"
             )
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise AdapterError(f"expected a floating adapter_dtype, but got {adapter_dtype}")
@@ -74,7 +74,7 @@ def load_adapter(
         config, targets = placement.config, placement.targets
         paths = [target.path for target in targets]
         warn_of_others(inner, config, paths, [target.name for target in targets])
-        apply(placement, adapter, trainable, adapter_dtype)
+        apply(placement, adapter_name, trainable, adapter_dtype)
     return model
 
 

@@ -95,8 +95,8 @@ class AdapterConfig:
     """The content of adapter_config.json, checked and in this library's terms.
 
     Attributes:
-        r, alpha, dropout, use_rslora, lora_bias: as in `lora_ext.nn.AdapterSpec`.
-        init: "kaiming", or "pissa" or "olora", where the base is W - scaling * B0 A0.
+        r, lora_alpha, lora_dropout, use_rslora, lora_bias: as in `lora_ext.nn.AdapterSpec`.
+        init_lora_weights: True, or "pissa" or "olora", where the base is W - scaling * B0 A0.
         bias: "none", "all" or "lora_only".
         modules_to_save: names of modules that are stored whole.
         rank_pattern: expression -> rank where it differs; the tensors determine the ranks.
@@ -113,11 +113,11 @@ class AdapterConfig:
     """
 
     r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
     use_rslora: bool = False
     lora_bias: bool = False
-    init: str = "kaiming"
+    init_lora_weights: bool | str = True
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -158,11 +158,11 @@ def parse_config(data: bytes) -> AdapterConfig:
     init = init.lower() if isinstance(init, str) else ""
     return AdapterConfig(
         r=as_rank("r", table.get("r", 8)),
-        alpha=as_alpha("lora_alpha", table.get("lora_alpha", 8)),
-        dropout=fields.dropout(),
+        lora_alpha=as_alpha("lora_alpha", table.get("lora_alpha", 8)),
+        lora_dropout=fields.dropout(),
         use_rslora=fields.flag("use_rslora"),
         lora_bias=fields.flag("lora_bias"),
-        init=init if init in ("pissa", "olora") else "kaiming",
+        init_lora_weights=init if init in ("pissa", "olora") else True,
         bias=fields.bias(),
         modules_to_save=fields.few_names("modules_to_save"),
         rank_pattern=fields.patterns("rank_pattern", as_rank),
@@ -190,7 +190,7 @@ def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
     """The bytes of adapter_config.json: the same for the same config.
 
     Args:
-        config: with init "kaiming".
+        config: with init_lora_weights True.
         fan_in_fan_out: whether there are Conv1D layers.
     """
     table = {
@@ -204,9 +204,9 @@ def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": config.alpha,
+        "lora_alpha": config.lora_alpha,
         "lora_bias": config.lora_bias,
-        "lora_dropout": config.dropout,
+        "lora_dropout": config.lora_dropout,
         "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,

@@ -169,11 +169,13 @@ class Placement:
         rank = lora_a.shape[0] // order.count if lora_a and lora_a.shape else 0
         spec = AdapterSpec(
             r=rank if rank in config.rank_pattern.values() else config.r,
-            alpha=alpha,
-            dropout=config.dropout,
+            lora_alpha=alpha,
+            lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             # PEFT initializes embeddings in the default way for any value of init_lora_weights.
-            init="kaiming" if isinstance(layer, LoRAEmbedding) else config.init,
+            init_lora_weights=True
+            if isinstance(layer, LoRAEmbedding)
+            else config.init_lora_weights,
             lora_bias=config.lora_bias,
         )
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):
@@ -181,13 +183,14 @@ class Placement:
         if spec.subtracts_init and isinstance(layer, LoRAQuantizedLinear):
             raise AdapterError(
                 f"expected plain LoRA for {path!r}, which is quantised, but got init_lora_weights "
-                f"{spec.init!r}: its factors are taken out of the weight as it was before; load it "
-                "into that model, and save_adapter writes it as plain LoRA"
+                f"{spec.init_lora_weights!r}: its factors are taken out of the weight as it was "
+                "before; load it into that model, and save_adapter writes it as plain LoRA"
             )
         if spec.subtracts_init and not _can_subtract(spec, layer, module):
             raise AdapterError(
-                f"expected init_lora_weights {spec.init!r} for linear layers with a positive "
-                f"lora_alpha, but got alpha {spec.alpha} for {path!r}, a {type(module).__name__}"
+                f"expected init_lora_weights {spec.init_lora_weights!r} for linear layers with a "
+                f"positive lora_alpha, but got alpha {spec.lora_alpha} for {path!r}, a "
+                f"{type(module).__name__}"
             )
         own = slots(path, layer, spec.r, spec.lora_bias, depth, order.is_swapped)
         return Target(path, module, name, layer, spec, own, order)
@@ -282,4 +285,6 @@ def _can_subtract(spec: AdapterSpec, layer: LoRALayer, module: nn.Module) -> boo
     Conv1D's weight in its stored layout, and its convolutions have neither init."""
     if isinstance(layer, LoRAConv2d) or spec.scaling <= 0:
         return False
-    return spec.init == "pissa" or not getattr(layer, "fan_in_fan_out", is_conv1d(module))
+    return spec.init_lora_weights == "pissa" or not getattr(
+        layer, "fan_in_fan_out", is_conv1d(module)
+    )

@@ -33,7 +33,7 @@ _TASK_TYPES = (
 def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    adapter: str = DEFAULT_ADAPTER,
+    adapter_name: str = DEFAULT_ADAPTER,
     *,
     bias: str | None = None,
     base_model_name_or_path: str | None = None,
@@ -59,7 +59,7 @@ def save_adapter(
     Args:
         model: holds the adapter.
         folder: a local path; made if it does not exist.
-        adapter: which one.
+        adapter_name: which one.
         bias: which biases of the base to store: "none", "all" or "lora_only"; None stores those
             that are trained or came with the adapter.
         base_model_name_or_path, revision, task_type: information for the config.
@@ -90,7 +90,7 @@ def save_adapter(
                 raise AdapterError(f"expected {name} to be a printable string, but got {value!r}")
         if task_type not in (None, *_TASK_TYPES):
             raise AdapterError(f"expected task_type in {_TASK_TYPES}, but got {shown(task_type)}")
-        content = Content(inner, adapter, bias)
+        content = Content(inner, adapter_name, bias)
         config = content.config(information)
         whole, is_collective = _whole(content.tensors())
 
@@ -159,6 +159,6 @@ tags:
 
 # LoRA adapter
 
-Rank {config.r}, alpha {config.alpha:g}; see `adapter_config.json`. Load it with
+Rank {config.r}, alpha {config.lora_alpha:g}; see `adapter_config.json`. Load it with
 `lora_ext.load_adapter` or, in PEFT's layout, `peft.PeftModel.from_pretrained`.
 """.encode()

@@ -191,11 +191,12 @@ def with_stacks(
     names = [name for name in names if name not in known]
     if not (apart or names):
         return file, config
-    if config.dropout and names:
+    if config.lora_dropout and names:
         raise AdapterError(
             f"expected lora_dropout 0 beside an adapter on the router {names[0]!r}, which is a "
-            f"parameter since transformers 5 and is computed as W + B A, but got {config.dropout}; "
-            "it matters in training alone: to load the adapter without, put "
+            "parameter since transformers 5 and is computed as W + B A, but got "
+            f"{config.lora_dropout}; it matters in training alone: to load the adapter without, "
+            "put "
             '"lora_dropout": 0 into adapter_config.json'
         )
     keys: dict[str, tuple[Stack, str]] = {}

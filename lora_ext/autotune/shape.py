@@ -126,7 +126,7 @@ def _own_layers(model: nn.Module) -> Iterator[Shape]:
             for name, spec in layer.adapters.items():
                 wide = layer.lora_a[name].dtype == torch.float32
                 sizes = (in_features, out_features, spec.r)
-                yield Shape(1, *sizes, wide, spec.dropout > 0.0)
+                yield Shape(1, *sizes, wide, spec.lora_dropout > 0.0)
 
 
 def _peft_layers(model: nn.Module) -> Iterator[Shape]:

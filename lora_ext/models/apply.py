@@ -11,7 +11,7 @@ from ..nn import LoRALayer, LoRAModule
 from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from ..packing import pack_for
 from ..quantized.panels import put_back_for_training
-from .config import LoRAConfig, not_a_config
+from .config import LoraConfig, not_a_config
 from .find import ALL_LINEAR, find_saved, find_targets, replacement_for
 from .mixtures import chosen, warn_of_other_experts
 from .model import (
@@ -28,8 +28,8 @@ from .model import (
 
 def apply_lora(
     model: nn.Module,
-    config: LoRAConfig,
-    adapter: str = DEFAULT_ADAPTER,
+    config: LoraConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
     *,
     pack: bool | int | Iterable[int] = False,
 ) -> nn.Module:
@@ -47,7 +47,7 @@ def apply_lora(
     Args:
         model: any nn.Module that holds such layers.
         config: selects the layers and describes the adapter.
-        adapter: the name of the adapter.
+        adapter_name: the name of the adapter.
         pack: on a CPU, keep packed copies of frozen weights where that was measured to be faster,
             as in `lora_ext.accelerate`.
 
@@ -55,21 +55,21 @@ def apply_lora(
         The model.
 
     Raises:
-        TypeError: config is not a LoRAConfig.
+        TypeError: config is not a LoraConfig.
         ValueError: no layer matches (the message names near matches), a selected module cannot be
             adapted, a module to save holds or shares an adapted weight, or the adapter exists. The
             model is then unchanged.
     """
     check_not_peft(model, "apply_lora")
-    if not isinstance(config, LoRAConfig):
+    if not isinstance(config, LoraConfig):
         given = not_a_config(config)
-        raise TypeError(f"lora_ext.apply_lora: expected a lora_ext.LoRAConfig, but got {given}")
+        raise TypeError(f"lora_ext.apply_lora: expected a lora_ext.LoraConfig, but got {given}")
     reshard(model)
     others = adapter_names(model)
-    if adapter in others:
+    if adapter_name in others:
         raise ValueError(
-            f"lora_ext.apply_lora: expected a new adapter's name, but the model has {adapter!r}; "
-            "delete_adapter it first or choose another name"
+            "lora_ext.apply_lora: expected a new adapter's name, but the model has "
+            f"{adapter_name!r}; delete_adapter it first or choose another name"
         )
     targets = find_targets(model, config)
     if ALL_LINEAR in config.target_modules:
@@ -83,21 +83,21 @@ def apply_lora(
             for path, module in targets:
                 in_place = in_place_of(path, module)
                 for layer, spec in layers_of(in_place, path, config):
-                    _add(layer, adapter, spec, config, path)
+                    _add(layer, adapter_name, spec, config, path)
                     layers.append(layer)
                 if in_place is not module:
                     replaced[id(module)] = in_place
         except BaseException:
             for layer in layers:
-                layer.delete_adapter(adapter)
+                layer.delete_adapter(adapter_name)
             raise
     install(model, replaced)
     put_back_for_training(model)
     biases = _trained_biases(model, layers, config.bias)
     for module in saved:
-        mark_saved(module, SAVED_BY, adapter)
+        mark_saved(module, SAVED_BY, adapter_name)
     for module in biases:
-        mark_saved(module, BIAS_SAVED_BY, adapter)
+        mark_saved(module, BIAS_SAVED_BY, adapter_name)
     if not others:
         mark_only_lora_as_trainable(model, config.bias)
         pack_for(model, pack)
@@ -147,7 +147,7 @@ def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
 
 
 def layers_of(
-    module: LoRALayer | LoRAModule, path: str, config: LoRAConfig
+    module: LoRALayer | LoRAModule, path: str, config: LoraConfig
 ) -> Iterable[tuple[LoRALayer, AdapterSpec]]:
     """The layers of a target, each with the spec of its adapter."""
     if isinstance(module, LoRALayer):
@@ -155,7 +155,7 @@ def layers_of(
     return chosen(module, path, config, ALL_LINEAR)
 
 
-def _add(layer: LoRALayer, adapter: str, spec: AdapterSpec, config: LoRAConfig, path: str) -> None:
+def _add(layer: LoRALayer, adapter: str, spec: AdapterSpec, config: LoraConfig, path: str) -> None:
     try:
         layer.add_adapter(adapter, spec, config.adapter_dtype)
     except (TypeError, ValueError) as error:

@@ -14,20 +14,8 @@ from .patterns import matches
 BIASES = ("none", "all", "lora_only")
 
 
-# Fields of PEFT's LoraConfig, and what to write instead.
-_WORDS_OF_PEFT = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "autocast_adapter_dtype": "adapter_dtype",
-    "layers_to_transform": "a pattern in target_modules, such as 're:.*layers\\.[01]\\.q_proj'",
-    "task_type": "an argument of save_adapter",
-    "use_dora": "in PEFT's layers only: lora_ext.accelerate(peft.get_peft_model(model, config))",
-}
-
-
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoraConfig:
     """Which layers of a model get an adapter, and which one.
 
     A module is named by its dotted path in the model, such as ``"layers.0.attn.q_proj"``. Patterns
@@ -41,7 +29,7 @@ class LoRAConfig:
             embedding, Mamba's ``out_proj`` and the modules that modules_to_save names. Experts can
             also be selected by their module (``"experts"``), and one of their parameters, or a
             router, by its name (``"experts.down_proj"``, ``"mlp.gate"``).
-        r, alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias: as in `AdapterSpec`.
         exclude_modules: patterns of modules that get none.
         rank_pattern: pattern -> r where it differs; the first match counts.
         alpha_pattern: pattern -> alpha where it differs.
@@ -53,15 +41,14 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value is out of its range.
-        TypeError: a name is one of PEFT's fields; the message has the name to use here.
     """
 
     target_modules: str | Sequence[str]
     r: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.0
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init: str = "kaiming"
+    init_lora_weights: bool | str = True
     lora_bias: bool = False
     exclude_modules: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -70,28 +57,22 @@ class LoRAConfig:
     modules_to_save: str | Sequence[str] = ()
     adapter_dtype: torch.dtype | None = None
 
-    def __new__(cls, *args: Any, **given: Any) -> LoRAConfig:
-        for name, ours in _WORDS_OF_PEFT.items():
-            if name in given:
-                raise TypeError(f"lora_ext.LoRAConfig: PEFT's {name} is here {ours}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             object.__setattr__(self, name, _as_patterns(getattr(self, name), name))
         expect(
-            bool(self.target_modules), "LoRAConfig", "at least one pattern in target_modules", ()
+            bool(self.target_modules), "LoraConfig", "at least one pattern in target_modules", ()
         )
-        expect(self.bias in BIASES, "LoRAConfig", f"bias to be one of {BIASES}", self.bias)
+        expect(self.bias in BIASES, "LoraConfig", f"bias to be one of {BIASES}", self.bias)
         for pattern, rank in self.rank_pattern.items():
-            check_rank(rank, f"LoRAConfig.rank_pattern[{pattern!r}]")
+            check_rank(rank, f"LoraConfig.rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
-            check_alpha(alpha, f"LoRAConfig.alpha_pattern[{pattern!r}]")
+            check_alpha(alpha, f"LoraConfig.alpha_pattern[{pattern!r}]")
         if self.adapter_dtype is not None:
             expect(
                 isinstance(self.adapter_dtype, torch.dtype)
                 and self.adapter_dtype.is_floating_point,
-                "LoRAConfig",
+                "LoraConfig",
                 "adapter_dtype to be a floating torch.dtype",
                 self.adapter_dtype,
             )
@@ -101,10 +82,10 @@ class LoRAConfig:
         """The adapter of the module at `path`, by rank_pattern and alpha_pattern."""
         return AdapterSpec(
             r=_first_match(self.rank_pattern, path, self.r),
-            alpha=_first_match(self.alpha_pattern, path, self.alpha),
-            dropout=self.dropout,
+            lora_alpha=_first_match(self.alpha_pattern, path, self.lora_alpha),
+            lora_dropout=self.lora_dropout,
             use_rslora=self.use_rslora,
-            init=self.init,
+            init_lora_weights=self.init_lora_weights,
             lora_bias=self.lora_bias,
         )
 
@@ -116,7 +97,7 @@ def not_a_config(given: object) -> str:
         return name
     return (
         f"peft's {name}: lora_ext.accelerate(peft.get_peft_model(model, config)) takes that, and "
-        "lora_ext.LoRAConfig is what is meant here"
+        "lora_ext.LoraConfig is what is meant here"
     )
 
 
@@ -125,7 +106,7 @@ def _as_patterns(given: Any, name: str) -> tuple[str, ...]:
     patterns: tuple[Any, ...] = tuple(given) if several else (given,)
     expect(
         all(isinstance(pattern, str) and pattern for pattern in patterns),
-        "LoRAConfig",
+        "LoraConfig",
         f"{name} to be a pattern or a sequence of patterns",
         given,
     )

@@ -14,7 +14,7 @@ from ..nn.experts import LoRAExperts, is_experts
 from ..nn.linear import is_conv1d
 from ..nn.module import LoRAModule
 from ..quantized.layers import is_quantized
-from .config import LoRAConfig
+from .config import LoraConfig
 from .mixtures import names_parameter, routers
 from .model import adapter_modules
 from .patterns import is_pattern, matches
@@ -44,7 +44,7 @@ def replacement_for(module: nn.Module) -> type[LoRALayer] | type[LoRAModule] | N
     return table.get(type(module))
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[tuple[str, nn.Module]]:
+def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module]]:
     """The (path, module) pairs that get the adapter, each module once.
 
     Raises:
@@ -85,7 +85,7 @@ def is_read_directly(model: nn.Module, path: str) -> bool:
     return kind in MAMBA_TYPES and path.rpartition(".")[2] in READ_DIRECTLY
 
 
-def find_saved(model: nn.Module, config: LoRAConfig) -> list[nn.Module]:
+def find_saved(model: nn.Module, config: LoraConfig) -> list[nn.Module]:
     """The modules that config.modules_to_save names.
 
     Raises:

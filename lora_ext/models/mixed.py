@@ -18,7 +18,7 @@ from ..torch_state import outside_inference
 @contextmanager
 def use_adapters(
     model: nn.Module,
-    names: Sequence[str | None],
+    adapter_names: Sequence[str | None],
     index: Tensor | None = None,
     *,
     repeats: int = 1,
@@ -39,7 +39,7 @@ def use_adapters(
     Args:
         model: with layers of `apply_lora`, with an `AdapterPool`, or a model of PEFT after
             `accelerate`.
-        names: one for each sample of the batch, None for the base alone; or, with an index,
+        adapter_names: one for each sample of the batch, None for the base alone; or, with an index,
             distinct names, which the index refers to.
         index: int32 ``[batch]`` or ``[batch, tokens]``, from -1 (the base alone) to len(names) - 1.
             If the model gets one token of each sample, as in the steps of generate, the last index
@@ -67,7 +67,7 @@ def use_adapters(
             f"lora_ext.use_adapters: expected a model after apply_lora, with an AdapterPool, or of "
             f"PEFT after lora_ext.accelerate, but the {type(model).__name__} has {what}"
         )
-    distinct, index = _checked(names, index, repeats)
+    distinct, index = _checked(adapter_names, index, repeats)
     _check_known(distinct, layers)
     if others and index.dim() != 1:
         raise ValueError(

@@ -82,13 +82,13 @@ def reshard(model: nn.Module) -> None:
 
 # The equivalent of each function here in a PeftModel.
 _OF_PEFT = {
-    "models.set_adapter": "model.set_adapter(name)",
-    "models.delete_adapter": "model.delete_adapter(name)",
-    "models.merge": "model.merge_adapter()",
-    "models.unmerge": "model.unmerge_adapter()",
-    "models.disable_adapters": "with model.disable_adapter()",
-    "models.merge_and_unload": "model.merge_and_unload()",
-    "models.unload": "model.unload()",
+    "set_adapter": "model.set_adapter(name)",
+    "delete_adapter": "model.delete_adapter(name)",
+    "merge_adapter": "model.merge_adapter()",
+    "unmerge_adapter": "model.unmerge_adapter()",
+    "disable_adapter": "with model.disable_adapter()",
+    "merge_and_unload": "model.merge_and_unload()",
+    "unload": "model.unload()",
     "models.lora_state_dict": "peft.get_peft_model_state_dict(model)",
     "models.mark_only_lora_as_trainable": "model.set_adapter(name)",
     "save_adapter": "model.save_pretrained(folder)",
@@ -124,7 +124,7 @@ def checked_names(model: nn.Module, names: str | Iterable[str], function: str) -
     return names
 
 
-def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
+def set_adapter(model: nn.Module, adapter_name: str | Iterable[str]) -> None:
     """Makes exactly these adapters active and trainable; the updates of several add up.
 
     Modules that were trained whole for an adapter exist only once: they do not change.
@@ -132,25 +132,25 @@ def set_adapter(model: nn.Module, names: str | Iterable[str]) -> None:
     Raises:
         ValueError: no layer has one of the names, or a name comes twice.
     """
-    names = checked_names(model, names, "models.set_adapter")
+    adapter_name = checked_names(model, adapter_name, "set_adapter")
     for _, layer in lora_layers(model):
-        layer.set_adapter([name for name in names if name in layer.adapters])
+        layer.set_adapter([name for name in adapter_name if name in layer.adapters])
 
 
-def delete_adapter(model: nn.Module, name: str) -> None:
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter from every layer. The layers and the other active adapters stay.
 
     Raises:
         ValueError: no layer has the name.
     """
-    checked_names(model, name, "models.delete_adapter")
+    checked_names(model, adapter_name, "delete_adapter")
     for _, layer in lora_layers(model):
-        if name in layer.adapters:
-            layer.delete_adapter(name)
-    unmark_saved(model, name)
+        if adapter_name in layer.adapters:
+            layer.delete_adapter(adapter_name)
+    unmark_saved(model, adapter_name)
 
 
-def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
+def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
     """Merges adapters into a second weight in every layer, or, on an error, in none.
 
     W + sum of scaling * B A is computed in float32 and rounded once. The model's function stays the
@@ -158,17 +158,19 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> None:
     `unmerge` is exact and state dicts contain them. See `LoRALayer.merge`.
 
     Args:
-        names: active adapters; None merges the active adapters of each layer.
+        adapter_names: active adapters; None merges the active adapters of each layer.
 
     Raises:
         ValueError: no layer has one of the names, or it is not active.
         RuntimeError: an update is not finite, or a weight is sharded or quantised.
     """
-    if names is not None:
-        names = checked_names(model, names, "models.merge")
+    if adapter_names is not None:
+        adapter_names = checked_names(model, adapter_names, "merge_adapter")
         for path, layer in lora_layers(model):
-            layer.check_active([name for name in names if name in layer.adapters], f" at {path!r}")
-    for layer, merged in compute_merged(model, names, "models.merge"):
+            layer.check_active(
+                [name for name in adapter_names if name in layer.adapters], f" at {path!r}"
+            )
+    for layer, merged in compute_merged(model, adapter_names, "merge_adapter"):
         layer.install_merged(*merged)
 
 
@@ -188,20 +190,20 @@ def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function
     ]
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge_adapter(model: nn.Module) -> None:
     """Drops the merged weights; the original weights were never changed."""
-    check_not_peft(model, "models.unmerge")
+    check_not_peft(model, "unmerge_adapter")
     for _, layer in lora_layers(model):
         layer.unmerge()
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes the base model, without adapters."""
-    check_not_peft(model, "models.disable_adapters")
+    check_not_peft(model, "disable_adapter")
     with ExitStack() as stack:
         for _, layer in lora_layers(model):
-            stack.enter_context(layer.disable_adapters())
+            stack.enter_context(layer.disable_adapter())
         yield model
 
 
@@ -241,13 +243,13 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(
-    model: nn.Module, bias: str = "none", adapter: str | None = None
+    model: nn.Module, bias: str = "none", adapter_name: str | None = None
 ) -> dict[str, Tensor]:
     """The part of ``model.state_dict()`` that training changes; load it with ``strict=False``.
 
     Args:
         bias: which biases to include: "none", "all", or "lora_only", those of layers with adapters.
-        adapter: one adapter's tensors alone; None for all.
+        adapter_name: one adapter's tensors alone; None for all.
 
     Returns:
         Keys ``<path>.lora_a.<adapter>`` and so on, the biases, and the parameters and buffers of
@@ -261,18 +263,18 @@ def lora_state_dict(
             f"lora_ext.models.lora_state_dict: expected bias in {BIASES}, but got {bias!r}"
         )
     check_not_peft(model, "models.lora_state_dict")
-    if adapter is not None:
-        checked_names(model, adapter, "models.lora_state_dict")
+    if adapter_name is not None:
+        checked_names(model, adapter_name, "models.lora_state_dict")
     own: set[str] = set()
     wanted: set[str] = set()
     for path, layer in lora_layers(model, remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for table, entries in layer.tables().items():
             own |= {f"{prefix}{table}.{n}" for n in list(entries)}
-            wanted |= {f"{prefix}{table}.{n}" for n in list(entries) if adapter in (None, n)}
+            wanted |= {f"{prefix}{table}.{n}" for n in list(entries) if adapter_name in (None, n)}
         if bias == "lora_only" and layer.bias is not None:
             wanted.add(f"{prefix}bias")
-    saved = tuple(f"{path}." for path, _ in saved_modules(model, adapter))
+    saved = tuple(f"{path}." for path, _ in saved_modules(model, adapter_name))
     return {
         key: tensor
         for key, tensor in model.state_dict().items()

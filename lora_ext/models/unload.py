@@ -12,7 +12,9 @@ from .apply import install
 from .model import check_not_peft, compute_merged, lora_layers, reshard, unmark_saved
 
 
-def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = None) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module, adapter_names: str | Iterable[str] | None = None
+) -> nn.Module:
     """Replaces the layers by plain ones with the adapters merged in, in place, as PEFT does.
 
     Sums are computed in float32 and rounded once. If an update is not finite nothing is replaced.
@@ -20,7 +22,7 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
     such as a tied embedding, which keeps its values.
 
     Args:
-        adapters: None merges the active ones.
+        adapter_names: None merges the active ones.
 
     Returns:
         The model, without adapters.
@@ -29,10 +31,10 @@ def merge_and_unload(model: nn.Module, adapters: str | Iterable[str] | None = No
         ValueError: no layer has one of the names, or the model itself is a layer.
         RuntimeError: an update is not finite, or a weight is sharded or quantised.
     """
-    _check_not_layer(model, "models.merge_and_unload")
+    _check_not_layer(model, "merge_and_unload")
     replaced: dict[int, nn.Module] = {}
     merged: dict[LoRAModule, dict[str, Tensor]] = {m: {} for m in _modules(model)}
-    for layer, (_, weight, bias) in compute_merged(model, adapters, "models.merge_and_unload"):
+    for layer, (_, weight, bias) in compute_merged(model, adapter_names, "merge_and_unload"):
         if isinstance(layer, LoRAParameter):
             if weight is not None:
                 merged[layer.module][layer.parameter] = weight
@@ -53,8 +55,8 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model itself is a layer.
         RuntimeError: a weight is sharded over processes.
     """
-    _check_not_layer(model, "models.unload")
-    check_not_peft(model, "models.unload")
+    _check_not_layer(model, "unload")
+    check_not_peft(model, "unload")
     reshard(model)
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:

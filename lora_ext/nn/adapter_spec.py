@@ -9,7 +9,7 @@ from typing import Any
 from ..call.updates import MAX_RANK
 
 DEFAULT_ADAPTER = "default"  # name of an adapter that is given none
-INITS = ("kaiming", "gaussian", "pissa", "olora")
+INITS = (True, "gaussian", "pissa", "olora")
 
 
 def expect(condition: bool, where: str, expected: str, got: Any) -> None:
@@ -36,12 +36,13 @@ class AdapterSpec:
 
     Attributes:
         r: rank, 1 to 512.
-        alpha: numerator of the scaling.
-        dropout: probability in [0, 1) that an element of x is zero in the update, in training.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability in [0, 1) that an element of x is zero in the update, in training.
         use_rslora: scaling alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
-        init: "kaiming" (lora_a uniform as nn.Linear's weight, lora_b zero), "gaussian" (lora_a of
-            standard deviation 1 / r, lora_b zero), "pissa" (the r largest singular triplets of the
-            weight, Meng et al. 2024) or "olora" (r columns of its QR, Bueyuekakyuez 2024).
+        init_lora_weights: True (lora_a uniform as nn.Linear's weight, lora_b zero), "gaussian"
+            (lora_a of standard deviation 1 / r, lora_b zero), "pissa" (the r largest singular
+            triplets of the weight, Meng et al. 2024) or "olora" (r columns of its QR, Bueyuekakyuez
+            2024).
         lora_bias: a trainable bias of lora_b, scaled like the update (PEFT's lora_bias).
 
     Raises:
@@ -49,27 +50,32 @@ class AdapterSpec:
     """
 
     r: int
-    alpha: float
-    dropout: float = 0.0
+    lora_alpha: float
+    lora_dropout: float = 0.0
     use_rslora: bool = False
-    init: str = "kaiming"
+    init_lora_weights: bool | str = True
     lora_bias: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.r, "nn.AdapterSpec")
-        check_alpha(self.alpha, "nn.AdapterSpec")
-        check_dropout(self.dropout, "nn.AdapterSpec")
-        expect(self.init in INITS, "nn.AdapterSpec", f"init to be one of {INITS}", self.init)
+        check_alpha(self.lora_alpha, "nn.AdapterSpec")
+        check_dropout(self.lora_dropout, "nn.AdapterSpec")
+        expect(
+            self.init_lora_weights in INITS,
+            "nn.AdapterSpec",
+            f"init_lora_weights to be one of {INITS}",
+            self.init_lora_weights,
+        )
 
     @property
     def scaling(self) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def subtracts_init(self) -> bool:
         """Whether the initial product is subtracted, so that training starts at the weight."""
-        return self.init in ("pissa", "olora")
+        return self.init_lora_weights in ("pissa", "olora")
 
 
 def check_rank(rank: Any, where: str) -> None:
@@ -81,9 +87,9 @@ def check_rank(rank: Any, where: str) -> None:
     )
 
 
-def check_dropout(p: Any, where: str, name: str = "dropout") -> None:
+def check_dropout(p: Any, where: str, name: str = "lora_dropout") -> None:
     expect(_is_finite(p) and 0.0 <= p < 1.0, where, f"{name} in [0, 1)", p)
 
 
 def check_alpha(alpha: Any, where: str) -> None:
-    expect(_is_finite(alpha), where, "a finite number alpha", alpha)
+    expect(_is_finite(alpha), where, "a finite number lora_alpha", alpha)

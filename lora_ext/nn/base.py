@@ -44,7 +44,7 @@ class LoRALayer(NamedAdapters):
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
         self.merged_adapters: tuple[str, ...] = ()
-        # One entry for each open block of disable_adapters, in any thread.
+        # One entry for each open block of disable_adapter, in any thread.
         self._disabled: list[None] = []
         # Caches, not state: not in state dicts, but kept by .to(), copies and pickles.
         self.register_buffer("merged_weight", None, persistent=False)
@@ -56,25 +56,27 @@ class LoRALayer(NamedAdapters):
     def merged(self) -> bool:
         return self.merged_weight is not None
 
-    def merge(self, names: str | Iterable[str] | None = None) -> None:
+    def merge(self, adapter_names: str | Iterable[str] | None = None) -> None:
         """Computes W + sum of scaling * B A in float32 as a second weight, and uses it from now on.
 
         The layer's function stays the same: active adapters that are not merged are added to the
         product with the merged weight. W is kept, so `unmerge` is exact, at the cost of a second
-        weight in memory (`lora_ext.models.merge_and_unload` keeps one). The merged weight is a
+        weight in memory (`lora_ext.merge_and_unload` keeps one). The merged weight is a
         snapshot: merge again after the adapters change. ``train()`` and loading a state dict
         unmerge. Merged adapters get no gradient.
 
         Args:
-            names: active adapters; None merges all of them.
+            adapter_names: active adapters; None merges all of them.
 
         Raises:
             ValueError: a name is unknown, comes twice, or is not active.
             RuntimeError: an update is not finite, or the weight is sharded; nothing is changed.
         """
-        names = self.active_adapters if names is None else self._known(names, "merge")
-        self.check_active(names)
-        self.install_merged(*self.compute_merged(names))
+        adapter_names = (
+            self.active_adapters if adapter_names is None else self._known(adapter_names, "merge")
+        )
+        self.check_active(adapter_names)
+        self.install_merged(*self.compute_merged(adapter_names))
 
     def check_active(self, names: Iterable[str], at: str = "") -> None:
         """Raises ValueError for names that are not active: merging them would change the output."""
@@ -132,11 +134,11 @@ class LoRALayer(NamedAdapters):
 
     @property
     def adapters_enabled(self) -> bool:
-        """False within a block of `disable_adapters`."""
+        """False within a block of `disable_adapter`."""
         return not self._disabled
 
     @contextmanager
-    def disable_adapters(self) -> Any:
+    def disable_adapter(self) -> Any:
         """Within the block the layer computes its base alone, merged or not, for all threads.
 
         Blocks may overlap; the adapters are back when the last one is left.

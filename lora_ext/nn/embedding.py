@@ -32,7 +32,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: nn.Embedding's.
         r: rank; 0 adds no adapter.
-        alpha, use_rslora, adapter_dtype: as in `LoRALinear`.
+        lora_alpha, use_rslora, adapter_dtype: as in `LoRALinear`.
 
     Raises:
         ValueError: a number is out of its range.
@@ -49,11 +49,11 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         dtype: torch.dtype | None = None,
         *,
         r: int = 8,
-        alpha: float = 8.0,
+        lora_alpha: float = 8.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        spec = AdapterSpec(r, alpha, use_rslora=use_rslora) if r != 0 else None
+        spec = AdapterSpec(r, lora_alpha, use_rslora=use_rslora) if r != 0 else None
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._init_lora()
         if spec is not None:
@@ -74,7 +74,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def initialize(self, name: str) -> None:
         spec = self.adapters[name]
         if spec.subtracts_init or spec.lora_bias:
-            what = f"init {spec.init!r}" if spec.subtracts_init else "lora_bias"
+            what = f"init {spec.init_lora_weights!r}" if spec.subtracts_init else "lora_bias"
             raise ValueError(f"lora_ext.nn.LoRAEmbedding: {what} is for linear layers only")
         initialize.embedding_(self.lora_a[name], self.lora_b[name])
 

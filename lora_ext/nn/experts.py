@@ -148,7 +148,7 @@ class LoRAExperts(LoRAModule):
         return [
             spec
             and ExpertsAdapter(
-                *layer.factors(name), spec.scaling, spec.dropout if self.training else 0.0
+                *layer.factors(name), spec.scaling, spec.lora_dropout if self.training else 0.0
             )
             for name, spec in zip(names, specs, strict=True)
         ]
@@ -170,7 +170,7 @@ class LoRAExperts(LoRAModule):
             raise RuntimeError(
                 f"lora_ext.nn.LoRAExperts: expected experts that lora_ext computes for dropout "
                 f"{most} in training, but got a forward with W + scaling B A, which has none: "
-                f"{reason}; call model.eval(), or train with dropout=0"
+                f"{reason}; call model.eval(), or train with lora_dropout=0"
             )
 
     def _obstacle(self) -> str:

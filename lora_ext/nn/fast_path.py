@@ -47,5 +47,5 @@ def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
             return None
         weight = packed
     spec = state["adapters"][name]
-    dropout_p = spec.dropout if state["training"] else 0.0
+    dropout_p = spec.lora_dropout if state["training"] else 0.0
     return weight, lora_a, lora_b, own.get("bias"), spec.scaling, dropout_p

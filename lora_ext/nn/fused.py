@@ -13,7 +13,7 @@ from ..call import Decision
 from ..call.apply import Dense, takes_op
 from ..call.decision import added, fused
 from ..call.updates import Slots, Update, obstacle
-from ..packed_weight import Base, Packable, PackedWeight, prepack
+from ..packed_weight import Base, Packable, PackedWeight, pack_weight
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain
 from .base import LoRALayer
@@ -108,7 +108,7 @@ class FusedLoRALayer(Packable, LoRALayer):
             if lora_a is None or lora_b is None or name in changed or has_other_factors:
                 lora_a, lora_b = self.factors(name)
             bias = biases[name] if spec.lora_bias else None
-            dropout = spec.dropout if training else 0.0
+            dropout = spec.lora_dropout if training else 0.0
             found.append(Update(name, lora_a, lora_b, bias, spec.scaling, dropout))
         return found
 
@@ -117,7 +117,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         return None
 
     def pack_weight(self, backward: bool = False) -> PackedWeight:
-        """Keeps a copy of the weight in oneDNN's layout for the CPU (`lora_ext.prepack`).
+        """Keeps a copy of the weight in oneDNN's layout for the CPU (`lora_ext.pack_weight`).
 
         The copy is dropped when the module is moved or cast. ``layer.packed = None`` frees it.
 
@@ -130,7 +130,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         base = self.packable()
         if base is None:
             return PackedWeight(self.stored_weight, None, None, self.unpacked_reason)
-        packed = prepack(base.weight, backward=backward, transposed=base.transposed)
+        packed = pack_weight(base.weight, backward=backward, transposed=base.transposed)
         self.packed = packed.of_layer()
         return self.packed
 

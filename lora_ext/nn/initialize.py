@@ -13,7 +13,7 @@ def plain_(spec: AdapterSpec, lora_a: Tensor, lora_b: Tensor) -> None:
     """Of an init that takes nothing from the weight: lora_a as nn.Linear's weight (Kaiming uniform,
     a = sqrt(5)), as in loralib, or normal with standard deviation 1 / r, as PEFT's "gaussian";
     lora_b zero."""
-    if spec.init == "kaiming":
+    if spec.init_lora_weights is True:
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     else:
         nn.init.normal_(lora_a, std=1.0 / spec.r)

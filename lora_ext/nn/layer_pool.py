@@ -237,7 +237,7 @@ class ParameterPool(LayerPool):
         lora_a: ``[capacity, E R, in]`` for a largest rank R.
         lora_b: ``[capacity, out, R E]``, contiguous on every device.
         count: E, 1 for a matrix.
-        projections: how many projections each matrix holds, as LoRAConfig counts them: R is so many
+        projections: how many projections each matrix holds, as LoraConfig counts them: R is so many
             times the pool's max_rank, at most 512.
     """
 

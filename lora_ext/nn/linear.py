@@ -25,10 +25,10 @@ class FromLinear(FusedLoRALayer):
         linear: nn.Module,
         *,
         r: int = 8,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
+        lora_alpha: float = 8.0,
+        lora_dropout: float = 0.0,
         use_rslora: bool = False,
-        init: str = "kaiming",
+        init_lora_weights: str = True,
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> _Layer:
@@ -38,7 +38,7 @@ class FromLinear(FusedLoRALayer):
             linear: the base, frozen from now on. For `LoRALinear` an nn.Linear or transformers'
                 Conv1D, for `LoRAQuantizedLinear` a quantised layer of another library.
             r: rank; 0 adds no adapter.
-            alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
+            lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias: as in `AdapterSpec`.
             adapter_dtype: of lora_a and lora_b, as in `LoRALinear`.
 
         Raises:
@@ -47,7 +47,11 @@ class FromLinear(FusedLoRALayer):
             ValueError: a number is out of its range.
         """
         # Checked before anything is made.
-        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
+        spec = (
+            AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias)
+            if r != 0
+            else None
+        )
         layer = cls.around(linear)
         if spec is not None:
             layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
@@ -65,7 +69,7 @@ class LoRALinear(FromLinear, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: nn.Linear's.
         r: rank; 0 adds no adapter.
-        alpha, dropout, use_rslora, init, lora_bias: as in `AdapterSpec`.
+        lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias: as in `AdapterSpec`.
         fan_in_fan_out: the weight is stored as ``[in, out]``, as in transformers' Conv1D.
         adapter_dtype: of lora_a ``[r, in]`` and lora_b ``[out, r]``; None is float32 on a half
             weight, else the weight's dtype.
@@ -86,16 +90,20 @@ class LoRALinear(FromLinear, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         r: int = 8,
-        alpha: float = 8.0,
-        dropout: float = 0.0,
+        lora_alpha: float = 8.0,
+        lora_dropout: float = 0.0,
         use_rslora: bool = False,
-        init: str = "kaiming",
+        init_lora_weights: str = True,
         lora_bias: bool = False,
         fan_in_fan_out: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         # Checked before anything is allocated.
-        spec = AdapterSpec(r, alpha, dropout, use_rslora, init, lora_bias) if r != 0 else None
+        spec = (
+            AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias)
+            if r != 0
+            else None
+        )
         super().__init__(in_features, out_features, bias, device, dtype)
         self._init_lora()
         self.fan_in_fan_out = fan_in_fan_out

@@ -50,7 +50,9 @@ class LoRAMergedLinear(LoRALinear):
         super()._check_new(name, spec)
         where, enabled = "lora_ext.nn.LoRAMergedLinear.add_adapter", sum(self.enable_lora)
         if spec.subtracts_init:
-            raise ValueError(f"{where}: init {spec.init!r} is for layers with one group only")
+            raise ValueError(
+                f"{where}: init {spec.init_lora_weights!r} is for layers with one group only"
+            )
         if spec.r * enabled > MAX_RANK:
             raise ValueError(
                 f"{where}: expected r times the {enabled} enabled groups to be at most {MAX_RANK}, "

@@ -146,7 +146,7 @@ class LoRAModule(Over):
         raise ValueError(
             "lora_ext.use_adapters: expected a layer whose rows can have different adapters, but a "
             f"{type(self).__name__} {reason}; choose one adapter for the whole batch by "
-            "lora_ext.models.set_adapter, or leave the module out by exclude_modules"
+            "lora_ext.set_adapter, or leave the module out by exclude_modules"
         )
 
     def with_tensors(self, weights: Mapping[str, Tensor]) -> nn.Module:

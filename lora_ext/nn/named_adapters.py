@@ -86,7 +86,7 @@ class NamedAdapters(DropIn):
         if not spec.subtracts_init:
             initialize.plain_(spec, lora_a, lora_b)
         else:
-            factors = initialize.pissa if spec.init == "pissa" else initialize.olora
+            factors = initialize.pissa if spec.init_lora_weights == "pissa" else initialize.olora
             first_a, first_b = factors(self.weight_values(), spec)
             pairs = (lora_a, self.lora_a_init, first_a), (lora_b, self.lora_b_init, first_b)
             for factor, subtracted, first in pairs:
@@ -128,12 +128,14 @@ class NamedAdapters(DropIn):
 
     # Adapters by name.
 
-    def add_adapter(self, name: str, spec: AdapterSpec, dtype: torch.dtype | None = None) -> None:
+    def add_adapter(
+        self, adapter_name: str, spec: AdapterSpec, dtype: torch.dtype | None = None
+    ) -> None:
         """Adds an adapter and freezes the weight. If it is the only one, it becomes active and
         trainable.
 
         Args:
-            name: without dots, since it is part of the state dict's keys.
+            adapter_name: without dots, since it is part of the state dict's keys.
             spec: rank, alpha and so on.
             dtype: of the factors; None is float32 on a half weight, else the weight's.
 
@@ -143,27 +145,30 @@ class NamedAdapters(DropIn):
             RuntimeError: the weight is sharded over processes.
         """
         self.check_whole("add_adapter")
-        self._check_new(name, spec)
+        self._check_new(adapter_name, spec)
         weight = self.stored_weight
         like: dict[str, Any] = {"dtype": self.factor_dtype(dtype), "device": weight.device}
         with torch.inference_mode(False):  # parameters must be able to train later
             shape_a, shape_b = self.factor_shapes(spec.r)
             lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
             try:
-                self.adapters[name] = spec
-                self.lora_a[name], self.lora_b[name] = nn.Parameter(lora_a), nn.Parameter(lora_b)
+                self.adapters[adapter_name] = spec
+                self.lora_a[adapter_name], self.lora_b[adapter_name] = (
+                    nn.Parameter(lora_a),
+                    nn.Parameter(lora_b),
+                )
                 if spec.lora_bias:
                     out_features = self.matrix_shape[0]
-                    self.lora_bias[name] = nn.Parameter(torch.zeros(out_features, **like))
-                self.initialize(name)
+                    self.lora_bias[adapter_name] = nn.Parameter(torch.zeros(out_features, **like))
+                self.initialize(adapter_name)
             except BaseException:  # also an interrupt must not leave an incomplete adapter
-                self._remove(name)
+                self._remove(adapter_name)
                 raise
         weight.requires_grad_(False)
         is_alone = len(self.adapters) == 1
-        self._set_trainable(name, is_alone)
+        self._set_trainable(adapter_name, is_alone)
         if is_alone:
-            self.active_adapters = (name,)
+            self.active_adapters = (adapter_name,)
 
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         where = f"lora_ext.nn.{type(self).__name__}.add_adapter"
@@ -182,18 +187,18 @@ class NamedAdapters(DropIn):
             limit = min(*self.matrix_shape, MAX_RANK // 2)
             if spec.r > limit:
                 raise ValueError(
-                    f"{where}: init {spec.init!r} takes r columns of the weight's factors and "
-                    f"needs rank 2 r: expected r of at most {limit}, but got {spec.r}"
+                    f"{where}: init {spec.init_lora_weights!r} takes r columns of the weight's "
+                    f"factors and needs rank 2 r: expected r of at most {limit}, but got {spec.r}"
                 )
             if self.stored_weight.is_meta:
                 raise ValueError(
-                    f"{where}: init {spec.init!r} needs the weight's values, but the weight is on "
-                    "the meta device; load it first"
+                    f"{where}: init {spec.init_lora_weights!r} needs the weight's values, but the "
+                    "weight is on the meta device; load it first"
                 )
-            if spec.init == "pissa" and spec.scaling <= 0:
+            if spec.init_lora_weights == "pissa" and spec.scaling <= 0:
                 raise ValueError(
-                    f"{where}: init 'pissa' divides by the scaling: expected alpha above 0, but "
-                    f"got {spec.alpha}"
+                    f"{where}: init 'pissa' divides by the scaling: expected lora_alpha above 0, "
+                    f"but got {spec.lora_alpha}"
                 )
 
     def _check_weight(self, where: str) -> None:
@@ -201,18 +206,18 @@ class NamedAdapters(DropIn):
         if not self.weight.is_floating_point():
             raise ValueError(f"{where}: expected a floating weight, but got {self.weight.dtype}")
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; other active adapters stay active; unmerges if it was merged.
 
         Raises:
             ValueError: no adapter has this name.
             RuntimeError: the weight is sharded over processes.
         """
-        self._known(name, "delete_adapter")
+        self._known(adapter_name, "delete_adapter")
         self.check_whole("delete_adapter")
-        forget(self, name)
-        self._set_active(active for active in self.active_adapters if active != name)
-        self._remove(name)
+        forget(self, adapter_name)
+        self._set_active(active for active in self.active_adapters if active != adapter_name)
+        self._remove(adapter_name)
 
     def check_whole(self, method: str) -> None:
         """Raises RuntimeError if the weight is sharded over processes."""
@@ -230,7 +235,7 @@ class NamedAdapters(DropIn):
             if name in table:
                 del table[name]
 
-    def set_adapter(self, names: str | Iterable[str]) -> None:
+    def set_adapter(self, adapter_names: str | Iterable[str]) -> None:
         """Makes exactly these adapters active and trainable; their updates add up.
 
         A weight merged from any other adapter is unmerged.
@@ -238,10 +243,10 @@ class NamedAdapters(DropIn):
         Raises:
             ValueError: no adapter has one of the names, or a name comes twice.
         """
-        names = self._known(names, "set_adapter")
-        self._set_active(names)
+        adapter_names = self._known(adapter_names, "set_adapter")
+        self._set_active(adapter_names)
         for name in self.adapters:
-            self._set_trainable(name, name in names)
+            self._set_trainable(name, name in adapter_names)
 
     def _set_active(self, names: Iterable[str]) -> None:
         self.active_adapters = tuple(names)
@@ -269,7 +274,7 @@ class NamedAdapters(DropIn):
     def extra_repr(self) -> str:
         shown = [
             f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={spec.r}, "
-            f"alpha={spec.alpha:g}, dropout={spec.dropout:g}"
+            f"lora_alpha={spec.lora_alpha:g}, lora_dropout={spec.lora_dropout:g}"
             for name, spec in self.adapters.items()
         ]
         return ", ".join([super().extra_repr(), f"adapters={{{'; '.join(shown)}}}"])

@@ -114,19 +114,19 @@ class LoRAParameter(LoRALayer):
         Args:
             where: the beginning of the message.
         """
-        if spec.dropout and not self.module.has_dropout:
+        if spec.lora_dropout and not self.module.has_dropout:
             raise ValueError(
                 f"{where}: expected dropout 0 for an adapter on a parameter of a "
                 f"{self.module.base_type.__name__}, which computes with W + B A, but got "
-                f"{spec.dropout}; set dropout=0, or leave the module out (of a router: without its "
-                "name in target_modules) and keep it for the other layers"
+                f"{spec.lora_dropout}; set lora_dropout=0, or leave the module out (of a router: "
+                "without its name in target_modules) and keep it for the other layers"
             )
         if spec.lora_bias:
             raise ValueError(f"{where}: expected no lora_bias, which PEFT has for modules alone")
         if spec.subtracts_init:
             raise ValueError(
-                f"{where}: expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which is "
-                "for linear layers"
+                f"{where}: expected init_lora_weights True or 'gaussian', but got "
+                f"{spec.init_lora_weights!r}, which is for linear layers"
             )
 
     def _check_weight(self, where: str) -> None:

@@ -121,7 +121,7 @@ class LoRAQuantizedLinear(Over, FromLinear):
         if not isinstance(found, QuantizedBase):
             raise ValueError(
                 f"lora_ext.nn.{type(self).__name__}: expected a weight whose values can be had, "
-                f"for an init that starts from them, but {found}; choose init 'kaiming'"
+                f"for an init that starts from them, but {found}; choose init_lora_weights=True"
             )
         with torch.no_grad():
             return found.weight.dequantize(torch.float32)

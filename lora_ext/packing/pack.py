@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_ext._C as _C
 
-from ..packed_weight import PackedWeight, Wins, prepack
+from ..packed_weight import PackedWeight, Wins, pack_weight
 from .layers import Kind, Weight, packable_layers, weights_of
 from .report import Packing, Products
 from .trial import Trial
@@ -154,6 +154,6 @@ def keep_panels(
 
 
 def _pack(weight: Weight, forward: bool, backward: bool) -> PackedWeight:
-    return prepack(
+    return pack_weight(
         weight.parameter, forward=forward, backward=backward, transposed=weight.kind.transposed
     )

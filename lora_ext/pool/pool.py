@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterError, save_adapter
-from ..models import LoRAConfig
+from ..models import LoraConfig
 from ..models.apply import in_place_of, install, layers_of
 from ..models.find import ALL_LINEAR, find_targets
 from ..models.mixtures import warn_of_other_experts
@@ -34,15 +34,15 @@ class AdapterPool:
     an adapter is stored.
 
         pool = lora_ext.AdapterPool(model, capacity=64, max_rank=16, target_modules="all-linear")
-        pool.add("fr", "folder-of-peft")                      # checked as by load_adapter
-        pool.add("new", LoRAConfig("all-linear", r=8))        # random, to be trained
+        pool.add_adapter("fr", "folder-of-peft")                      # checked as by load_adapter
+        pool.add_adapter("new", LoraConfig("all-linear", r=8))        # random, to be trained
         optimizer = torch.optim.AdamW(pool.parameters("new"), lr=1e-3)
         with lora_ext.use_adapters(model, ["fr", "new", None]):
             ...
 
     Each adapter has its own parameters, which share the memory of its slot, so each can have its
     own optimizer, learning rate and clipping. They are not in ``model.parameters()``, and the pool
-    is not in ``model.state_dict()``: use `save` to store an adapter. The pool follows
+    is not in ``model.state_dict()``: use `save_adapter` to store an adapter. The pool follows
     ``model.to(...)``; copies and pickles of the model have their own pool, which `AdapterPool.of`
     returns.
 
@@ -51,11 +51,11 @@ class AdapterPool:
             parameters frozen if it has no adapters.
         capacity: number of slots.
         max_rank: of each slot, 1 to 512.
-        target_modules, exclude_modules: as in `LoRAConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d,
+        target_modules, exclude_modules: as in `LoraConfig`: nn.Linear, Conv1D, 1x1 nn.Conv2d,
             quantised linear layers, the experts of mixtures and, by their names, routers. Where
-            LoRAConfig gives a stack of two projections 2 r (`gate_up_proj`, by "all-linear"), its
+            LoraConfig gives a stack of two projections 2 r (`gate_up_proj`, by "all-linear"), its
             slots have 2 max_rank.
-        dtype: of the factors; None is float32 on a half base, else the base's.
+        adapter_dtype: of the factors; None is float32 on a half base, else the base's.
 
     Raises:
         ValueError: a number is out of its range, the model already has a pool, no layer matches, a
@@ -70,7 +70,7 @@ class AdapterPool:
         target_modules: str | Sequence[str] = "all-linear",
         *,
         exclude_modules: str | Sequence[str] = (),
-        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
         where = "AdapterPool"
         expect(is_integer(capacity) and capacity >= 1, where, "a capacity of 1 or more", capacity)
@@ -82,7 +82,7 @@ class AdapterPool:
                 "AdapterPool.of(model) finds it"
             )
         # Of rank 1, so that a layer's rank is how many projections it has.
-        config = LoRAConfig(target_modules, r=1, exclude_modules=exclude_modules)
+        config = LoraConfig(target_modules, r=1, exclude_modules=exclude_modules)
         self.model = model
         self.capacity, self.max_rank = capacity, max_rank
         self._names: dict[str, int] = {}
@@ -97,7 +97,7 @@ class AdapterPool:
             for layer, spec in layers_of(in_place, path, config):
                 _check_layer(path, layer)
                 self.layers[layer_name(path, layer)] = layer
-                pools.append(self._pool_for(layer, spec.r, dtype))
+                pools.append(self._pool_for(layer, spec.r, adapter_dtype))
             if in_place is not module:
                 replaced[id(module)] = in_place
         expect(bool(pools), where, "a layer that exclude_modules leaves", config.exclude_modules)
@@ -161,51 +161,55 @@ class AdapterPool:
             f"{len(self.layers)} layers: {self.names})"
         )
 
-    def slot(self, name: str) -> int:
-        """The adapter's index in each layer's tensors, which does not change until `remove`."""
-        return self._names[self._known(name, "slot")]
+    def slot(self, adapter_name: str) -> int:
+        """The adapter's index in each layer's tensors, fixed until `delete_adapter`."""
+        return self._names[self._known(adapter_name, "slot")]
 
-    def specs(self, name: str) -> dict[str, AdapterSpec]:
+    def specs(self, adapter_name: str) -> dict[str, AdapterSpec]:
         """Path of each layer that has the adapter -> its rank, alpha and dropout in the layer. That
         of a mixture's experts is their parameter's, such as ``...experts.down_proj``."""
-        self._known(name, "specs")
-        return {p: layer.pool.specs[name] for p, layer in self.layers.items() if name in layer.pool}
+        self._known(adapter_name, "specs")
+        return {
+            p: layer.pool.specs[adapter_name]
+            for p, layer in self.layers.items()
+            if adapter_name in layer.pool
+        }
 
-    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+    def tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters, ``<path>.lora_a`` ``[r, in]`` and ``<path>.lora_b`` ``[out,
         r]``, of E experts ``[E r, in]`` and ``[out, r E]`` as in `LoRAParameter`: leaf tensors that
-        share the slot's memory. `add` and `replace` take the same keys."""
-        self._known(name, "tensors")
+        share the slot's memory. `add_adapter` and `replace_adapter` take the same keys."""
+        self._known(adapter_name, "tensors")
         found = {}
         for path, layer in self.layers.items():
-            held = layer.pool.slots.get(name)
+            held = layer.pool.slots.get(adapter_name)
             if held is not None:
                 found[f"{path}.lora_a"], found[f"{path}.lora_b"] = held
         return found
 
-    def parameters(self, name: str) -> list[nn.Parameter]:
+    def parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters, for its own optimizer. They stay the same until the adapter is
         removed, or replaced by one with other ranks."""
-        return list(self.tensors(name).values())
+        return list(self.tensors(adapter_name).values())
 
     # Changes.
 
-    def add(
+    def add_adapter(
         self,
-        name: str,
+        adapter_name: str,
         source: Source,
-        config: LoRAConfig | None = None,
+        config: LoraConfig | None = None,
         *,
         trainable: bool | None = None,
     ) -> list[nn.Parameter]:
         """Writes an adapter into a free slot: completely or, after an error, not at all.
 
         Args:
-            name: a name that is not in use.
-            source: a `LoRAConfig`, for random first values; a folder in PEFT's format; or tensors
+            adapter_name: a name that is not in use.
+            source: a `LoraConfig`, for random first values; a folder in PEFT's format; or tensors
                 with the keys of `tensors`, of any floating dtype and device.
-            config: for tensors: their alpha, dropout and use_rslora; where its target_modules give
-                `gate_up_proj` 2 alpha, that has it here, too.
+            config: for tensors: their lora_alpha, lora_dropout and use_rslora; where its
+                target_modules give `gate_up_proj` 2 alpha, that has it here, too.
             trainable: whether the parameters require gradients; None: those of a new adapter with
                 random values do.
 
@@ -218,10 +222,10 @@ class AdapterPool:
                 the adapter is not plain LoRA.
             TypeError: source has another type.
         """
-        with naming("add", name):
-            if not isinstance(name, str) or not name or "." in name:
+        with naming("add_adapter", adapter_name):
+            if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
                 raise AdapterError("expected a name that is a string without dots, not empty")
-            if name in self._names or name in adapter_names(self.model):
+            if adapter_name in self._names or adapter_name in adapter_names(self.model):
                 raise AdapterError("expected a new name; replace or remove the adapter that has it")
             taken = set(self._names.values())
             if len(taken) == self.capacity:
@@ -232,56 +236,58 @@ class AdapterPool:
             incoming = self._read(source, config)
             slot = next(slot for slot in range(self.capacity) if slot not in taken)
             wants = incoming.is_new if trainable is None else trainable
-            self._write(name, slot, incoming, wants)
-            self._names[name] = slot
-        return self.parameters(name)
+            self._write(adapter_name, slot, incoming, wants)
+            self._names[adapter_name] = slot
+        return self.parameters(adapter_name)
 
-    def replace(
-        self, name: str, source: Source, config: LoRAConfig | None = None
+    def replace_adapter(
+        self, adapter_name: str, source: Source, config: LoraConfig | None = None
     ) -> list[nn.Parameter]:
         """Replaces the adapter in a slot. After an error or an interrupt, the slot is unchanged.
         Layers in which the rank stays the same keep their parameters; the others get new ones, and
         the previous parameters become empty.
 
         Args:
-            name: of the adapter.
-            source, config: as in `add`.
+            adapter_name: of the adapter.
+            source, config: as in `add_adapter`.
 
         Returns:
             `parameters` of the adapter.
 
         Raises:
-            AdapterError, TypeError: as `add`; or no adapter has the name.
+            AdapterError, TypeError: as `add_adapter`; or no adapter has the name.
         """
-        self._known(name, "replace")
-        with naming("replace", name):
+        self._known(adapter_name, "replace_adapter")
+        with naming("replace_adapter", adapter_name):
             incoming = self._read(source, config)
-            wants = next(iter(self.parameters(name))).requires_grad
-            self._write(name, self._names[name], incoming, wants)
-        return self.parameters(name)
+            wants = next(iter(self.parameters(adapter_name))).requires_grad
+            self._write(adapter_name, self._names[adapter_name], incoming, wants)
+        return self.parameters(adapter_name)
 
-    def remove(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Frees the adapter's slot. Its parameters become empty. In open blocks of `use_adapters`
         that use it, a forward raises an error.
 
         Raises:
             AdapterError: no adapter has the name.
         """
-        self._known(name, "remove")
+        self._known(adapter_name, "delete_adapter")
         for layer in self.layers.values():
-            forget(layer, name)
-        held = [layer.pool.slots.get(name) for layer in self.layers.values()]
-        slot = self._names.pop(name)
+            forget(layer, adapter_name)
+        held = [layer.pool.slots.get(adapter_name) for layer in self.layers.values()]
+        slot = self._names.pop(adapter_name)
         for layer in self.layers.values():
-            layer.pool.write(name, slot, None, None, False)
+            layer.pool.write(adapter_name, slot, None, None, False)
         for parameters in held:
             detach_from_pool(parameters)
 
-    def save(self, name: str, folder: str | os.PathLike[str], **information: Any) -> None:
+    def save_adapter(
+        self, adapter_name: str, folder: str | os.PathLike[str], **information: Any
+    ) -> None:
         """Writes an adapter as a folder in PEFT's format, as `save_adapter` does.
 
         Args:
-            name: of the adapter.
+            adapter_name: of the adapter.
             folder: a local path.
             information: base_model_name_or_path, revision, task_type and layout for `save_adapter`.
 
@@ -289,10 +295,10 @@ class AdapterPool:
             AdapterError: no adapter has the name, or a value is not finite.
             OSError: the folder cannot be written.
         """
-        self._known(name, "save")
-        save_adapter(self.model, folder, name, bias="none", **information)
+        self._known(adapter_name, "save_adapter")
+        save_adapter(self.model, folder, adapter_name, bias="none", **information)
 
-    def _read(self, source: Source, config: LoRAConfig | None) -> Incoming:
+    def _read(self, source: Source, config: LoraConfig | None) -> Incoming:
         return read(self.model, self.layers, source, config)
 
     def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:

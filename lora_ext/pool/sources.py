@@ -15,14 +15,14 @@ from ..adapters.errors import AdapterError, some
 from ..adapters.load import read_placement
 from ..adapters.placement import Placement, Target
 from ..adapters.targets import named
-from ..models import LoRAConfig
+from ..models import LoraConfig
 from ..models.apply import layers_of
 from ..models.config import not_a_config
 from ..models.find import find_targets
 from ..nn import LoRALayer, LoRAModule, LoRAParameter, initialize
 from ..nn.adapter_spec import AdapterSpec
 
-Source = LoRAConfig | Mapping[str, Tensor] | str | os.PathLike[str]
+Source = LoraConfig | Mapping[str, Tensor] | str | os.PathLike[str]
 
 
 @dataclass
@@ -45,18 +45,18 @@ def read(
     model: nn.Module,
     layers: Mapping[str, LoRALayer],
     source: Source,
-    config: LoRAConfig | None,
+    config: LoraConfig | None,
 ) -> Incoming:
-    """Reads the adapter of a source; sources are those of `AdapterPool.add`.
+    """Reads the adapter of a source; sources are those of `AdapterPool.add_adapter`.
 
     Raises:
         AdapterError: a ValueError; it does not fit the pool, or its folder cannot be read.
         TypeError: source has another type.
     """
     dtype = next(iter(layers.values())).pool.lora_a.dtype
-    if isinstance(source, LoRAConfig):
+    if isinstance(source, LoraConfig):
         if config is not None:
-            raise TypeError("expected one LoRAConfig, but got two")
+            raise TypeError("expected one LoraConfig, but got two")
         incoming = _random(model, layers, source, dtype)
     elif isinstance(source, Mapping):
         incoming = _of_tensors(layers, source, config, dtype)
@@ -66,7 +66,7 @@ def read(
         incoming = _of_folder(model, layers, os.fspath(source), dtype)
     else:
         raise TypeError(
-            "expected a LoRAConfig, a mapping of tensors or a folder, but got "
+            "expected a LoraConfig, a mapping of tensors or a folder, but got "
             + not_a_config(source)
         )
     for path, spec in incoming.specs.items():
@@ -81,7 +81,7 @@ def layer_name(path: str, layer: LoRALayer) -> str:
 
 
 def _random(
-    model: nn.Module, layers: Mapping[str, LoRALayer], config: LoRAConfig, dtype: torch.dtype
+    model: nn.Module, layers: Mapping[str, LoRALayer], config: LoraConfig, dtype: torch.dtype
 ) -> Incoming:
     """A new adapter with random values in the layers that the config selects."""
     incoming = Incoming(is_new=True)
@@ -90,8 +90,8 @@ def _random(
             raise _unknown(path)
         if spec.subtracts_init:
             raise AdapterError(
-                f"expected init 'kaiming' or 'gaussian', but got {spec.init!r}, which subtracts "
-                "factors of the weight"
+                "expected init_lora_weights True or 'gaussian', but got "
+                f"{spec.init_lora_weights!r}, which subtracts factors of the weight"
             )
         like = {"dtype": dtype, "device": layer.stored_weight.device}
         shape_a, shape_b = layer.factor_shapes(spec.r)
@@ -102,7 +102,7 @@ def _random(
 
 
 def _targets(
-    model: nn.Module, config: LoRAConfig
+    model: nn.Module, config: LoraConfig
 ) -> Iterator[tuple[str, LoRALayer | None, AdapterSpec]]:
     """(path, layer, spec) of what a config selects; no layer where the model has none."""
     for path, module in find_targets(model, config):
@@ -116,15 +116,15 @@ def _targets(
 def _of_tensors(
     layers: Mapping[str, LoRALayer],
     tensors: Mapping[str, Tensor],
-    config: LoRAConfig | None,
+    config: LoraConfig | None,
     dtype: torch.dtype,
 ) -> Incoming:
     """The adapter in tensors with keys ``<path>.lora_a`` and ``<path>.lora_b``; their shapes give
     the ranks."""
     if config is None:
         raise AdapterError(
-            "expected a config beside tensors, a LoRAConfig with their alpha, dropout and "
-            "use_rslora"
+            "expected a config beside tensors, a LoraConfig with their lora_alpha, lora_dropout "
+            "and use_rslora"
         )
     incoming = Incoming()
     paths = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
@@ -146,16 +146,16 @@ def _of_tensors(
             spec, rank = _spec_of(path, layer, config), len(lora_a) // layer.count or 1
         elif has_patterns:
             spec = config.spec_for(path)
-        if (rank, spec.alpha) not in specs:
-            specs[rank, spec.alpha] = AdapterSpec(
-                rank, spec.alpha, spec.dropout, spec.use_rslora, lora_bias=spec.lora_bias
+        if (rank, spec.lora_alpha) not in specs:
+            specs[rank, spec.lora_alpha] = AdapterSpec(
+                rank, spec.lora_alpha, spec.lora_dropout, spec.use_rslora, lora_bias=spec.lora_bias
             )
-        incoming.specs[path] = specs[rank, spec.alpha]
+        incoming.specs[path] = specs[rank, spec.lora_alpha]
         incoming.values[path] = _fitting(lora_a, dtype), _fitting(lora_b, dtype)
     return incoming
 
 
-def _spec_of(path: str, layer: LoRAParameter, config: LoRAConfig) -> AdapterSpec:
+def _spec_of(path: str, layer: LoRAParameter, config: LoraConfig) -> AdapterSpec:
     """The spec that a config gives a parameter, also if it does not select it."""
     found = layers_of(layer.module, path.rpartition(".")[0], config)
     return next((spec for each, spec in found if each is layer), config.spec_for(path))
@@ -180,8 +180,8 @@ def _of_folder(
         for target in placement.targets:
             if target.spec.subtracts_init:
                 raise AdapterError(
-                    f"expected plain LoRA, but got init {target.spec.init!r}; save_adapter after "
-                    "load_adapter writes it as such"
+                    f"expected plain LoRA, but got init {target.spec.init_lora_weights!r}; "
+                    "save_adapter after load_adapter writes it as such"
                 )
             _known(_name_of(target), layers)
         _check_parameters(placement, layers)

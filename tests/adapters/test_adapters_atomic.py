@@ -19,7 +19,7 @@ import torch
 from adapter_helpers import CONFIG, WEIGHTS, read_tensors
 from torch import nn
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
 from lora_ext.adapters.folder import open_adapter, replace_adapter
 
@@ -347,7 +347,8 @@ def test_adapters_of_models(tmp_path):
     """A new config is a new rank; each state loads as the one or the other, tensors and all."""
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     two, three = (
-        apply_lora(copy.deepcopy(base), LoRAConfig("*", r=r, init="gaussian")) for r in (2, 3)
+        apply_lora(copy.deepcopy(base), LoraConfig("*", r=r, init_lora_weights="gaussian"))
+        for r in (2, 3)
     )
     for step in range(10**6):
         folder = tmp_path / str(step)

@@ -179,7 +179,7 @@ def test_a_field_that_is_not_known_is_named_in_a_warning(folder):
 def test_fields_that_are_missing_have_peft_s_defaults(folder):
     write_config(folder, {"peft_type": "LORA", "target_modules": ["q_proj"]})
     config = read_adapter_config(folder)
-    assert (config.r, config.alpha, config.bias, config.use_rslora) == (8, 8, "none", False)
+    assert (config.r, config.lora_alpha, config.bias, config.use_rslora) == (8, 8, "none", False)
 
 
 NOT_JSON = [

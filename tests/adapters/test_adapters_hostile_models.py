@@ -9,7 +9,7 @@ from adapter_helpers import assert_unchanged, make_zoo, output, state_of
 from hostile_helpers import assert_refused
 from torch import nn
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter
 from lora_ext.nn import LoRALayer
 
@@ -113,7 +113,7 @@ def failing(function, count, after=False):
 def test_a_failure_at_any_point_changes_nothing(owner, name, last, adapted, folder, monkeypatch):
     base = make_zoo(torch.float32)
     if adapted:
-        apply_lora(base, LoRAConfig("layers.1.q_proj", r=3), adapter="other")
+        apply_lora(base, LoraConfig("layers.1.q_proj", r=3), adapter_name="other")
     expected = output(base)
     before = state_of(base)
     owner = sys.modules[owner] if isinstance(owner, str) else owner

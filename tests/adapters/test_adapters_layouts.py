@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lora_ext.adapters.save
-from lora_ext import LoRAConfig, apply_lora, load_adapter, save_adapter
+from lora_ext import LoraConfig, apply_lora, load_adapter, save_adapter
 from lora_ext.adapters import AdapterError, read_adapter_config
 from lora_ext.adapters.convert import convert
 from lora_ext.adapters.layouts import LAYOUTS
@@ -57,7 +57,7 @@ def apart(model):
 
 
 def adapted(base, *targets, **words):
-    config = LoRAConfig(list(targets) or ["all-linear"], **{"r": 3, "alpha": 6, **words})
+    config = LoraConfig(list(targets) or ["all-linear"], **{"r": 3, "lora_alpha": 6, **words})
     return randomized(apply_lora(copy.deepcopy(base), config))
 
 
@@ -85,7 +85,7 @@ def as_an_engine(folder, base, kind):
     found = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         lora_b = tensors.pop(key.replace("lora_A", "lora_B"))
-        delta = config.alpha / config.r * lora_b @ tensors.pop(key)
+        delta = config.lora_alpha / config.r * lora_b @ tensors.pop(key)
         path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         path = path.replace(".block_sparse_moe.", ".mlp.")
         found[path] = delta
@@ -318,11 +318,11 @@ def test_a_fault_is_not_put_in_place(name, square, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [
-        ("peft", {"alpha": 7}),
-        ("stacked", {"alpha": 7}),
+        ("peft", {"lora_alpha": 7}),
+        ("stacked", {"lora_alpha": 7}),
         ("stacked", {"r": 4}),
         ("per-expert", {"use_rslora": True}),
-        ("per-expert", {"alpha": 7, "alpha_pattern": {".*": 6}}),  # which some engines ignore
+        ("per-expert", {"lora_alpha": 7, "alpha_pattern": {".*": 6}}),  # which some engines ignore
     ],
 )
 def test_a_fault_of_the_config(layout, fields, square, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from adapter_helpers import (
     state_of,
 )
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
 
 
@@ -57,7 +57,7 @@ def test_one_adapter_does_not_overwrite_what_another_stored(config, tmp_path):
 def test_modules_to_save_that_hold_adapters(tmp_path):
     base = make_zoo()
     save_peft(peft_model(base, target_modules=["q_proj"], modules_to_save=["mlp"]), tmp_path)
-    model = apply_lora(base, LoRAConfig("mlp"), adapter="other")
+    model = apply_lora(base, LoraConfig("mlp"), adapter_name="other")
     before = state_of(model)
     with pytest.raises(AdapterError, match=r"modules_to_save without adapters, but 'layers.0.mlp'"):
         load_adapter(model, tmp_path)
@@ -83,7 +83,7 @@ def test_a_tied_module_to_save(names, tmp_path):
 
 def test_equal_values_stay_tied(tmp_path):
     base = Tied().double()
-    ours = apply_lora(copy.deepcopy(base), LoRAConfig("lin", modules_to_save=("emb",)))
+    ours = apply_lora(copy.deepcopy(base), LoraConfig("lin", modules_to_save=("emb",)))
     randomize(p for p in ours.parameters() if p.requires_grad)
     save_adapter(ours, tmp_path / "ours")
     assert read_config(tmp_path / "ours")["modules_to_save"] == ["emb", "last"]
@@ -112,7 +112,7 @@ def test_a_load_that_fails_after_untying_ties_again(tmp_path, monkeypatch):
 def test_modules_to_save_whose_names_end_alike(tmp_path):
     """PEFT compares the ends of paths, at a dot or not: "head" means "overhead" too."""
     base = Tree(["head", "overhead", "q"]).double()
-    ours = apply_lora(copy.deepcopy(base), LoRAConfig("q", modules_to_save=("head",)))
+    ours = apply_lora(copy.deepcopy(base), LoraConfig("q", modules_to_save=("head",)))
     randomize(p for p in ours.parameters() if p.requires_grad)
     save_adapter(ours, tmp_path)
     x = torch.randn(2, 4).double()
@@ -122,6 +122,6 @@ def test_modules_to_save_whose_names_end_alike(tmp_path):
 
 def test_a_module_to_save_that_peft_would_look_for_in_its_own_layers(tmp_path):
     """The end of "lora_dropout"."""
-    model = apply_lora(Tree(["out", "q"]), LoRAConfig("q", modules_to_save=("out",)))
+    model = apply_lora(Tree(["out", "q"]), LoraConfig("q", modules_to_save=("out",)))
     with pytest.raises(AdapterError, match="'out', with which PEFT's 'lora_dropout' ends"):
         save_adapter(model, tmp_path)

@@ -20,9 +20,9 @@ from adapter_helpers import (
 )
 from torch import nn
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config, save_adapter
-from lora_ext.models import lora_layers, merge
+from lora_ext.models import lora_layers, merge_adapter
 from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
 # ---- what a saved config says ----
@@ -44,7 +44,7 @@ def test_target_modules_select_exactly_the_layers(paths, adapted, targets, exclu
     base = Tree(paths).double()
     torch.manual_seed(0)
     patterns = ["re:" + "".join(f"[{c}]" for c in path) for path in adapted]
-    ours = apply_lora(copy.deepcopy(base), LoRAConfig(patterns, r=2))
+    ours = apply_lora(copy.deepcopy(base), LoraConfig(patterns, r=2))
     assert [path for path, _ in lora_layers(ours)] == adapted
     randomize(p for p in ours.parameters() if p.requires_grad)
     save_adapter(ours, tmp_path)
@@ -60,7 +60,7 @@ def test_layers_that_differ(tmp_path):
     """Ranks and alphas as exact patterns; one convention of scaling for all."""
     base = Tree(["a.q", "b.q", "x.b.q", "c+.k", "d"]).double()
     ours = copy.deepcopy(base)
-    apply_lora(ours, LoRAConfig(["q", "c+.k", "d"], r=2, alpha=3))
+    apply_lora(ours, LoraConfig(["q", "c+.k", "d"], r=2, lora_alpha=3))
     for path, spec in {
         "b.q": AdapterSpec(3, 5.5),
         "c+.k": AdapterSpec(2, 9, use_rslora=True),
@@ -82,8 +82,8 @@ def test_layers_that_differ(tmp_path):
 
 
 def test_dropouts_that_differ_are_reported(tmp_path):
-    model = apply_lora(Tree(["a", "b", "c"]), LoRAConfig(["a", "b"], dropout=0.1))
-    apply_lora(model, LoRAConfig(["c"], dropout=0.2), adapter="other")
+    model = apply_lora(Tree(["a", "b", "c"]), LoraConfig(["a", "b"], lora_dropout=0.1))
+    apply_lora(model, LoraConfig(["c"], lora_dropout=0.2), adapter_name="other")
     layer = model.c
     layer.add_adapter("default", AdapterSpec(8, 8, 0.2))
     with pytest.warns(UserWarning, match=r"one dropout for all layers; of \[0.1, 0.2\]"):
@@ -92,7 +92,7 @@ def test_dropouts_that_differ_are_reported(tmp_path):
 
 
 def test_information(tmp_path):
-    model = apply_lora(Tree(["a"]), LoRAConfig(["a"]))
+    model = apply_lora(Tree(["a"]), LoraConfig(["a"]))
     names = {
         "base_model_name_or_path": "some/model",
         "revision": "refs/pr/1",
@@ -113,7 +113,7 @@ def test_information(tmp_path):
 
 
 def test_other_files_of_the_folder_are_left_alone(tmp_path):
-    model = apply_lora(Tree(["a"]), LoRAConfig(["a"]))
+    model = apply_lora(Tree(["a"]), LoraConfig(["a"]))
     for name in ("README.md", "tokenizer.json", "notes.tmp", "x.next"):
         (tmp_path / name).write_text(name)
     save_adapter(model, tmp_path)
@@ -130,7 +130,7 @@ def test_other_files_of_the_folder_are_left_alone(tmp_path):
 
 
 def test_the_same_adapter_has_the_same_bytes(tmp_path):
-    model = apply_lora(make_zoo(), LoRAConfig("*_proj", r=2))
+    model = apply_lora(make_zoo(), LoraConfig("*_proj", r=2))
     save_adapter(model, tmp_path / "one")
     save_adapter(copy.deepcopy(model), tmp_path / "two")
     for name in (CONFIG, WEIGHTS):
@@ -141,7 +141,7 @@ def test_safetensors_reads_the_file(tmp_path):
     from safetensors import safe_open
 
     model = apply_lora(
-        make_zoo(torch.bfloat16), LoRAConfig(EVERYTHING, r=3, modules_to_save="norm")
+        make_zoo(torch.bfloat16), LoraConfig(EVERYTHING, r=3, modules_to_save="norm")
     )
     model.norm.register_buffer("steps", torch.tensor(7))
     model.norm.register_buffer("empty", torch.zeros(0, 3))
@@ -161,7 +161,8 @@ def test_safetensors_reads_the_file(tmp_path):
 def test_inits_are_saved_as_plain_lora_of_twice_the_rank(init, use_rslora, tmp_path):
     base = make_zoo(torch.float32)
     ours = apply_lora(
-        copy.deepcopy(base), LoRAConfig(LINEAR, r=4, alpha=6, init=init, use_rslora=use_rslora)
+        copy.deepcopy(base),
+        LoraConfig(LINEAR, r=4, lora_alpha=6, init_lora_weights=init, use_rslora=use_rslora),
     )
     randomize(p for p in ours.parameters() if p.requires_grad)
     save_adapter(ours, tmp_path)
@@ -190,10 +191,10 @@ def test_merged_projections_are_saved_as_one_dense_pair(tmp_path):
 
 
 def test_a_merged_model_saves_its_factors(tmp_path):
-    model = apply_lora(make_zoo(), LoRAConfig(LINEAR, r=2))
+    model = apply_lora(make_zoo(), LoraConfig(LINEAR, r=2))
     randomize(p for p in model.parameters() if p.requires_grad)
     save_adapter(model, tmp_path / "before")
-    merge(model)
+    merge_adapter(model)
     save_adapter(model, tmp_path / "after")
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
@@ -205,7 +206,7 @@ def test_a_merged_model_saves_its_factors(tmp_path):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (None, {"adapter": "other"}, r"one of the adapters \['default'\], but got 'other'"),
+        (None, {"adapter_name": "other"}, r"one of the adapters \['default'\], but got 'other'"),
         (None, {"bias": "some"}, "expected bias to be None or one of"),
         ("nan", {}, r"q_proj.lora_B.weight: expected finite values"),
         ("meta", {}, r"q_proj.lora_A.weight: expected a tensor with values"),
@@ -215,7 +216,7 @@ def test_a_merged_model_saves_its_factors(tmp_path):
     ],
 )
 def test_errors_of_saving_leave_the_folder_alone(change, arguments, message, tmp_path):
-    model = apply_lora(make_zoo(), LoRAConfig(["q_proj", "emb"], r=2))
+    model = apply_lora(make_zoo(), LoraConfig(["q_proj", "emb"], r=2))
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     layer = model.layers[0].q_proj
@@ -237,7 +238,7 @@ def test_errors_of_saving_leave_the_folder_alone(change, arguments, message, tmp
 
 
 def test_a_layer_alone_has_no_path(tmp_path):
-    layer = apply_lora(nn.Sequential(nn.Linear(2, 2)), LoRAConfig("0"))[0]
+    layer = apply_lora(nn.Sequential(nn.Linear(2, 2)), LoraConfig("0"))[0]
     with pytest.raises(AdapterError, match="but got the layer itself"):
         save_adapter(layer, tmp_path)
 
@@ -245,7 +246,7 @@ def test_a_layer_alone_has_no_path(tmp_path):
 @pytest.mark.parametrize("inside", ["", "adapter"])
 def test_a_file_in_the_place_of_the_folder(tmp_path, inside):
     (tmp_path / "file").write_text("mine")
-    model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig("0", r=2))
+    model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig("0", r=2))
     with pytest.raises(AdapterError, match=r"expected a folder.* but a file is in its way"):
         save_adapter(model, tmp_path / "file" / inside)
     assert (tmp_path / "file").read_text() == "mine"

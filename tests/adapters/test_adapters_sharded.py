@@ -14,7 +14,7 @@ from adapter_helpers import (
     save_peft,
 )
 
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
 
 
@@ -43,9 +43,9 @@ def test_sharded_parameters_are_gathered(one_rank, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     model = apply_lora(
-        make_zoo(torch.float32), LoRAConfig(EVERYTHING, r=2, modules_to_save="norm", bias="all")
+        make_zoo(torch.float32), LoraConfig(EVERYTHING, r=2, modules_to_save="norm", bias="all")
     )
-    pissa = apply_lora(make_zoo(torch.float32), LoRAConfig(LINEAR, r=2, init="pissa"))
+    pissa = apply_lora(make_zoo(torch.float32), LoraConfig(LINEAR, r=2, init_lora_weights="pissa"))
     for number, one in enumerate((model, pissa)):
         randomize(p for p in one.parameters() if p.requires_grad)
         save_adapter(one, tmp_path / f"whole{number}")

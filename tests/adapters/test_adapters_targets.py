@@ -52,11 +52,11 @@ def test_modules_to_save_end_with_a_name(paths, names):
 
 
 def test_parts_of_layers_with_adapters_are_no_targets():
-    from lora_ext import LoRAConfig, apply_lora
+    from lora_ext import LoraConfig, apply_lora
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     before = list(base_modules(model))
-    apply_lora(model, LoRAConfig("1.0"), adapter="x")
+    apply_lora(model, LoraConfig("1.0"), adapter_name="x")
     assert list(base_modules(model)) == before == ["0", "1", "1.0"]
     assert selected_paths(model, ("lora_a", "lora_b", "x", "0"), (), ()) == ["0", "1.0"]
 

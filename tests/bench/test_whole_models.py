@@ -130,7 +130,7 @@ def test_the_packed_frozen_model_is_the_frozen_model(always_packs):
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8, bias=False))
     base.requires_grad_(False)
-    config = lora_ext.LoRAConfig("all-linear", r=4)
+    config = lora_ext.LoraConfig("all-linear", r=4)
     model = lora_ext.apply_lora(copy.deepcopy(base), config, pack=5)
     frozen = packed.frozen_packed(model, base)
     assert all(type(layer) is packed.PackedLinear for layer in frozen)

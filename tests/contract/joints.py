@@ -24,7 +24,7 @@ import lora_ext
 from contract.accelerated import PEFT, PeftSubject
 from contract.ours import OURS, OurSubject
 from contract.subject import Subject
-from lora_ext import AdapterPool, LoRAConfig, apply_lora
+from lora_ext import AdapterPool, apply_lora
 
 IN, OUT = 6, 8
 BLOCK = 32  # of GGUF's Q8_0
@@ -118,10 +118,12 @@ def _targets(layer: str) -> list[str]:
     return own.get(layer, ["0"])
 
 
-def our_config(layer: str, name: str, dropout: float, r: int | None = None) -> LoRAConfig:
+def our_config(layer: str, name: str, dropout: float, r: int | None = None) -> lora_ext.LoraConfig:
     rank, alpha = ADAPTERS[name]
     words = {} if layer == "packed" else {"adapter_dtype": F64}
-    return LoRAConfig(_targets(layer), r=r or rank, alpha=alpha, dropout=dropout, **words)
+    return lora_ext.LoraConfig(
+        _targets(layer), r=r or rank, lora_alpha=alpha, lora_dropout=dropout, **words
+    )
 
 
 def peft_config(layer: str, name: str, dropout: float, r: int | None = None) -> LoraConfig:
@@ -137,12 +139,12 @@ def peft_config(layer: str, name: str, dropout: float, r: int | None = None) -> 
 
 
 def _ours(base: nn.Module, names: list[str], layer: str, dropout: float, in_pool: bool):
-    pool = AdapterPool(base, 4, 3, _targets(layer), dtype=F64) if in_pool else None
+    pool = AdapterPool(base, 4, 3, _targets(layer), adapter_dtype=F64) if in_pool else None
     for name in names:
         config = our_config(layer, name, dropout)
-        apply_lora(base, config, name) if pool is None else pool.add(name, config)
+        apply_lora(base, config, name) if pool is None else pool.add_adapter(name, config)
     if pool is None:
-        lora_ext.models.set_adapter(base, names)
+        lora_ext.set_adapter(base, names)
     return base
 
 
@@ -216,7 +218,7 @@ def replaced(subject: Subject) -> None:
     active = max(subject.active(), key=len)
     torch.manual_seed(5)
     if subject.name.startswith("pool"):
-        AdapterPool.of(subject.model).replace("b", our_config(layer, "b", 0.0, r=1))
+        AdapterPool.of(subject.model).replace_adapter("b", our_config(layer, "b", 0.0, r=1))
     else:
         subject.delete("b")
         add(subject, "b", r=1)

@@ -15,7 +15,7 @@ from torch import nn
 import lora_ext
 from contract.adapters import ADAPTERS, dropouts
 from contract.subject import Kind, Subject
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.nn import AdapterSpec, LoRAEmbedding, LoRALayer
 
 
@@ -42,10 +42,11 @@ class OurSubject(Subject):
         return self.layer.base_operands()[0]
 
     def _do(self, verb: str, *arguments: Any) -> Any:
-        """A layer's own method, or the model's function of `lora_ext.models`."""
+        """A layer's own method, or the model's function of `lora_ext`."""
         if isinstance(self.model, LoRALayer):
             return getattr(self.model, verb)(*arguments)
-        return getattr(lora_ext.models, verb)(self.model, *arguments)
+        of_model = {"merge": "merge_adapter", "unmerge": "unmerge_adapter"}
+        return getattr(lora_ext, of_model.get(verb, verb))(self.model, *arguments)
 
     def set_adapter(self, names):
         self._do("set_adapter", names)
@@ -71,7 +72,7 @@ class OurSubject(Subject):
         lora_ext.load_adapter(self.model, folder, name)
 
     def disabled(self):
-        return self._do("disable_adapters")
+        return self._do("disable_adapter")
 
     def in_float64(self):
         model = copy.deepcopy(self.model).double()
@@ -125,11 +126,11 @@ class OurKind(Kind):
     def _net(self, adapters, dtype, dropout) -> OurSubject:
         model: nn.Module = make_zoo(dtype).train()
         for name, words in ADAPTERS[adapters].items():
-            config = LoRAConfig(
+            config = LoraConfig(
                 [*EVERYTHING, "head.0"],
                 words["r"],
                 words["lora_alpha"],
-                dropout=dropouts(dropout, name),
+                lora_dropout=dropouts(dropout, name),
                 use_rslora=words.get("use_rslora", False),
             )
             apply_lora(model, config, name)

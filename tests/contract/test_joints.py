@@ -100,7 +100,7 @@ def run_cell(kind, way, change):
         CHANGES["dropout off"](live)
     if "packed" in kind:
         for layer in packable_layers(live.model):
-            layer.packed = lora_ext.prepack(layer.packable().weight, backward=True)
+            layer.packed = lora_ext.pack_weight(layer.packable().weight, backward=True)
     forward, plain = call_of(live, way), Way(two if way.part is two else around)
 
     def run(calls, dtype=own, **words):

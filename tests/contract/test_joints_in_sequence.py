@@ -90,7 +90,7 @@ class Sequences(RuleBasedStateMachine):
         if self.dtype == F64:
             self.cast()
         for layer in packable_layers(self.subject.model):
-            layer.packed = lora_ext.prepack(layer.packable().weight, backward=True)
+            layer.packed = lora_ext.pack_weight(layer.packable().weight, backward=True)
             assert layer.packed.is_packed
 
     @precondition(lambda self: not self.merged)

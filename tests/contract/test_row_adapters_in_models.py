@@ -22,7 +22,7 @@ def llama():
 def ours():
     model = llama()
     for name, rank in RANKS.items():
-        lora_ext.apply_lora(model, lora_ext.LoRAConfig(TARGETS, r=rank, alpha=2 * rank), name)
+        lora_ext.apply_lora(model, lora_ext.LoraConfig(TARGETS, r=rank, lora_alpha=2 * rank), name)
     return randomize_ours(model).eval()
 
 

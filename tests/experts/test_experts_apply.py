@@ -10,7 +10,7 @@ from mixture_helpers import KINDS, logits, mixture, randomized
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import LoRAExperts, LoRAParameter
 from lora_ext.versions import TOO_OLD
@@ -21,9 +21,9 @@ ATTENTION = [f"{n}_proj" for n in "qkvo"]
 
 def chosen(model, *targets, **words):
     """{parameter of layer 0: (r, alpha)} that a config chooses."""
-    apply_lora(model, LoRAConfig(targets, r=3, alpha=6, **words))
+    apply_lora(model, LoraConfig(targets, r=3, lora_alpha=6, **words))
     return {
-        layer.name_at(path).removeprefix("model.layers.0.mlp."): (spec.r, spec.alpha)
+        layer.name_at(path).removeprefix("model.layers.0.mlp."): (spec.r, spec.lora_alpha)
         for path, layer in lora_layers(model)
         for spec in layer.adapters.values()
         if isinstance(layer, LoRAParameter) and ".0." in path
@@ -71,7 +71,7 @@ def test_what_is_chosen(targets, words, expected):
 def test_all_linear_reaches_the_experts_of(kind):
     model = mixture(kind)
     before, keys = logits(model), list(model.state_dict())
-    apply_lora(model, LoRAConfig("all-linear", r=3))
+    apply_lora(model, LoraConfig("all-linear", r=3))
     experts = [m for m in model.modules() if isinstance(m, LoRAExperts)]
     assert len(experts) == 2
     assert all(len(layer.adapters) == 1 for each in experts for layer in each.layers())
@@ -87,7 +87,7 @@ def test_all_linear_reaches_the_experts_of(kind):
 def test_as_many_parameters_as_peft_without_the_router():
     theirs = peft.get_peft_model(mixture(), peft.LoraConfig(r=3, target_modules="all-linear"))
     router = sum(p.numel() for n, p in theirs.named_parameters() if ".gate.lora" in n)
-    model = apply_lora(mixture(), LoRAConfig("all-linear", r=3))
+    model = apply_lora(mixture(), LoraConfig("all-linear", r=3))
     count = lora_ext.models.trainable_parameters(model)
     assert count.trainable == theirs.get_nb_trainable_parameters()[0] - router
     assert count.total == sum(p.numel() for p in model.parameters())
@@ -97,7 +97,7 @@ def test_as_many_parameters_as_peft_without_the_router():
     ("words", "message"),
     [
         ({"lora_bias": True}, "no lora_bias"),
-        ({"init": "pissa"}, "init 'kaiming' or 'gaussian'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights True or 'gaussian'"),
         ({"r": 300}, "r of 1 to 256 for the experts' .*gate_up_proj, .* rank 2 r, but got r=300;"),
     ],
     ids=str,
@@ -106,7 +106,7 @@ def test_what_is_not_supported_says_what_to_do(words, message):
     model = mixture()
     types = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=message):
-        apply_lora(model, LoRAConfig("all-linear", **words))
+        apply_lora(model, LoraConfig("all-linear", **words))
     assert [type(m) for m in model.modules()] == types
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -127,8 +127,8 @@ def test_experts_that_cannot_have_adapters_are_refused(change, message):
     model = mixture(num_hidden_layers=1)
     change(model.model.layers[0].mlp.experts)
     with pytest.raises(ValueError, match=message):
-        apply_lora(model, LoRAConfig("all-linear"))
-    apply_lora(model, LoRAConfig("all-linear", exclude_modules=["experts"]))
+        apply_lora(model, LoraConfig("all-linear"))
+    apply_lora(model, LoraConfig("all-linear", exclude_modules=["experts"]))
 
 
 def test_experts_of_another_layout_are_not_left_out_in_silence(monkeypatch):
@@ -139,7 +139,7 @@ def test_experts_of_another_layout_are_not_left_out_in_silence(monkeypatch):
     model.others = experts
     words = r"leaves out the experts of \['OtherExperts'\]: transformers' use_experts_implem"
     with pytest.warns(UserWarning, match=words):
-        apply_lora(copy.deepcopy(model), LoRAConfig("all-linear"))
+        apply_lora(copy.deepcopy(model), LoraConfig("all-linear"))
     experts.__class__, model.experts = (
         type("Stacks", (nn.Module,), {}),
         model._modules.pop("others"),
@@ -147,7 +147,7 @@ def test_experts_of_another_layout_are_not_left_out_in_silence(monkeypatch):
     model.expert_conv = nn.Conv1d(4, 4, 3)  # no stack of experts
     monkeypatch.setitem(TOO_OLD, "transformers", "expected transformers 5.0")
     with pytest.warns(UserWarning, match=r"experts of \['Stacks'\]: expected transformers 5.0$"):
-        apply_lora(copy.deepcopy(model), LoRAConfig("all-linear"))
+        apply_lora(copy.deepcopy(model), LoraConfig("all-linear"))
     with pytest.warns(UserWarning, match=r"AdapterPool: .* leaves out .* \['Stacks'\]"):
         lora_ext.AdapterPool(model, 2, 4)
 
@@ -161,7 +161,7 @@ def test_experts_of_the_oldest_transformers_are_not_left_out():
     paths = []
     for model in models:
         torch.manual_seed(1)
-        apply_lora(model, LoRAConfig("all-linear", r=2))
+        apply_lora(model, LoraConfig("all-linear", r=2))
         paths.append([path for path, _ in lora_layers(model)])
     assert paths[0] == paths[1] and any("experts" in path for path in paths[0])
     ids = torch.arange(12)[None]
@@ -169,8 +169,8 @@ def test_experts_of_the_oldest_transformers_are_not_left_out():
 
 
 def two_adapters(kind="gpt_oss"):
-    model = apply_lora(mixture(kind), LoRAConfig("all-linear", r=3, alpha=6))
-    apply_lora(model, LoRAConfig(["experts", "router"], r=2, use_rslora=True), "second")
+    model = apply_lora(mixture(kind), LoraConfig("all-linear", r=3, lora_alpha=6))
+    apply_lora(model, LoraConfig(["experts", "router"], r=2, use_rslora=True), "second")
     return randomized(model)
 
 
@@ -178,7 +178,7 @@ def test_adapters_are_switched_and_add_up():
     """The sum of two is the layer with both products in its weights."""
     model, base = two_adapters(), mixture("gpt_oss")
     for names in (["default"], ["second"], ["default", "second"], []):
-        lora_ext.models.set_adapter(model, names)
+        lora_ext.set_adapter(model, names)
         by_hand = copy.deepcopy(base)
         for path, layer in lora_layers(model):
             delta = 0
@@ -208,7 +208,7 @@ def test_adapters_are_switched_and_add_up():
 def test_merging_disabling_and_taking_out():
     model, base = two_adapters(), mixture("gpt_oss")
     plain, keys = logits(base), list(base.state_dict())
-    lora_ext.models.set_adapter(model, ["default", "second"])
+    lora_ext.set_adapter(model, ["default", "second"])
     both = logits(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(copied), both)
@@ -218,19 +218,19 @@ def test_merging_disabling_and_taking_out():
             if isinstance(m, LoRAExperts)
             for each in m.layers()
         )
-    lora_ext.models.merge(model, "second")  # the other is added still
+    lora_ext.merge_adapter(model, "second")  # the other is added still
     torch.testing.assert_close(logits(model), both)
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     assert {each.path for each in lora_ext.explain(model)} <= {"merged", "base"}
     torch.testing.assert_close(logits(model), both)
-    with lora_ext.models.disable_adapters(model):
+    with lora_ext.disable_adapter(model):
         assert torch.equal(logits(model), plain)
-    lora_ext.models.unmerge(model)
+    lora_ext.unmerge_adapter(model)
     assert torch.equal(logits(model), both)
-    merged = lora_ext.models.merge_and_unload(copy.deepcopy(model))
+    merged = lora_ext.merge_and_unload(copy.deepcopy(model))
     torch.testing.assert_close(logits(merged), both)
-    lora_ext.models.delete_adapter(model, "default")
-    lora_ext.models.unload(model)
+    lora_ext.delete_adapter(model, "default")
+    lora_ext.unload(model)
     assert torch.equal(logits(model), plain)
     for each in (merged, model):
         assert list(each.state_dict()) == keys
@@ -238,7 +238,7 @@ def test_merging_disabling_and_taking_out():
 
 
 def test_the_state_dict_has_what_is_trained():
-    model = apply_lora(mixture(num_hidden_layers=1), LoRAConfig("experts", r=2))
+    model = apply_lora(mixture(num_hidden_layers=1), LoraConfig("experts", r=2))
     found = lora_ext.models.lora_state_dict(model)
     at = "model.layers.0.mlp.experts.lora."
     shapes = {key.removeprefix(at): tuple(value.shape) for key, value in found.items()}
@@ -253,7 +253,7 @@ def test_the_state_dict_has_what_is_trained():
 
 
 def test_explain_says_which_forward_experts_take():
-    model = apply_lora(mixture(), LoRAConfig("experts"))
+    model = apply_lora(mixture(), LoraConfig("experts"))
     assert {each.path for each in lora_ext.explain(model)} == {"fused"}
     model.model.layers[0].mlp.experts.gate_up_proj.requires_grad_(True)
     text = str(lora_ext.explain(model))
@@ -262,17 +262,17 @@ def test_explain_says_which_forward_experts_take():
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_any_implementation_of_transformers_is_the_same(implementation):
-    model = randomized(apply_lora(mixture(dtype=torch.float32), LoRAConfig("all-linear", r=3)))
+    model = randomized(apply_lora(mixture(dtype=torch.float32), LoraConfig("all-linear", r=3)))
     expected = logits(model)
     model.set_experts_implementation(implementation)
     torch.testing.assert_close(logits(model), expected)
-    with lora_ext.models.disable_adapters(model):
+    with lora_ext.disable_adapter(model):
         torch.testing.assert_close(logits(model), logits(mixture(dtype=torch.float32)))
 
 
 def test_an_adapter_of_attention_leaves_experts_as_they_were(tmp_path):
-    model = apply_lora(mixture(), LoRAConfig("all-linear", r=2))
-    apply_lora(model, LoRAConfig("q_proj", r=2), "attention")
+    model = apply_lora(mixture(), LoraConfig("all-linear", r=2))
+    apply_lora(model, LoraConfig("q_proj", r=2), "attention")
     plain, model = mixture(), randomized(model)
     with lora_ext.use_adapters(model, ["attention", None]):
         torch.testing.assert_close(logits(model)[1], logits(plain)[1])
@@ -280,4 +280,4 @@ def test_an_adapter_of_attention_leaves_experts_as_they_were(tmp_path):
     assert len(pool.layers) == 8
     lora_ext.save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match=r"pool's layers.*experts.gate_up_proj' too"):
-        pool.add("default", tmp_path)
+        pool.add_adapter("default", tmp_path)

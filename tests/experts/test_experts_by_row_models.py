@@ -12,7 +12,6 @@ from peft_helpers import plain_copy
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig
 from lora_ext.nn import rows_apart
 
 # fr and de are on experts and routers, too, it on attention alone.
@@ -50,9 +49,9 @@ def parameters_of(kind):
 def of_ours(kind, **words):
     model = mixture(kind, **words)
     targets = ["all-linear", "mlp.router" if kind == "gpt_oss" else "mlp.gate"]
-    lora_ext.apply_lora(model, LoRAConfig(targets, r=3, alpha=6), "fr")
-    lora_ext.apply_lora(model, LoRAConfig(targets, r=2, alpha=-3), "de")
-    lora_ext.apply_lora(model, LoRAConfig("q_proj", r=2), "it")
+    lora_ext.apply_lora(model, lora_ext.LoraConfig(targets, r=3, lora_alpha=6), "fr")
+    lora_ext.apply_lora(model, lora_ext.LoraConfig(targets, r=2, lora_alpha=-3), "de")
+    lora_ext.apply_lora(model, lora_ext.LoraConfig("q_proj", r=2), "it")
     return randomized(model)
 
 
@@ -66,7 +65,7 @@ def is_of_peft(model):
 def logits_of(model, name, ids):
     """With one adapter of all samples, or none."""
     if not is_of_peft(model):
-        lora_ext.models.set_adapter(model, name or [])
+        lora_ext.set_adapter(model, name or [])
     elif name is None:
         with model.disable_adapter():
             return model(ids).logits
@@ -272,7 +271,7 @@ def test_rows_that_are_no_samples_are_refused():
 def test_a_packed_batch_or_one_of_more_samples_is_refused(whose, targets):
     """As linear layers refuse it, although experts and routers get rows without samples."""
     if whose == "ours":
-        model = lora_ext.apply_lora(mixture(), LoRAConfig(targets, r=2), "x")
+        model = lora_ext.apply_lora(mixture(), lora_ext.LoraConfig(targets, r=2), "x")
     else:
         names = parameters_of("qwen3_moe")[:2] if targets == ["experts"] else ["mlp.gate.weight"]
         config = LoraConfig(r=2, target_modules=[], target_parameters=names)

@@ -153,9 +153,9 @@ def test_a_pool(forget_graphs, counter):
     """Another index, and other values of the same ranks, are no new graph."""
     model = Mixture(make_experts("plain"))
     pool = lora_ext.AdapterPool(model, 2, 3, "experts")
-    config = lora_ext.LoRAConfig("experts", r=2, init="gaussian")
-    pool.add("x", config)
-    pool.add("y", lora_ext.LoRAConfig("experts.down_proj", r=1))
+    config = lora_ext.LoraConfig("experts", r=2, init_lora_weights="gaussian")
+    pool.add_adapter("x", config)
+    pool.add_adapter("y", lora_ext.LoraConfig("experts.down_proj", r=1))
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     operands, found = make_routes(9), []
     for index in ([0, 1, -1], [1, 0, 0], [-1, 1, 1]):
@@ -163,7 +163,7 @@ def test_a_pool(forget_graphs, counter):
         with lora_ext.use_adapters(model, ["x", "y"], torch.tensor(index, dtype=torch.int32)):
             found.append(model(*operands))
             torch.testing.assert_close(compiled(*operands), found[-1], rtol=1e-12, atol=1e-12)
-        pool.replace("x", config)
+        pool.replace_adapter("x", config)
     assert counter.frame_count == 1
     assert not torch.equal(found[0], found[1])
 

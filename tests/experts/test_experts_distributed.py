@@ -17,7 +17,7 @@ from two_processes import gradients_of, plain_name, whole
 import lora_ext
 import lora_ext.nn.experts
 import lora_ext.peft.experts
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 
 case, test_two_processes = two_processes.cases(__name__)
 STEPS = 2
@@ -28,7 +28,7 @@ def make_accelerated(kind, dtype):
 
 
 def make_applied(kind, dtype):
-    config = LoRAConfig(["experts", "q_proj"], r=3, alpha=6)
+    config = LoraConfig(["experts", "q_proj"], r=3, lora_alpha=6)
     return randomized(apply_lora(mixture(kind, dtype=dtype), config))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.experts import layer
 from lora_ext.nn import LoRAExperts
 
@@ -31,7 +31,9 @@ def dropping(model, p=P):
 
 def ours(config_p=P):
     """A mixture of ours in training."""
-    return randomized(apply_lora(mixture(), LoRAConfig("experts", r=3, dropout=config_p))).train()
+    return randomized(
+        apply_lora(mixture(), LoraConfig("experts", r=3, lora_dropout=config_p))
+    ).train()
 
 
 MODELS = {
@@ -197,7 +199,7 @@ def test_files_have_none_since_peft_refuses_it(tmp_path):
     edit(tmp_path, lora_dropout=P)
     again = lora_ext.load_adapter(mixture(), tmp_path, trainable=True).train()
     found = {
-        spec.dropout
+        spec.lora_dropout
         for experts in again.modules()
         if isinstance(experts, LoRAExperts)
         for each in experts.layers()
@@ -209,7 +211,7 @@ def test_files_have_none_since_peft_refuses_it(tmp_path):
 def test_merging_leaves_it_out():
     model = ours()
     plain = logits(model.eval())
-    lora_ext.models.merge(model.train())
+    lora_ext.merge_adapter(model.train())
     torch.testing.assert_close(logits(model), plain)
     assert torch.equal(logits(model), logits(model))
 
@@ -223,8 +225,8 @@ def test_what_is_no_probability(p):
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=r"accelerate: expected expert_dropout in \[0, 1\), but"):
         lora_ext.accelerate(model, expert_dropout=p)
-    with pytest.raises(ValueError, match=r"expected dropout in \[0, 1\), but got"):
-        LoRAConfig("experts", dropout=p)
+    with pytest.raises(ValueError, match=r"expected lora_dropout in \[0, 1\), but got"):
+        LoraConfig("experts", lora_dropout=p)
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -266,8 +268,10 @@ def test_of_ours_that_need_transformers_forward():
 def test_a_router_has_none():
     model = mixture()
     types = [type(m) for m in model.modules()]
-    message = r"dropout 0 for an adapter on a parameter of a Qwen3MoeTopKRouter, .*set dropout=0"
+    message = (
+        r"dropout 0 for an adapter on a parameter of a Qwen3MoeTopKRouter, .*set lora_dropout=0"
+    )
     with pytest.raises(ValueError, match=message):
-        apply_lora(model, LoRAConfig(["all-linear", "mlp.gate"], dropout=0.1))
+        apply_lora(model, LoraConfig(["all-linear", "mlp.gate"], lora_dropout=0.1))
     assert [type(m) for m in model.modules()] == types
-    assert isinstance(apply_lora(model, LoRAConfig("all-linear", dropout=0.1)), nn.Module)
+    assert isinstance(apply_lora(model, LoraConfig("all-linear", lora_dropout=0.1)), nn.Module)

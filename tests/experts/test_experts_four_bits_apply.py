@@ -11,7 +11,7 @@ from mixture_helpers import logits, mixture, randomized, some_ids
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters.convert import convert
 from lora_ext.nn import LoRAExperts
 
@@ -37,7 +37,7 @@ def two_models(kind="qwen3_moe", form="nf4", dtype=F32):
 
 def adapted(models, *targets, **words):
     """With the same random adapters: their order in the models differs."""
-    config = LoRAConfig(targets or ["all-linear"], r=3, alpha=6, **words)
+    config = LoraConfig(targets or ["all-linear"], r=3, lora_alpha=6, **words)
     first, *others = [randomized(apply_lora(model, config)) for model in models]
     for other in others:
         other.load_state_dict(lora_ext.models.lora_state_dict(first), strict=False)
@@ -51,7 +51,7 @@ def calls(model):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_bits_of_dense_experts(kind, form):
-    models = adapted(two_models(kind, form), dropout=0.2)
+    models = adapted(two_models(kind, form), lora_dropout=0.2)
     found = []
     for model in models:
         torch.manual_seed(2)
@@ -77,10 +77,10 @@ def test_generation():
 
 def test_adapters_that_are_off_or_of_none():
     packed, dense = adapted(two_models())
-    with lora_ext.models.disable_adapters(packed), lora_ext.models.disable_adapters(dense):
+    with lora_ext.disable_adapter(packed), lora_ext.disable_adapter(dense):
         torch.testing.assert_close(logits(packed), logits(dense))
-    lora_ext.models.set_adapter(packed, [])
-    lora_ext.models.set_adapter(dense, [])
+    lora_ext.set_adapter(packed, [])
+    lora_ext.set_adapter(dense, [])
     torch.testing.assert_close(logits(packed), logits(dense))
     assert calls(packed) == 0
 
@@ -88,7 +88,7 @@ def test_adapters_that_are_off_or_of_none():
 def test_merging_is_refused():
     packed, _ = adapted(two_models(), "experts")
     before = logits(packed)
-    for verb in (lora_ext.models.merge, lora_ext.models.merge_and_unload):
+    for verb in (lora_ext.merge_adapter, lora_ext.merge_and_unload):
         with pytest.raises(RuntimeError, match=r"dense 'down_proj' to merge into, but it is"):
             verb(packed)
     assert torch.equal(logits(packed), before)
@@ -108,7 +108,7 @@ def test_taking_out_and_copies():
     after = packed.state_dict()
     assert [key for key in after if ".lora" not in key] == keys
     assert all(torch.equal(after[name], value) for name, value in tensors.items())
-    lora_ext.models.unload(packed)
+    lora_ext.unload(packed)
     assert [type(m) for m in packed.modules()] == kinds and list(packed.state_dict()) == keys
     assert torch.equal(logits(packed), plain)
 
@@ -156,8 +156,8 @@ def test_experts_that_cannot_have_adapters_are_refused(change, message):
     model, _ = two_models()
     change(experts_of(model)[0])
     with pytest.raises(ValueError, match=message):
-        apply_lora(model, LoRAConfig("all-linear"))
-    apply_lora(model, LoRAConfig("all-linear", exclude_modules=["experts"]))
+        apply_lora(model, LoraConfig("all-linear"))
+    apply_lora(model, LoraConfig("all-linear", exclude_modules=["experts"]))
 
 
 # ---- files ----
@@ -210,7 +210,7 @@ def test_an_adapter_for_each_sample():
     models = two_models()
     for name, rank in (("fr", 3), ("de", 2)):
         for model in models:
-            apply_lora(model, LoRAConfig("experts", r=rank, alpha=6), name)
+            apply_lora(model, LoraConfig("experts", r=rank, lora_alpha=6), name)
     packed, dense = models
     dense.load_state_dict(lora_ext.models.lora_state_dict(randomized(packed)), strict=False)
     for names in (["fr", "de"], [None, "de"], [None, None]):

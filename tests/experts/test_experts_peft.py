@@ -377,7 +377,7 @@ def test_what_is_kept_for_backward(kind, whose):
     else:
         model = Mixture(make_experts(kind).to(F32))
         targets = [f"experts.{name}" for name in both(model.experts)]
-        experts = lora_ext.apply_lora(model, lora_ext.LoRAConfig(targets, r=rank)).experts
+        experts = lora_ext.apply_lora(model, lora_ext.LoraConfig(targets, r=rank)).experts
     x, index, weights = make_routes(tokens, slots, dtype=F32)
     operands = [x.requires_grad_(), index, weights.requires_grad_()]
     own = {parameter.data_ptr() for parameter in model.parameters()}

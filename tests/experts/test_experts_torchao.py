@@ -18,7 +18,7 @@ from torch import nn
 from torchao_experts import forms, quantise, stand_in, two_experts, two_mixtures
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.quantized import of_torchao, workspace
 from lora_ext.quantized.stacks import flat_weight, stack_of, weight_from_flat
 from lora_ext.quantized.torchao_stack import TorchaoStack
@@ -182,7 +182,7 @@ def two_models(form):
 def test_apply_lora(form, tmp_path):
     packed, dense = two_models(form)
     plain, keys, kinds = logits(packed), list(packed.state_dict()), [*map(type, packed.modules())]
-    config = LoRAConfig("all-linear", r=3, alpha=6, dropout=0.2)
+    config = LoraConfig("all-linear", r=3, lora_alpha=6, lora_dropout=0.2)
     found = []
     for model in (packed, dense):
         randomized(apply_lora(model, config)).train()
@@ -198,13 +198,13 @@ def test_apply_lora(form, tmp_path):
 
     packed.eval(), dense.eval()
     with pytest.raises(RuntimeError, match="expected a dense 'gate_up_proj' to merge into"):
-        lora_ext.models.merge(packed)
+        lora_ext.merge_adapter(packed)
     lora_ext.save_adapter(packed, tmp_path)
     base_packed, base_dense = two_models(form)
     assert torch.equal(logits(lora_ext.load_adapter(base_dense, tmp_path)), logits(dense))
     theirs = lora_ext.accelerate(loaded_by_peft(base_packed, tmp_path))
     torch.testing.assert_close(logits(theirs), logits(packed))
-    lora_ext.models.unload(packed)
+    lora_ext.unload(packed)
     assert list(packed.state_dict()) == keys and [*map(type, packed.modules())] == kinds
     assert torch.equal(logits(packed), plain)
 
@@ -212,7 +212,7 @@ def test_apply_lora(form, tmp_path):
 def test_another_forward_dequantises_all():
     """Where the experts cannot be computed here, W + B A has the whole stack."""
     packed, dense = two_models("stand-in")
-    config = LoRAConfig("experts", r=3)
+    config = LoraConfig("experts", r=3)
     for model in (packed, dense):
         for module in randomized(apply_lora(model, config)).modules():
             if isinstance(module, lora_ext.nn.LoRAExperts):
@@ -267,7 +267,7 @@ def test_reasons(reason, change):
     change(experts)
     assert reasons(lora_ext.accelerate(packed)) == {("peft", reason)}
     with pytest.raises(ValueError, match=f"of 'down_proj': {reason}; exclude_modules"):
-        apply_lora(nn.ModuleDict({"experts": experts}), LoRAConfig("experts"))
+        apply_lora(nn.ModuleDict({"experts": experts}), LoraConfig("experts"))
 
 
 @needs("torchao")

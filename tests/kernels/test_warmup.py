@@ -336,7 +336,7 @@ def test_shapes_of_a_model():
     model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 48))
     with pytest.raises(ValueError, match="has none"):
         autotune.shapes_of(model, [16])
-    config = lora_ext.LoRAConfig("all-linear", r=4, dropout=0.1)
+    config = lora_ext.LoraConfig("all-linear", r=4, lora_dropout=0.1)
     model = lora_ext.apply_lora(model.bfloat16(), config)
     found = autotune.shapes_of(model, [16, 32])
     assert {(s.rows, s.in_features, s.out_features) for s in found} == {

@@ -20,7 +20,7 @@ from torch import nn
 from two_processes import WORLD, gradients_of, half, plain_name, whole
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.models import lora_layers, lora_state_dict
 from lora_ext.nn import AdapterSpec
 
@@ -64,9 +64,9 @@ def make_net(dtype=F32, second=False, targets=LAYERS, **options):
     """The same in every process: an adapter in each layer, and another one if asked for."""
     torch.manual_seed(0)
     net = Net().to(dtype)
-    apply_lora(net, LoRAConfig(targets, r=3, alpha=6, **options))
+    apply_lora(net, LoraConfig(targets, r=3, lora_alpha=6, **options))
     if second:
-        apply_lora(net, LoRAConfig(targets, r=2, alpha=2, **options), "second")
+        apply_lora(net, LoraConfig(targets, r=2, lora_alpha=2, **options), "second")
     for _, layer in lora_layers(net):
         for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
             for parameter in table.values():
@@ -119,7 +119,7 @@ def parallel(net, **options):
 
 @case
 def ddp_trains_as_one_process(rank):
-    for options in ({}, {"init": "pissa", "targets": LINEAR}, {"bias": "all"}):
+    for options in ({}, {"init_lora_weights": "pissa", "targets": LINEAR}, {"bias": "all"}):
         net, alone = make_net(**options), make_net(**options)
         wrapped = parallel(net, gradient_as_bucket_view=True)
         gradients = train(net, [rank], 3, wrapped)
@@ -167,8 +167,8 @@ def fsdp_trains_as_one_process(rank):
         (by_layers, {"dtype": BF16}),
         (by_blocks, {"dtype": BF16, "targets": LINEAR, "lora_bias": True}),
         (by_layers, {"targets": LINEAR, "lora_bias": True}),
-        (by_blocks, {"targets": LINEAR, "init": "pissa"}),
-        (by_layers, {"targets": LINEAR, "init": "pissa"}),
+        (by_blocks, {"targets": LINEAR, "init_lora_weights": "pissa"}),
+        (by_layers, {"targets": LINEAR, "init_lora_weights": "pissa"}),
         (by_layers, {"bias": "all"}),
     ):
         net, alone = make_net(**options), make_net(**options)
@@ -189,7 +189,7 @@ def fsdp_stores_the_weight_of_transposed_layers(rank):
     def make():
         torch.manual_seed(0)
         first = lora_ext.LoRALinear(16, 24, r=2, fan_in_fan_out=True)
-        second = lora_ext.LoRALinear(24, 8, r=2, init="olora")
+        second = lora_ext.LoRALinear(24, 8, r=2, init_lora_weights="olora")
         net = nn.Sequential(nn.Embedding(11, 16).requires_grad_(False), first, second)
         for layer in (first, second):
             nn.init.normal_(layer.lora_b["default"])
@@ -236,13 +236,13 @@ def dropout_with_checkpointing_and_compile(rank):
     """Each process draws its own masks; the recomputation draws them again, and gathers the
     parameters."""
     seeds = [11, 12]
-    alone = make_net(dropout=0.4)
+    alone = make_net(lora_dropout=0.4)
     expected = train(alone, BOTH, 2, seeds=seeds)
-    other = train(make_net(dropout=0.4), BOTH, 2, seeds=[11, 13])
+    other = train(make_net(lora_dropout=0.4), BOTH, 2, seeds=[11, 13])
     assert any(not torch.equal(value, other[name]) for name, value in expected.items())
     for wrap in (checkpointed, compiled):
         for way in (parallel, shard):
-            net = wrap(make_net(dropout=0.4))
+            net = wrap(make_net(lora_dropout=0.4))
             gradients = train(net, [rank], 2, way(net), seeds=seeds)
             assert_trained_alike(net, alone, gradients, expected)
 
@@ -263,7 +263,7 @@ def state_dicts_of_shards(rank):
     for net in (shard(copy.deepcopy(plain)), shard(checkpointed(copy.deepcopy(plain)))):
         whole_state = {key: whole(value) for key, value in net.state_dict().items()}
         assert_equal(whole_state, dict(plain.state_dict()))
-        for options in ({}, {"adapter": "second"}, {"bias": "lora_only"}, {"bias": "all"}):
+        for options in ({}, {"adapter_name": "second"}, {"bias": "lora_only"}, {"bias": "all"}):
             ours = {k: whole(v) for k, v in lora_state_dict(net, **options).items()}
             assert_equal(ours, lora_state_dict(plain, **options))
         full = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
@@ -289,7 +289,7 @@ def shards_made_on_the_meta_device(rank):
 
     plain = make_net()
     with torch.device("meta"):
-        net = apply_lora(Net(), LoRAConfig(LAYERS, r=3, alpha=6))
+        net = apply_lora(Net(), LoraConfig(LAYERS, r=3, lora_alpha=6))
     shard(net)
     net.to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -329,7 +329,7 @@ def adapters_saved_from_shards(rank):
     assert_raises(AdapterError, "README", onto)
     other = checkpointed(make_net())
     load_adapter(other, "plain", "loaded")
-    for key, value in lora_state_dict(other, adapter="loaded").items():
+    for key, value in lora_state_dict(other, adapter_name="loaded").items():
         assert torch.equal(value, lora_state_dict(plain)[key.replace("loaded", "default")]), key
 
 
@@ -338,19 +338,19 @@ def what_needs_whole_weights_is_refused(rank):
     """Before a forward and after one, which gathers the root's parameters and keeps them."""
     ids = half(batches(1)[0], rank)
     expected = make_net(second=True)(ids)
-    more = LoRAConfig(LAYERS, r=2)
+    more = LoraConfig(LAYERS, r=2)
     for net in (shard(make_net(second=True)), shard(make_net(second=True), layers=True)):
         for _ in range(2):
             merging = partial(assert_raises, RuntimeError, "merge: .*sharded .*before fully_shard")
-            merging(partial(lora_ext.models.merge, net))
-            merging(partial(lora_ext.models.merge_and_unload, net))
+            merging(partial(lora_ext.merge_adapter, net))
+            merging(partial(lora_ext.merge_and_unload, net))
             merging(net.blocks[0].up.merge)
             refused = partial(assert_raises, RuntimeError, "expected a whole weight, but")
-            refused(partial(lora_ext.models.unload, net))
+            refused(partial(lora_ext.unload, net))
             refused(partial(apply_lora, net, more, "third"))
             refused(partial(net.blocks[0].up.add_adapter, "third", AdapterSpec(2, 2.0)))
             refused(partial(net.blocks[0].up.delete_adapter, "second"))
-            refused(partial(lora_ext.models.delete_adapter, net, "second"))
+            refused(partial(lora_ext.delete_adapter, net, "second"))
             assert all(not layer.merged for _, layer in lora_layers(net))
             assert {tuple(layer.adapters) for _, layer in lora_layers(net)} == {
                 ("default", "second")
@@ -363,7 +363,7 @@ def what_needs_whole_weights_is_refused(rank):
 def merged_and_then_sharded(rank):
     """The other way around: the merged weight is a whole copy in each process, used as it is."""
     net, plain = make_net().eval(), make_net().eval()
-    lora_ext.models.merge(net)
+    lora_ext.merge_adapter(net)
     ids = half(batches(1)[0], rank)
     with torch.no_grad():
         torch.testing.assert_close(shard(net)(ids), plain(ids), rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from layer_helpers import randomize
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext import LoraConfig, LoRALinear, apply_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
@@ -66,13 +66,13 @@ PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]).bool
 def test_adapters_are_not_skipped(targets, merged, gradients, padding):
     """With padding the encoder hands nested tensors to its layers."""
     encoder, x = make_encoder(), make_x()
-    randomize(apply_lora(encoder, LoRAConfig(targets, 3)))
+    randomize(apply_lora(encoder, LoraConfig(targets, 3)))
     if merged:
-        lora_ext.models.merge(encoder)
+        lora_ext.merge_adapter(encoder)
     words = {} if padding is None else {"src_key_padding_mask": padding}
     with torch.set_grad_enabled(gradients):
         y, wanted = encoder(x, **words), plainly(encoder, x, **words)
-        with lora_ext.models.disable_adapters(encoder):
+        with lora_ext.disable_adapter(encoder):
             base = plainly(encoder, x, **words)
     kept = slice(None) if padding is None else ~padding
     assert torch.allclose(y[kept], wanted[kept], atol=1e-10)
@@ -84,23 +84,23 @@ def test_adapters_are_not_skipped(targets, merged, gradients, padding):
 
 def test_layers_without_adapters_keep_the_fast_path():
     encoder = make_encoder(3)
-    apply_lora(encoder, LoRAConfig("layers.1.linear1"))
+    apply_lora(encoder, LoraConfig("layers.1.linear1"))
     assert fused_layers(encoder, make_x()) == 2
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", nn.GELU(), torch.tanh])
-@pytest.mark.parametrize("function", [lora_ext.models.unload, lora_ext.models.merge_and_unload])
+@pytest.mark.parametrize("function", [lora_ext.unload, lora_ext.merge_and_unload])
 def test_the_fast_path_comes_back(function, activation):
     encoder, x = make_encoder(activation=activation), make_x()
     layer = encoder.layers[0]
     before, attributes = fused_layers(encoder, x), dict(layer.__dict__)
     assert before == (0 if activation is torch.tanh else 2)
     for _ in range(2):
-        apply_lora(encoder, LoRAConfig(["linear1", "linear2"]), "a")
-        apply_lora(encoder, LoRAConfig(["linear1"]), "b")
+        apply_lora(encoder, LoraConfig(["linear1", "linear2"]), "a")
+        apply_lora(encoder, LoraConfig(["linear1"]), "b")
         assert fused_layers(encoder, x) == 0
-        lora_ext.models.delete_adapter(encoder, "a")
-        lora_ext.models.merge(encoder)
+        lora_ext.delete_adapter(encoder, "a")
+        lora_ext.merge_adapter(encoder)
         assert fused_layers(encoder, x) == 0
         function(encoder)
         assert fused_layers(encoder, x) == before
@@ -118,17 +118,17 @@ def test_layers_put_in_by_hand():
 
 def test_copies_keep_the_guard():
     encoder, x = make_encoder(), make_x()
-    randomize(apply_lora(encoder, LoRAConfig("linear1")))
+    randomize(apply_lora(encoder, LoraConfig("linear1")))
     wanted = plainly(encoder, x)
     for other in (copy.deepcopy(encoder), by_torch_save(encoder)):
         with torch.no_grad():
             assert torch.allclose(other(x), wanted, atol=1e-10)
         assert fused_layers(other, x) == 0
-        assert fused_layers(lora_ext.models.unload(other), x) == 2
+        assert fused_layers(lora_ext.unload(other), x) == 2
 
 
 def test_training_goes_by_the_modules():
     encoder, x = make_encoder().train(), make_x()
-    randomize(apply_lora(encoder, LoRAConfig("linear1", dropout=0.5)))
+    randomize(apply_lora(encoder, LoraConfig("linear1", lora_dropout=0.5)))
     encoder(x, src_key_padding_mask=PADDING).sum().backward()
     assert all(p.grad.isfinite().all() for p in encoder.parameters() if p.requires_grad)

@@ -9,11 +9,11 @@ from layer_helpers import IN, make_layer
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora_ext import prepack
+from lora_ext import pack_weight
 from lora_ext.nn import AdapterSpec
 from lora_ext.nn.fast_path import fast_path_operands
 
-SPECS = {"a": AdapterSpec(4, 6.0, dropout=0.25), "b": AdapterSpec(3, 3.0)}
+SPECS = {"a": AdapterSpec(4, 6.0, lora_dropout=0.25), "b": AdapterSpec(3, 3.0)}
 
 
 class Subclass(torch.Tensor):
@@ -26,7 +26,7 @@ class Doubled(nn.Module):
 
 
 def pack(layer):
-    layer.packed = prepack(layer.weight)
+    layer.packed = pack_weight(layer.weight)
     return layer.packed
 
 
@@ -61,7 +61,7 @@ CHANGES = {
 
 def layer_with(change: str):
     """A LoRALinear with two adapters, the first of them active, and what is to differ."""
-    own = {"lora_bias": {"lora_bias": True}, "pissa": {"init": "pissa"}}.get(change)
+    own = {"lora_bias": {"lora_bias": True}, "pissa": {"init_lora_weights": "pissa"}}.get(change)
     specs = SPECS | ({} if own is None else {"a": AdapterSpec(4, 6.0, **own)})
     dtype = BF16 if "half" in change else F32
     adapters = BF16 if "half adapters" in change or "weight and adapters" in change else None
@@ -79,7 +79,7 @@ def x_for(change: str, layer) -> torch.Tensor:
 @contextmanager
 def region(change: str, layer):
     """In which the layer is called."""
-    disabled = layer.disable_adapters() if change == "disabled" else nullcontext()
+    disabled = layer.disable_adapter() if change == "disabled" else nullcontext()
     with torch.autocast("cpu", enabled="autocast" in change), disabled:
         yield
 

@@ -16,7 +16,7 @@ from layer_helpers import bits, delta, randomize
 from safetensors.torch import load_file
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.models import lora_layers
 
 TARGETS = ["emb", "q_proj", "c_attn", "conv", "head.1"]
@@ -50,8 +50,10 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(name=NAMES, rank=st.integers(1, 3), chosen=st.integers(1, 31), pissa=st.booleans())
     def add(self, name, rank, chosen, pissa):
         targets = [t for i, t in enumerate(TARGETS) if chosen >> i & 1]
-        init = "pissa" if pissa and "emb" not in targets else "kaiming"
-        config = LoRAConfig(targets, rank, 2.0, lora_bias="emb" not in targets, init=init)
+        init = "pissa" if pissa and "emb" not in targets else True
+        config = LoraConfig(
+            targets, rank, 2.0, lora_bias="emb" not in targets, init_lora_weights=init
+        )
         if name in self.names:
             with pytest.raises(ValueError, match="delete_adapter it first"):
                 apply_lora(self.model, config, name)
@@ -64,16 +66,16 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def train_a_step(self):
         self.seed += 1
-        lora_ext.models.unmerge(self.model)
+        lora_ext.unmerge_adapter(self.model)
         randomize(self.model, self.seed)
 
     @rule(name=NAMES)
     def delete(self, name):
         if name not in self.names:
             with pytest.raises(ValueError, match="distinct names"):
-                lora_ext.models.delete_adapter(self.model, name)
+                lora_ext.delete_adapter(self.model, name)
             return
-        lora_ext.models.delete_adapter(self.model, name)
+        lora_ext.delete_adapter(self.model, name)
         self.names.remove(name)
         self.active = tuple(n for n in self.active if n != name)
 
@@ -81,18 +83,18 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(data=st.data())
     def set_adapter(self, data):
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.names)), unique=True))
-        lora_ext.models.set_adapter(self.model, chosen)
+        lora_ext.set_adapter(self.model, chosen)
         self.active = tuple(chosen)
 
     @precondition(lambda self: self.active)
     @rule(data=st.data())
     def merge(self, data):
         subset = st.lists(st.sampled_from(self.active), unique=True)
-        lora_ext.models.merge(self.model, data.draw(st.none() | subset))
+        lora_ext.merge_adapter(self.model, data.draw(st.none() | subset))
 
     @rule()
     def unmerge(self):
-        lora_ext.models.unmerge(self.model)
+        lora_ext.unmerge_adapter(self.model)
 
     @rule(mode=st.booleans())
     def train_or_eval(self, mode):
@@ -108,7 +110,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def disable(self):
-        with lora_ext.models.disable_adapters(self.model), torch.no_grad():
+        with lora_ext.disable_adapter(self.model), torch.no_grad():
             assert torch.equal(self.model(self.ids), make_zoo()(self.ids))
 
     @invariant()
@@ -153,26 +155,26 @@ def check_flat_memory(tmp_path, cycles):
     """load, switch, merge, run, unmerge and delete; then no object and no page is left over."""
     model, ids = make_zoo(), make_ids()
     for name in ("kept", "stored"):
-        apply_lora(model, LoRAConfig(["emb", "conv"], 4), name)
+        apply_lora(model, LoraConfig(["emb", "conv"], 4), name)
     randomize(model)
     lora_ext.save_adapter(model, tmp_path, "stored")
-    lora_ext.models.delete_adapter(model, "stored")
+    lora_ext.delete_adapter(model, "stored")
     base, watched = model(ids), []
 
     def cycle(watch=False):
         lora_ext.load_adapter(model, tmp_path, "loaded")
-        lora_ext.models.set_adapter(model, ["kept", "loaded"])
-        lora_ext.models.merge(model, "loaded")
+        lora_ext.set_adapter(model, ["kept", "loaded"])
+        lora_ext.merge_adapter(model, "loaded")
         model(ids)
         if watch:
             for _, layer in lora_layers(model):
                 watched.extend(map(weakref.ref, (layer.merged_weight, layer.lora_a["loaded"])))
-        lora_ext.models.unmerge(model)
-        with lora_ext.models.disable_adapters(model):
+        lora_ext.unmerge_adapter(model)
+        with lora_ext.disable_adapter(model):
             model(ids)
         model(ids).sum().backward()
-        lora_ext.models.delete_adapter(model, "loaded")
-        lora_ext.models.set_adapter(model, "kept")
+        lora_ext.delete_adapter(model, "loaded")
+        lora_ext.set_adapter(model, "kept")
         model.zero_grad(set_to_none=True)
 
     for _ in range(20):

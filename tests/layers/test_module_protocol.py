@@ -88,7 +88,7 @@ def test_what_is_trained():
     assert trained() == set()
     for name in ("a", "b", "c"):
         layer.delete_adapter(name)
-    layer.add_adapter("d", AdapterSpec(2, 1.0, init="pissa"))
+    layer.add_adapter("d", AdapterSpec(2, 1.0, init_lora_weights="pissa"))
     assert trained() == {"lora_a.d", "lora_b.d"}  # and not what is subtracted
 
 
@@ -116,7 +116,7 @@ def test_adding_is_all_or_nothing(monkeypatch, error, at):
 def test_adapters_made_in_inference_mode_can_train():
     layer = LoRALinear(6, 5, r=0)
     with torch.inference_mode():
-        layer.add_adapter("a", AdapterSpec(2, 2.0, lora_bias=True, init="pissa"))
+        layer.add_adapter("a", AdapterSpec(2, 2.0, lora_bias=True, init_lora_weights="pissa"))
     x = torch.randn(3, 6, requires_grad=True)
     layer(x).sum().backward()
     assert all(p.grad is not None for p in adapter_parameters(layer))
@@ -197,7 +197,7 @@ def test_state_dict_keys():
     assert list(layer.state_dict()) == ["weight", "bias", "lora_a.a", "lora_b.a", "lora_bias.a"]
     layer.merge()
     assert len(layer.state_dict()) == 5
-    pissa = LoRALinear(6, 5, r=2, init="pissa")
+    pissa = LoRALinear(6, 5, r=2, init_lora_weights="pissa")
     assert [k for k in pissa.state_dict() if "init" in k] == [
         "lora_a_init.default",
         "lora_b_init.default",
@@ -222,8 +222,8 @@ def test_checkpoints_of_the_base_load(tmp_path):
 
 
 def test_a_state_dict_restores_what_is_subtracted():
-    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, init="pissa")})
-    other = make_layer("linear", {"a": AdapterSpec(2, 1.0, init="pissa")})
+    layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, init_lora_weights="pissa")})
+    other = make_layer("linear", {"a": AdapterSpec(2, 1.0, init_lora_weights="pissa")})
     other.weight.requires_grad_(False).normal_()
     x = make_input("linear")
     assert not torch.equal(layer(x), other(x))
@@ -256,5 +256,6 @@ def test_repr_is_one_line():
     layer.set_adapter("b")
     assert repr(layer) == (
         "LoRALinear(in_features=12, out_features=18, bias=True, "
-        "adapters={a (inactive): r=4, alpha=6, dropout=0; b: r=2, alpha=1, dropout=0.1})"
+        "adapters={a (inactive): r=4, lora_alpha=6, lora_dropout=0; "
+        "b: r=2, lora_alpha=1, lora_dropout=0.1})"
     )

@@ -33,8 +33,8 @@ def test_any_combination_of_adapters(data):
     draw_spec = st.builds(
         AdapterSpec,
         r=st.integers(1, 5),
-        alpha=st.floats(-4, 4),
-        dropout=st.sampled_from([0.0, 0.3]),
+        lora_alpha=st.floats(-4, 4),
+        lora_dropout=st.sampled_from([0.0, 0.3]),
         use_rslora=st.booleans(),
         lora_bias=st.booleans() if kind != "embedding" else st.just(False),
     )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 
@@ -51,7 +51,7 @@ def test_checkpoint_wrapper_is_not_in_the_names(tmp_path):
     def make_model():
         torch.manual_seed(0)
         model = nn.Sequential(Pair(), Pair(), nn.Linear(IN, 2))
-        config = LoRAConfig("all-linear", r=2, dropout=0.4, modules_to_save=("2",))
+        config = LoraConfig("all-linear", r=2, lora_dropout=0.4, modules_to_save=("2",))
         return randomized(apply_lora(model, config))
 
     plain, wrapped = make_model(), make_model()

@@ -95,9 +95,7 @@ def test_adapters_disabled_inside_one_graph(counter, whole_model):
     model = nn.Sequential(linear(0.4), nn.Linear(OUT, 4))
 
     def step(x):
-        disabling = (
-            lora_ext.models.disable_adapters(model) if whole_model else model[0].disable_adapters()
-        )
+        disabling = lora_ext.disable_adapter(model) if whole_model else model[0].disable_adapter()
         with disabling:
             reference = model(x)
         return model(x) - reference

@@ -19,7 +19,7 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext import LoraConfig, LoRALinear, apply_lora
 from lora_ext.nn import AdapterSpec
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
@@ -34,7 +34,7 @@ def do(action, layer, disabling):
     elif action == "merge second":
         layer.merge("second")
     elif action == "disable":
-        disabling.enter_context(layer.disable_adapters())
+        disabling.enter_context(layer.disable_adapter())
     elif action == "enable":
         disabling.close()
     else:
@@ -88,7 +88,7 @@ def test_switching_adapters_compiles_once_for_each_state(counter):
 def test_equal_blocks_share_a_graph(counter):
     """Compiling block by block: what the first one compiles serves the others."""
     model = nn.Sequential(*(Pair() for _ in range(6)))
-    apply_lora(model, LoRAConfig("all-linear", r=2, dropout=0.4))
+    apply_lora(model, LoraConfig("all-linear", r=2, lora_dropout=0.4))
     randomized(model)
     eager = copy.deepcopy(model)
     for module in model:
@@ -97,8 +97,8 @@ def test_equal_blocks_share_a_graph(counter):
     assert_same(run(model, model, x), run(eager, eager, x))
     assert counter.frame_count == 1
     for one in (model, eager):
-        apply_lora(one, LoRAConfig("all-linear", r=4), "second")
-        lora_ext.models.set_adapter(one, "second")
+        apply_lora(one, LoraConfig("all-linear", r=4), "second")
+        lora_ext.set_adapter(one, "second")
         torch.manual_seed(1)
         randomized(one)
     assert_same(run(model, model, x), run(eager, eager, x))

@@ -60,7 +60,7 @@ def test_vmap_over_adapters():
 
 def test_vmap_dropout():
     """Refused unless the caller says what to do; then the masks differ, or are one."""
-    layer = LoRALinear(IN, OUT, r=1, alpha=1, dropout=0.5, bias=False)
+    layer = LoRALinear(IN, OUT, r=1, lora_alpha=1, lora_dropout=0.5, bias=False)
     for tensor, value in (("weight", 0.0), ("lora_a", 1.0), ("lora_b", 1.0)):
         held = getattr(layer, tensor)
         nn.init.constant_(held if tensor == "weight" else held["default"], value)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import apply_lora
 from lora_ext.models import lora_layers
 
 HEIGHT = 40
@@ -49,12 +49,10 @@ def peft_of(model, adapters, **options):
 
 def ours_of(model, adapters, adapter_dtype=None):
     """The same by apply_lora on another copy."""
-    own = {"lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
     model = copy.deepcopy(model)
     for name, words in adapters.items():
-        words = {own.get(key, key): value for key, value in words.items()}
-        apply_lora(model, LoRAConfig(**words, adapter_dtype=adapter_dtype), name)
-    lora_ext.models.set_adapter(model, list(adapters))
+        apply_lora(model, lora_ext.LoraConfig(**words, adapter_dtype=adapter_dtype), name)
+    lora_ext.set_adapter(model, list(adapters))
     return randomize(model)
 
 
@@ -197,7 +195,7 @@ def test_first_values_are_distributed_as_pefts(kind, init):
     words = {"r": 64, "lora_alpha": 6.0, "target_modules": ["0"]}
     model = nn.Sequential(MAKERS[kind]())
     peft = peft_of(model, {"a": {**words, "init_lora_weights": init}})
-    config = LoRAConfig("0", 64, 6.0, init="kaiming" if init is True else init)
+    config = lora_ext.LoraConfig("0", 64, 6.0, init_lora_weights=init)
     ours = apply_lora(copy.deepcopy(model), config, "a")
     for table, theirs in peft_tensors(peft.base_model.model[0], "a").items():
         value = getattr(ours[0], table)["a"]
@@ -210,7 +208,7 @@ def with_init(init, dtype):
     words = {"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]}
     model = nn.Sequential(nn.Linear(24, HEIGHT)).to(dtype)
     peft = peft_of(model, {"a": {**words, "init_lora_weights": init}})
-    config = LoRAConfig("0", 4, 6.0, init="kaiming" if init is True else init)
+    config = lora_ext.LoraConfig("0", 4, 6.0, init_lora_weights=init)
     ours = apply_lora(copy.deepcopy(model), config, "a")
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
@@ -248,6 +246,6 @@ def test_pissa_and_olora_are_pefts_function(init, dtype):
 @pytest.mark.parametrize("init", [True, "pissa", "olora"])
 def test_merging_gives_pefts_weight(init):
     _, ours, peft = with_init(init, F32)
-    merged, theirs = lora_ext.models.merge_and_unload(ours), peft.merge_and_unload()
+    merged, theirs = lora_ext.merge_and_unload(ours), peft.merge_and_unload()
     assert type(merged[0]) is type(theirs[0]) is nn.Linear
     torch.testing.assert_close(merged[0].weight, theirs[0].weight, rtol=1e-5, atol=1e-5)

@@ -35,13 +35,13 @@ def one_by_one(layer, names, x):
 def test_inits_that_subtract_their_first_product(kind, init):
     """One row has W + s (B A - B0 A0), its neighbour W alone."""
     torch.manual_seed(3)
-    layer = make_layer(kind, specs(init=init), F64)
+    layer = make_layer(kind, specs(init_lora_weights=init), F64)
     x = make_input(kind, F64).repeat(2, *[1] * (3 if kind == "conv2d" else 2))[:4]
     with lora_ext.use_adapters(layer, NAMES):
         y = layer(x)
     torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-10, atol=1e-10)
     fresh = LoRALinear(12, 18, r=0, dtype=F64)
-    fresh.add_adapter("a", AdapterSpec(3, 5.0, init=init))
+    fresh.add_adapter("a", AdapterSpec(3, 5.0, init_lora_weights=init))
     fresh.add_adapter("b", AdapterSpec(2, 4.0))
     x = make_input("linear", F64)
     with torch.no_grad(), lora_ext.use_adapters(fresh, NAMES):
@@ -51,7 +51,7 @@ def test_inits_that_subtract_their_first_product(kind, init):
 
 
 def test_gradients_of_an_init_that_subtracts():
-    layer = make_layer("linear", specs(init="pissa"), F64)
+    layer = make_layer("linear", specs(init_lora_weights="pissa"), F64)
     x = make_input("linear", F64)
     found = []
     for forward in (lambda: by_rows(layer, x), lambda: one_by_one(layer, NAMES, x)):

@@ -11,7 +11,7 @@ from layer_helpers import assert_same_state, snapshot
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRALinear
+from lora_ext import LoraConfig, LoRALinear
 from lora_ext.models import lora_layers
 from lora_ext.nn import LoRAEmbedding, LoRAMergedLinear
 
@@ -88,10 +88,10 @@ def test_converted_layers_compute_the_same(name, mode):
         assert (parameter.grad is None) == (old.grad is None)
         if old.grad is not None:
             assert torch.allclose(parameter.grad, old.grad, rtol=1e-11, atol=1e-11)
-    lora_ext.models.merge(ours)
+    lora_ext.merge_adapter(ours)
     theirs.eval()
     assert torch.allclose(ours(x), theirs(x), rtol=1e-11, atol=1e-11)
-    weight = lora_ext.models.merge_and_unload(ours)[0].weight
+    weight = lora_ext.merge_and_unload(ours)[0].weight
     if "apart" not in name:  # where loralib merges
         wanted = theirs[0].weight.t() if "fan_in" in name else theirs[0].weight
         assert torch.allclose(weight, wanted, rtol=1e-11, atol=1e-11)
@@ -105,7 +105,7 @@ def test_dropout_and_scaling_come_along():
     y = model.eval()(x)
     lora_ext.loralib.convert_loralib(model)
     spec = model[0].adapters["default"]
-    assert spec.dropout == 0.25
+    assert spec.lora_dropout == 0.25
     assert spec.scaling == pytest.approx(0.3)
     assert torch.allclose(model(x), y)
 
@@ -194,7 +194,7 @@ def make_pair():
     ours = nn.ModuleDict(
         {"emb": nn.Embedding(VOCAB, IN), "lin": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT)}
     )
-    lora_ext.apply_lora(ours, LoRAConfig(["emb", "lin"], r=2, alpha=1.0))
+    lora_ext.apply_lora(ours, LoraConfig(["emb", "lin"], r=2, lora_alpha=1.0))
     for parameter in theirs.parameters():
         nn.init.normal_(parameter.data)
     return theirs.double(), ours.double()
@@ -211,7 +211,7 @@ def test_state_dicts_go_both_ways(bias):
     plain = {key: value for key, value in theirs.state_dict().items() if "lora_" not in key}
     ours.load_state_dict(plain, strict=False)
     state = loralib.lora_state_dict(theirs, bias)
-    lora_ext.models.merge(ours)
+    lora_ext.merge_adapter(ours)
     lora_ext.loralib.load_loralib_state_dict(ours, state)
     assert torch.allclose(run(ours), run(theirs))
     back = lora_ext.loralib.loralib_state_dict(ours, bias=bias)
@@ -258,7 +258,7 @@ def test_state_dicts_that_do_not_fit_write_nothing(change, message):
     theirs, ours = make_pair()
     state, before = copy.deepcopy(loralib.lora_state_dict(theirs)), snapshot(ours)
     change(state)
-    lora_ext.models.merge(ours)
+    lora_ext.merge_adapter(ours)
     with pytest.raises(ValueError, match=message):
         lora_ext.loralib.load_loralib_state_dict(ours, state)
     assert_same_state(ours, before)
@@ -268,11 +268,11 @@ def test_state_dicts_that_do_not_fit_write_nothing(change, message):
 def test_what_loralib_cannot_store():
     def model(kind, **words):
         inner = nn.Conv2d(4, 4, 1) if kind == "conv" else nn.Linear(4, 4)
-        return lora_ext.apply_lora(nn.Sequential(inner), LoRAConfig("0", r=2, **words))
+        return lora_ext.apply_lora(nn.Sequential(inner), LoraConfig("0", r=2, **words))
 
     for bad, message in (
         (model("conv"), "is a LoRAConv2d"),
-        (model("linear", init="pissa"), "has init 'pissa'"),
+        (model("linear", init_lora_weights="pissa"), "has init 'pissa'"),
         (model("linear", lora_bias=True), "has a lora_bias"),
     ):
         with pytest.raises(ValueError, match=f"'0' {message}.*save_adapter"):
@@ -285,8 +285,8 @@ def test_what_loralib_cannot_store():
 
 def test_biases_by_name_not_by_adapter():
     """An adapter of the name "bias" is no bias."""
-    model = lora_ext.apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig("0", r=2), "bias")
-    lora_ext.apply_lora(model, LoRAConfig("0", r=2), "other")
+    model = lora_ext.apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig("0", r=2), "bias")
+    lora_ext.apply_lora(model, LoraConfig("0", r=2), "other")
     state = lora_ext.loralib.loralib_state_dict(model, "other", bias="all")
     assert list(state) == ["0.lora_A", "0.lora_B", "0.bias"]
 

@@ -8,7 +8,7 @@ from layer_helpers import assert_same_state, make_layer, randomize, snapshot
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import LoRALayer, merging
 
@@ -18,31 +18,31 @@ TARGETS = ["emb", "q_proj", "mlp", "c_attn", "conv", "head.0", "head.1"]
 def zoo_with_adapters(names=("a", "b"), dtype=F64, **words):
     model = make_zoo(dtype)
     for name in names:
-        apply_lora(model, LoRAConfig(TARGETS, 3, 4.0, **words), name)
+        apply_lora(model, LoraConfig(TARGETS, 3, 4.0, **words), name)
     randomize(model)
-    lora_ext.models.set_adapter(model, names)
+    lora_ext.set_adapter(model, names)
     return model.eval()
 
 
 def test_layers_without_the_adapter_go_on():
     """An adapter that some layers lack: what is merged in some is added in none of the others."""
     model = make_zoo()
-    apply_lora(model, LoRAConfig(["q_proj", "conv"], 2), "a")
-    apply_lora(model, LoRAConfig(["mlp", "conv"], 2), "b")
+    apply_lora(model, LoraConfig(["q_proj", "conv"], 2), "a")
+    apply_lora(model, LoraConfig(["mlp", "conv"], 2), "b")
     randomize(model)
-    lora_ext.models.set_adapter(model, ["a", "b"])
+    lora_ext.set_adapter(model, ["a", "b"])
     y = model(make_ids())
     for names in ("a", "b", ["b", "a"], None):
-        lora_ext.models.merge(model, names)
+        lora_ext.merge_adapter(model, names)
         assert torch.allclose(model(make_ids()), y, rtol=1e-10, atol=1e-12)
     assert model.conv.merged_adapters == ("a", "b")
-    lora_ext.models.set_adapter(model, "a")
+    lora_ext.set_adapter(model, "a")
     with pytest.raises(ValueError, match=r"but got \['b'\] at 'layers.0.mlp'; call set_adapter"):
-        lora_ext.models.merge(model, ["a", "b"])
+        lora_ext.merge_adapter(model, ["a", "b"])
     with pytest.raises(
-        ValueError, match=r"lora_ext\.models\.merge: expected distinct names out of"
+        ValueError, match=r"lora_ext\.merge_adapter: expected distinct names out of"
     ):
-        lora_ext.models.merge(model, "c")
+        lora_ext.merge_adapter(model, "c")
 
 
 def state_of_merging(model):
@@ -55,12 +55,12 @@ def assert_same_merging(model, before):
         assert weight is old
 
 
-@pytest.mark.parametrize("function", [lora_ext.models.merge, lora_ext.models.merge_and_unload])
+@pytest.mark.parametrize("function", [lora_ext.merge_adapter, lora_ext.merge_and_unload])
 @pytest.mark.parametrize("first_merged", [False, True])
 def test_nan_in_the_last_layer_changes_nothing(function, first_merged):
     model = zoo_with_adapters()
     if first_merged:
-        lora_ext.models.merge(model, "b")
+        lora_ext.merge_adapter(model, "b")
     *_, (_, last) = lora_layers(model)
     with torch.no_grad():
         last.lora_b["a"][-1, -1] = float("nan")
@@ -73,7 +73,7 @@ def test_nan_in_the_last_layer_changes_nothing(function, first_merged):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("function", [lora_ext.models.merge, lora_ext.models.merge_and_unload])
+@pytest.mark.parametrize("function", [lora_ext.merge_adapter, lora_ext.merge_and_unload])
 def test_an_interrupt_changes_nothing(monkeypatch, function, error):
     model, calls, real = zoo_with_adapters(), [], merging._rounded
 
@@ -97,7 +97,7 @@ def test_train_and_eval_through_a_parent():
     wanted = model(ids)
     model.train().eval()
     assert not any(layer.merged for _, layer in lora_layers(model))
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     model.eval()
     assert all(layer.merged for _, layer in lora_layers(model))
     parent = nn.Sequential(nn.ModuleDict({"inner": model}))
@@ -111,17 +111,17 @@ def test_train_and_eval_through_a_parent():
 def test_a_state_dict_taken_while_merged():
     model, plain = zoo_with_adapters(dtype=BF16), make_zoo(BF16)
     before = snapshot(model)
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     state = model.state_dict()
     assert_same_state(model, before)
     for key, value in plain.state_dict().items():
         assert torch.equal(state[key], value)
     other = zoo_with_adapters(dtype=BF16)
     randomize(other, seed=5)
-    lora_ext.models.merge(other)
+    lora_ext.merge_adapter(other)
     other.load_state_dict(state)
     assert not any(layer.merged for _, layer in lora_layers(other))
-    lora_ext.models.unmerge(model)
+    lora_ext.unmerge_adapter(model)
     assert torch.equal(other(make_ids()), model(make_ids()))
 
 
@@ -129,16 +129,16 @@ def test_a_state_dict_taken_while_merged():
 def test_tied_weights(targets):
     """peft#2018: merging into one of two tied modules changed the other."""
     model, ids = Tied().double(), make_ids()
-    apply_lora(model, LoRAConfig(targets, 2), "a")
+    apply_lora(model, LoraConfig(targets, 2), "a")
     randomize(model)
     assert model.emb.weight is model.last.weight
     weight, y = model.emb.weight.detach().clone(), model(ids)
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     assert torch.allclose(model(ids), y)
     assert model.emb.weight is model.last.weight
-    lora_ext.models.unmerge(model)
+    lora_ext.unmerge_adapter(model)
     assert torch.equal(model(ids), y)
-    lora_ext.models.merge_and_unload(model)
+    lora_ext.merge_and_unload(model)
     assert torch.allclose(model(ids), y)
     for name in ("emb", "last"):
         assert torch.equal(model.get_submodule(name).weight, weight) == (name not in targets)
@@ -147,9 +147,9 @@ def test_tied_weights(targets):
 @pytest.mark.parametrize("dtype", [F64, BF16], ids=short)
 def test_merge_and_unload(dtype):
     model, plain, ids = zoo_with_adapters(dtype=dtype), make_zoo(dtype), make_ids()
-    lora_ext.models.merge(model)
+    lora_ext.merge_adapter(model)
     wanted = model(ids)
-    result = lora_ext.models.merge_and_unload(model)
+    result = lora_ext.merge_and_unload(model)
     assert result is model
     assert torch.equal(model(ids), wanted)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
@@ -163,26 +163,26 @@ def test_merge_and_unload(dtype):
 
 def test_merge_and_unload_of_some():
     model, ids = zoo_with_adapters(), make_ids()
-    lora_ext.models.set_adapter(model, "a")
+    lora_ext.set_adapter(model, "a")
     wanted = model(ids)
-    lora_ext.models.set_adapter(model, "b")
-    lora_ext.models.merge(model)
-    lora_ext.models.merge_and_unload(model, "a")  # active or not
+    lora_ext.set_adapter(model, "b")
+    lora_ext.merge_adapter(model)
+    lora_ext.merge_and_unload(model, "a")  # active or not
     assert torch.allclose(model(ids), wanted, rtol=1e-10)
     with pytest.raises(ValueError, match=r"merge_and_unload: expected a model that holds"):
-        lora_ext.models.merge_and_unload(make_layer("linear"))
+        lora_ext.merge_and_unload(make_layer("linear"))
     with pytest.raises(ValueError, match=r"merge_and_unload: expected distinct names"):
-        lora_ext.models.merge_and_unload(zoo_with_adapters(), "z")
+        lora_ext.merge_and_unload(zoo_with_adapters(), "z")
 
 
 def test_unload_gives_back_the_very_parameters():
     model, ids = make_zoo(BF16), make_ids()
     before, parameters, y = snapshot(model), list(model.parameters()), model(ids)
     hook = model.conv.register_forward_hook(lambda module, args, output: output + 1)
-    apply_lora(model, LoRAConfig(TARGETS, 3), "a")
+    apply_lora(model, LoraConfig(TARGETS, 3), "a")
     randomize(model)
-    lora_ext.models.merge(model)
-    lora_ext.models.unload(model)
+    lora_ext.merge_adapter(model)
+    lora_ext.unload(model)
     hook.remove()
     assert_same_state(model, before)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))

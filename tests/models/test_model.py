@@ -12,17 +12,17 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRALinear, apply_lora
+from lora_ext import LoraConfig, LoRALinear, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import AdapterSpec
 
-PISSA = LoRAConfig("conv", 2, init="pissa")
+PISSA = LoraConfig("conv", 2, init_lora_weights="pissa")
 
 
 def model_with(*adapters):
     model = make_zoo()
     for name in adapters:
-        apply_lora(model, LoRAConfig(["q_proj", "c_attn", "emb"], 2, lora_bias=False), name)
+        apply_lora(model, LoraConfig(["q_proj", "c_attn", "emb"], 2, lora_bias=False), name)
     return randomize(model)
 
 
@@ -38,12 +38,12 @@ def test_disabling_in_two_threads_that_overlap():
     base, entered, left = make_zoo()(ids), threading.Event(), threading.Event()
 
     def other():
-        with lora_ext.models.disable_adapters(model):
+        with lora_ext.disable_adapter(model):
             entered.set()
             left.wait(10)
 
     thread = threading.Thread(target=other)
-    with lora_ext.models.disable_adapters(model):
+    with lora_ext.disable_adapter(model):
         thread.start()
         assert entered.wait(10)
     assert torch.equal(model(ids), base)
@@ -56,7 +56,7 @@ def test_disabling_in_two_threads_that_overlap():
 def test_copies_made_while_adapters_are_disabled_have_theirs(way):
     model, ids = model_with("a"), make_ids()
     wanted = model(ids)
-    with lora_ext.models.disable_adapters(model):
+    with lora_ext.disable_adapter(model):
         other = way(model)
         assert not torch.equal(model(ids), wanted)
     assert torch.equal(other(ids), wanted)
@@ -65,9 +65,11 @@ def test_copies_made_while_adapters_are_disabled_have_theirs(way):
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_mark_only_lora_as_trainable(bias):
     model = model_with("a", "b")
-    apply_lora(model, LoRAConfig("conv", 2, init="pissa", modules_to_save="head.1"), "bias")
-    lora_ext.models.set_adapter(model, ["a", "bias"])
-    lora_ext.models.merge(model, "a")
+    apply_lora(
+        model, LoraConfig("conv", 2, init_lora_weights="pissa", modules_to_save="head.1"), "bias"
+    )
+    lora_ext.set_adapter(model, ["a", "bias"])
+    lora_ext.merge_adapter(model, "a")
     merged = [layer.merged_adapters for _, layer in lora_layers(model)]
     model.requires_grad_(True)
     lora_ext.models.mark_only_lora_as_trainable(model, bias)
@@ -92,7 +94,9 @@ def test_bias_has_three_values(function):
 @pytest.mark.parametrize("adapter", [None, "a", "bias"])
 def test_lora_state_dict(bias, adapter):
     model = model_with("a")
-    apply_lora(model, LoRAConfig("conv", 2, init="pissa", modules_to_save="norm"), "bias")
+    apply_lora(
+        model, LoraConfig("conv", 2, init_lora_weights="pissa", modules_to_save="norm"), "bias"
+    )
     state = lora_ext.models.lora_state_dict(model, bias, adapter)
     keys = {key for key in model.state_dict() if ".lora_" in key}
     if adapter:
@@ -110,8 +114,10 @@ def test_lora_state_dict(bias, adapter):
 def test_a_lora_state_dict_restores_what_was_trained():
     model, other, ids = model_with("a"), model_with("a"), make_ids()
     for each in (model, other):
-        apply_lora(each, LoRAConfig("conv", 2, init="olora", modules_to_save="norm"), "b")
-        lora_ext.models.set_adapter(each, ["a", "b"])
+        apply_lora(
+            each, LoraConfig("conv", 2, init_lora_weights="olora", modules_to_save="norm"), "b"
+        )
+        lora_ext.set_adapter(each, ["a", "b"])
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter)
@@ -120,7 +126,7 @@ def test_a_lora_state_dict_restores_what_was_trained():
     assert not result.unexpected_keys
     assert torch.equal(other(ids), model(ids))
     with pytest.raises(ValueError, match="lora_state_dict: expected distinct names"):
-        lora_ext.models.lora_state_dict(model, adapter="z")
+        lora_ext.models.lora_state_dict(model, adapter_name="z")
 
 
 def test_state_of_a_layer_that_is_the_model():
@@ -150,7 +156,7 @@ def test_trainable_parameters():
 
 def test_trainable_parameters_counts_shared_layers_once():
     shared = nn.Linear(4, 4)
-    model = apply_lora(nn.ModuleList([shared, nn.Sequential(shared)]), LoRAConfig("0", 2))
+    model = apply_lora(nn.ModuleList([shared, nn.Sequential(shared)]), LoraConfig("0", 2))
     report = lora_ext.models.trainable_parameters(model)
     assert report.adapters == {"default": 16}
     assert report.trainable == 16
@@ -159,10 +165,10 @@ def test_trainable_parameters_counts_shared_layers_once():
 
 def test_lora_plus_groups():
     model = make_zoo()
-    config = LoRAConfig(["q_proj", "c_attn"], 2, lora_bias=True, bias="all", modules_to_save="norm")
+    config = LoraConfig(["q_proj", "c_attn"], 2, lora_bias=True, bias="all", modules_to_save="norm")
     apply_lora(model, config, "a")
-    apply_lora(model, LoRAConfig("emb", 2), "b")
-    lora_ext.models.set_adapter(model, ["a", "b"])
+    apply_lora(model, LoraConfig("emb", 2), "b")
+    lora_ext.set_adapter(model, ["a", "b"])
     groups = lora_ext.models.lora_plus_groups(
         model, 1e-3, ratio=8.0, weight_decay=0.1, embedding_lr=2e-6
     )
@@ -181,7 +187,7 @@ def test_lora_plus_groups():
                 assert rates[parameter] == (2e-6 if path == "emb" else expected)
     assert rates[model.norm.weight] == rates[model.conv.bias] == 1e-3
     torch.optim.AdamW(groups)
-    lora_ext.models.set_adapter(model, "b")
+    lora_ext.set_adapter(model, "b")
     names = [group["name"] for group in lora_ext.models.lora_plus_groups(model, 1e-3)]
     assert names == ["embedding", "other"]
     with pytest.raises(ValueError, match="of 0 or more, but got"):
@@ -230,7 +236,7 @@ def products(layer, x):
 @pytest.mark.parametrize("packed", [False, True])
 def test_explained_path_is_the_one_that_runs(dtype, dropout, rows, packed):
     """axolotl#3806: dropout turned the fused path off in silence. Counted in torch's profiler."""
-    layer = LoRALinear(64, 48, r=8, dropout=dropout, dtype=dtype)
+    layer = LoRALinear(64, 48, r=8, lora_dropout=dropout, dtype=dtype)
     if packed:
         layer.pack_weight()
     path, reason = layer.path(rows)
@@ -253,15 +259,15 @@ def test_explain_of_a_high_rank_says_which_sums_may_be_slower(rank, dtype, says)
 
 def test_explain_names_every_path():
     model = nn.ModuleDict({f"l{i}": nn.Linear(32, 32) for i in range(7)})
-    apply_lora(model, LoRAConfig("l*"), "a")
-    apply_lora(model, LoRAConfig("l3", dropout=0.5), "b")
-    lora_ext.models.set_adapter(model, ["a", "b"])
+    apply_lora(model, LoraConfig("l*"), "a")
+    apply_lora(model, LoraConfig("l3", lora_dropout=0.5), "b")
+    lora_ext.set_adapter(model, ["a", "b"])
     model.l1.pack_weight()
     model.l2.merge()
     model.l4.set_adapter([])
     model.l5.delete_adapter("a")
     model.l6.double()
-    with model.l0.disable_adapters():
+    with model.l0.disable_adapter():
         found = {layer.name: (layer.path, layer.reason) for layer in lora_ext.explain(model)}
     assert found["l0"] == ("base", "adapters are disabled")
     assert found["l1"][0] == ("packed" if model.l1.packed.is_packed else "fused")
@@ -312,7 +318,7 @@ def test_the_weight_of_a_convolution_is_not_packed():
 def test_printed_explanation():
     model = nn.ModuleDict({"h": nn.ModuleList([nn.Linear(8, 8) for _ in range(12)])})
     assert str(lora_ext.explain(model)).startswith("no layer has adapters")
-    apply_lora(model, LoRAConfig("h.*"))
+    apply_lora(model, LoraConfig("h.*"))
     model.h[3].merge()
     lines = str(lora_ext.explain(model)).splitlines()
     assert len(lines) == 3

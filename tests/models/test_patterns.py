@@ -1,4 +1,4 @@
-r"""Patterns of module names in LoRAConfig: names, globs and expressions."""
+r"""Patterns of module names in LoraConfig: names, globs and expressions."""
 
 import fnmatch
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_ext import LoRAConfig
+from lora_ext import LoraConfig
 from lora_ext.models.patterns import is_name_of, matches
 
 TEXT = st.text(alphabet="ab.1-_d \n", max_size=8)
@@ -52,4 +52,4 @@ def test_a_glob_is_that_of_fnmatch_on_the_path_or_its_end_at_a_dot(glob, path):
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
 def test_an_expression_that_is_not_valid(field):
     with pytest.raises(ValueError, match=r"'re:\(a' has missing \)"):
-        LoRAConfig(**{"target_modules": "q", field: "re:(a"})
+        LoraConfig(**{"target_modules": "q", field: "re:(a"})

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from quantized_helpers import quantized_rows
 
 import lora_ext
-from lora_ext import _C, LoRAConfig, batch_invariant, invariance
+from lora_ext import _C, LoraConfig, batch_invariant, invariance
 from lora_ext.invariance import is_on
 
 ROWS = 2048
@@ -339,9 +339,9 @@ def test_the_rest_is_refused():
 
 def test_layers_are_taken_or_refused():
     model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 24), nn.Linear(24, 9))
-    lora_ext.apply_lora(model, LoRAConfig(["1"], r=4))
-    lora_ext.apply_lora(model, LoRAConfig(["1"], r=3), "other")
-    lora_ext.models.set_adapter(model, ["default", "other"])
+    lora_ext.apply_lora(model, LoraConfig(["1"], r=4))
+    lora_ext.apply_lora(model, LoraConfig(["1"], r=3), "other")
+    lora_ext.set_adapter(model, ["default", "other"])
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter)
@@ -353,8 +353,8 @@ def test_layers_are_taken_or_refused():
         assert layer.path == "fused"
         assert layer.reason.endswith("rank 7; batch-invariant")
     assert "batch-invariant" not in lora_ext.explain(model)[0].reason
-    lora_ext.apply_lora(model, LoRAConfig(["0"], r=4), "third")
-    lora_ext.models.set_adapter(model, ["third"])
+    lora_ext.apply_lora(model, LoraConfig(["0"], r=4), "third")
+    lora_ext.set_adapter(model, ["third"])
     with batch_invariant(), refused("an embedding"):
         model(ids)
 

@@ -229,7 +229,7 @@ TABLES = [
     (backward, BACKWARD, TypeError, S_OF_FLOAT64),
     (lora_ext.functional.dropout_mask, MASK, RuntimeError, WRONG_MASKS),
     (lora_ext.functional.dropout_mask, MASK, TypeError, MASK_DTYPES),
-    (lora_ext.prepack, {}, RuntimeError, WRONG_WEIGHTS),
+    (lora_ext.pack_weight, {}, RuntimeError, WRONG_WEIGHTS),
 ]
 
 

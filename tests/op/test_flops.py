@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_ext
-from lora_ext import LoRAConfig, reference
+from lora_ext import LoraConfig, reference
 from lora_ext.experts import ops, projection
 from lora_ext.experts.operands import Projection
 from lora_ext.experts.routing import Routes
@@ -31,7 +31,7 @@ def test_a_model():
     x = torch.randn(4, 5, IN)
     frozen = count(lambda: model(x))
     assert frozen == 2 * FROZEN
-    lora_ext.apply_lora(model, LoRAConfig("all-linear", r=4))
+    lora_ext.apply_lora(model, LoraConfig("all-linear", r=4))
     update = 2 * ROWS * 4 * (IN + OUT) * 2
     with torch.no_grad():
         assert count(lambda: model(x)) == frozen + update

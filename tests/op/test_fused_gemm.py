@@ -181,7 +181,7 @@ def test_nan_in_a_row_stays_in_it(panels):
 @pytest.mark.parametrize("panels", ["float32"], indirect=True)
 def test_a_pack_is_taken_where_there_is_one(panels):
     problem = make_problem(32, 64, 48, 4)
-    packed = lora_ext.prepack(problem.weight, backward=True)
+    packed = lora_ext.pack_weight(problem.weight, backward=True)
     for weight, is_library in ((packed, True), (problem.weight, False)):
         x = problem.x.clone().requires_grad_()
         with torch.autograd.profiler.profile() as profile:

@@ -57,7 +57,7 @@ def differentiated(call, y, problem, grad):
 
 def run(y, problem, grad, dropout_p=0.0, seed=1, row_offset=0, col_offset=0):
     seeds = torch.tensor(seed, device=y.device) if dropout_p else None
-    tail = (problem.scaling, dropout_p, seeds, row_offset, col_offset)
+    tail = (problem.scaling, dropout_p, True, seeds, row_offset, col_offset)
     return differentiated(lambda *leaves: lora_ext.lora_update(*leaves, *tail), y, problem, grad)
 
 

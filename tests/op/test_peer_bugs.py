@@ -136,7 +136,7 @@ def test_no_tile_reads_what_was_not_written(isa, device, nan_in_new_memory, pair
 def test_a_call_remembers_nothing_of_the_call_before(isa, device):
     """vllm#51121: state prepared for a full batch used on a part of it."""
     problem = make_problem(200, 65, 97, 9, device=device, scaling=0.5, integers=3)
-    packed = lora_ext.prepack(problem.weight, backward=True)
+    packed = lora_ext.pack_weight(problem.weight, backward=True)
     for weight in (problem.weight, packed):
         run_ours(problem, 0.5, weight=weight)
         for rows in (199, 61, 48, 47, 8, 7, 1, 0, 200):
@@ -218,7 +218,7 @@ def test_nothing_outlives_its_owner(isa, device):
     problem = make_problem(60, 40, 30, 4, device=device)
     tensors = [leaf(t.clone()) for t in (problem.x, problem.lora_a, problem.lora_b)]
     weight = problem.weight.clone()
-    packed = lora_ext.prepack(weight, backward=True)
+    packed = lora_ext.pack_weight(weight, backward=True)
     y = lora_ext.lora_linear(tensors[0], packed, *tensors[1:], dropout_p=0.5)
     y.sum().backward()
     watched = [weakref.ref(t) for t in (*tensors, weight, packed, y)]

@@ -18,7 +18,7 @@ from helpers import (
 from pack_helpers import call, packable, packed_weight
 
 import lora_ext
-from lora_ext import lora_linear, prepack
+from lora_ext import lora_linear, pack_weight
 
 PACKED_PAIRS = [(F32, F32), (BF16, F32), (BF16, BF16)]
 
@@ -40,7 +40,7 @@ def pair(request):
 def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes):
     """Both are bounded by the errors that a product in this dtype makes against float64."""
     problem = make_problem(*sizes, pair, bias=bias)
-    packed = prepack(problem.weight, backward=backward)
+    packed = pack_weight(problem.weight, backward=backward)
     assert packed.is_packed
     plain = run_ours(problem, dropout_p)
     with_pack = run_ours(problem, dropout_p, weight=packed)
@@ -57,7 +57,7 @@ def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes
 @pytest.mark.parametrize("rows", [2, 17, 60])
 def test_packed_integers_are_exact(isa, pair, rows):
     problem = make_problem(rows, 77, 83, 4, pair, scaling=0.5, integers=1)
-    packed = prepack(problem.weight, backward=True)
+    packed = pack_weight(problem.weight, backward=True)
     exact = run_float64(problem)
     run = run_ours(problem, weight=packed)
     for name, value in run.items():
@@ -120,7 +120,7 @@ def test_empty_batch_and_one_row():
 def test_what_stays_unpacked_has_a_reason(dtype, on):
     if on == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    packed = prepack(torch.randn(70, 40, device=on).to(dtype))
+    packed = pack_weight(torch.randn(70, 40, device=on).to(dtype))
     assert not packed.is_packed
     assert packed.nbytes == 0
     assert (on if on == "cuda" else str(dtype)) in packed.reason
@@ -132,14 +132,14 @@ def test_what_stays_unpacked_has_a_reason(dtype, on):
 
 
 def test_other_devices_stay_unpacked_with_a_reason():
-    packed = prepack(torch.empty(70, 40, device="meta"))
+    packed = pack_weight(torch.empty(70, 40, device="meta"))
     assert not packed.is_packed
     assert "meta" in packed.reason
 
 
 @pytest.mark.parametrize("shape", [(0, 40), (70, 0)])
 def test_nothing_to_pack(shape):
-    packed = prepack(torch.empty(shape))
+    packed = pack_weight(torch.empty(shape))
     assert not packed.is_packed
     assert packed.reason
 
@@ -147,7 +147,7 @@ def test_nothing_to_pack(shape):
 def test_the_original_weight_is_kept_and_not_changed():
     weight = torch.randn(70, 40)
     before, version = weight.clone(), weight._version
-    packed = prepack(weight, backward=True)
+    packed = pack_weight(weight, backward=True)
     assert packed.weight is weight
     assert torch.equal(weight, before)
     assert weight._version == version
@@ -161,7 +161,7 @@ def test_a_strided_weight(layout):
         "gaps": lambda: torch.randn(70, 50)[:, 3:43],
         "shifted": lambda: torch.randn(70 * 40 + 1)[1:].view(70, 40),
     }[layout]()
-    packed = prepack(weight, backward=True)
+    packed = pack_weight(weight, backward=True)
     assert packed.is_packed
     assert torch.allclose(call(packed), call(weight), atol=1e-4)
 
@@ -253,7 +253,7 @@ def test_compile_falls_back_to_the_weight(forget_graphs, counter, backward):
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=pair_id)
 def test_every_dtype_runs_or_raises(pair):
     """Of a packed float32 weight: no route reads it as another dtype."""
-    packed = prepack(torch.randn(70, 40))
+    packed = pack_weight(torch.randn(70, 40))
     problem = make_problem(60, 40, 70, 5, pair)
     tensors = (problem.lora_a, problem.lora_b)
     if pair[0] == F32:

@@ -10,7 +10,7 @@ from helpers import F32, F64, by_pickle, by_torch_save, make_problem
 from pack_helpers import call, packed_weight
 from torch import nn
 
-from lora_ext import lora_linear, prepack
+from lora_ext import lora_linear, pack_weight
 from lora_ext.functional import PackedWeight
 
 
@@ -20,14 +20,14 @@ def test_copies_and_pickles_hold_the_weight_alone(how):
     other = how(packed)
     assert packed.is_packed
     assert not other.is_packed
-    assert "prepack again" in other.reason
+    assert "pack_weight again" in other.reason
     assert torch.equal(other.weight, packed.weight)
     assert torch.equal(call(other), call(packed.weight))
 
 
 def test_a_pickle_holds_no_packed_bytes():
     weight = torch.randn(256, 256)
-    assert len(pickle.dumps(prepack(weight, backward=True))) < 1.2 * weight.nbytes
+    assert len(pickle.dumps(pack_weight(weight, backward=True))) < 1.2 * weight.nbytes
 
 
 def test_to_another_dtype_or_device_drops_the_pack():
@@ -51,7 +51,7 @@ def test_verify_finds_any_write_of_all_elements(shape, write):
     packed = packed_weight(shape=shape)
     packed.verify()
     packed.weight.data.copy_(write(packed.weight.data))
-    with pytest.raises(RuntimeError, match="written to since; call prepack again"):
+    with pytest.raises(RuntimeError, match="written to since; call pack_weight again"):
         packed.verify()
 
 
@@ -69,7 +69,7 @@ def test_verify_of_what_is_not_packed():
     packed.drop()
     packed.weight.data += 1
     packed.verify()
-    prepack(torch.randn(4, 4, dtype=F64)).verify()
+    pack_weight(torch.randn(4, 4, dtype=F64)).verify()
 
 
 def test_drop():
@@ -122,7 +122,7 @@ def changed_by(change):
     layer = nn.Linear(40, 70, bias=False).requires_grad_(False)
     layer.memory = torch.randn(70, 40).numpy()
     layer.weight.data = torch.from_numpy(layer.memory)
-    packed = prepack(layer.weight)
+    packed = pack_weight(layer.weight)
     assert packed.is_packed
     call(packed)
     change(layer)
@@ -169,14 +169,14 @@ def test_a_pack_does_not_outlive_a_change(change):
 
 
 def test_a_weight_of_inference_mode_is_not_packed():
-    packed = prepack(inference_weight())
+    packed = pack_weight(inference_weight())
     assert not packed.is_packed
     assert "made under torch.inference_mode" in packed.reason
     with torch.inference_mode():  # a weight from outside may be
-        assert prepack(torch.randn(70, 40)).reason == packed.reason
+        assert pack_weight(torch.randn(70, 40)).reason == packed.reason
     weight = torch.randn(70, 40)
     with torch.inference_mode():
-        assert prepack(weight).is_packed
+        assert pack_weight(weight).is_packed
 
 
 @pytest.mark.parametrize("is_near", [False, True])
@@ -189,7 +189,7 @@ def test_a_packed_transpose_does_not_outlive_a_change_before_backward(is_near):
     for is_packed in (True, False):
         both = torch.stack([problem.weight, problem.weight.flip(0)])
         weight = both[0] if is_near else problem.weight.clone()
-        operand = prepack(weight, backward=True) if is_packed else weight
+        operand = pack_weight(weight, backward=True) if is_packed else weight
         x = problem.x.clone().requires_grad_()
         y = lora_linear(x, operand, problem.lora_a, problem.lora_b)
         weight.data = both[1] if is_near else weight.flip(0)

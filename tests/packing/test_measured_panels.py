@@ -156,7 +156,7 @@ def test_what_is_offered_is_right_at_odd_sizes(dtype, shape, quick):
         exact = LoRALinear(within, out, dtype=F64, fan_in_fan_out=transposed, r=3)
         exact.load_state_dict(model.state_dict())
         weights = model.weight.detach().t() if transposed else model.weight.detach()
-        packs = [lora_ext.prepack(model.weight, backward=True, transposed=transposed)]
+        packs = [lora_ext.pack_weight(model.weight, backward=True, transposed=transposed)]
         kind = pack.Kind(out, within, dtype, transposed, False)
         for rows in (1, 9):
             x, grad = torch.randn(rows, within).to(dtype), torch.randn(rows, out).to(dtype)
@@ -226,7 +226,7 @@ def test_weights_that_are_not_finite_are_no_fault(quick):
 
 def test_which_panels_are_timed():
     """Each candidate beside the rule's; a candidate by another name is refused."""
-    packs = [lora_ext.prepack(torch.randn(40, 24), backward=True)]
+    packs = [lora_ext.pack_weight(torch.randn(40, 24), backward=True)]
     kind = pack.Kind(40, 24, F32, False, False)
     for backward in (False, True):
         found = Trial(packs, None, kind, 16, backward).found([])

@@ -24,7 +24,6 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import lora_ext
-from lora_ext import LoRAConfig
 from lora_ext.autotune import session
 from lora_ext.nn import LoRALinear
 from lora_ext.packing import pack, pack_weights
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.skipif(not packable(F32), reason="this torch has no one
 def own_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24))
-    return lora_ext.apply_lora(model, LoRAConfig("all-linear", r=4, alpha=8))
+    return lora_ext.apply_lora(model, lora_ext.LoraConfig("all-linear", r=4, lora_alpha=8))
 
 
 def test_warmup_packs_a_model_on_the_cpu(ratios):
@@ -81,7 +80,7 @@ def test_pack_in_one_word(ratios, make):
     if make == "own":
         torch.manual_seed(0)
         bare = nn.Sequential(nn.Linear(24, 40))
-        model = lora_ext.apply_lora(bare, LoRAConfig("all-linear", r=4), pack=(3, 64))
+        model = lora_ext.apply_lora(bare, lora_ext.LoraConfig("all-linear", r=4), pack=(3, 64))
         rows = (3, 64)
     else:
         model = lora_ext.accelerate(net(), pack=True)

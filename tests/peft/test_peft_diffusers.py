@@ -103,13 +103,13 @@ def test_a_later_adapter():
 def test_a_folder_of_diffusers_names_the_way_out(tmp_path):
     model, fast = both("flux")
     model.save_lora_adapter(tmp_path, "b")
-    other = lora_ext.apply_lora(nn.Sequential(nn.Linear(4, 4)), lora_ext.LoRAConfig("0"))
+    other = lora_ext.apply_lora(nn.Sequential(nn.Linear(4, 4)), lora_ext.LoraConfig("0"))
     pool = lora_ext.AdapterPool(
         nn.Sequential(nn.Linear(4, 4)), capacity=1, max_rank=2, target_modules=["0"]
     )
     for take in (
         lambda: lora_ext.load_adapter(other, tmp_path, "b"),
-        lambda: pool.add("b", tmp_path),
+        lambda: pool.add_adapter("b", tmp_path),
     ):
         with pytest.raises(ValueError, match=r"pipe\.load_lora_weights\(folder\) reads it, then"):
             take()
@@ -285,7 +285,7 @@ def test_own_layers_over_gguf(tmp_path):
 
     model, given = base(), inputs("flux")
     plain = output(model, given)
-    lora_ext.apply_lora(model, lora_ext.LoRAConfig(MODELS["flux"][1], r=4))
+    lora_ext.apply_lora(model, lora_ext.LoraConfig(MODELS["flux"][1], r=4))
     assert {layer.path for layer in lora_ext.explain(model)} == {"fused"}
     close(output(model, given), plain)
     for key, parameter in model.named_parameters():
@@ -295,7 +295,7 @@ def test_own_layers_over_gguf(tmp_path):
     assert (changed - plain).abs().max() > 0.01 * plain.abs().max()
     lora_ext.save_adapter(model, tmp_path)
     assert torch.equal(output(lora_ext.load_adapter(base(), tmp_path), given), changed)
-    assert torch.equal(output(lora_ext.models.unload(model), given), plain)
+    assert torch.equal(output(lora_ext.unload(model), given), plain)
 
 
 # ---- the page ----

@@ -10,18 +10,18 @@ from peft_helpers import layer_model, make_ids, make_x, net
 import lora_ext
 
 VERBS = {
-    "set_adapter": lambda m: lora_ext.models.set_adapter(m, "a"),
-    "delete_adapter": lambda m: lora_ext.models.delete_adapter(m, "a"),
-    "merge": lora_ext.models.merge,
-    "unmerge": lora_ext.models.unmerge,
-    "disable_adapters": lambda m: lora_ext.models.disable_adapters(m).__enter__(),
-    "merge_and_unload": lora_ext.models.merge_and_unload,
-    "unload": lora_ext.models.unload,
+    "set_adapter": lambda m: lora_ext.set_adapter(m, "a"),
+    "delete_adapter": lambda m: lora_ext.delete_adapter(m, "a"),
+    "merge_adapter": lora_ext.merge_adapter,
+    "unmerge_adapter": lora_ext.unmerge_adapter,
+    "disable_adapter": lambda m: lora_ext.disable_adapter(m).__enter__(),
+    "merge_and_unload": lora_ext.merge_and_unload,
+    "unload": lora_ext.unload,
     "lora_state_dict": lora_ext.models.lora_state_dict,
     "mark_only_lora_as_trainable": lora_ext.models.mark_only_lora_as_trainable,
     "save_adapter": lambda m: lora_ext.save_adapter(m, "/nowhere"),
     "load_adapter": lambda m: lora_ext.load_adapter(m, "/nowhere"),
-    "apply_lora": lambda m: lora_ext.apply_lora(m, lora_ext.LoRAConfig("up")),
+    "apply_lora": lambda m: lora_ext.apply_lora(m, lora_ext.LoraConfig("up")),
 }
 
 

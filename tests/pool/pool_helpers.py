@@ -5,7 +5,7 @@ from adapter_helpers import LINEAR, make_ids, make_zoo
 from helpers import F32, F64
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoraConfig
 
 NAMES = ["a", "b", None]
 LAYERS = ["layers.0.q_proj", "layers.0.mlp", "layers.1.q_proj", "layers.1.mlp"]
@@ -15,8 +15,8 @@ LAYERS += ["layers.2.q_proj", "layers.2.mlp", "c_attn"]
 def make_pool(capacity=4, max_rank=6, dtype=F32, **words):
     """A pool with "a" of rank 4 in all its layers, and "b" of rank 2 in some."""
     pool = AdapterPool(make_zoo(dtype), capacity, max_rank, LINEAR, **words)
-    pool.add("a", LoRAConfig(LINEAR, r=4, alpha=6, dropout=0.3))
-    pool.add("b", LoRAConfig(["q_proj"], r=2, alpha=-3, use_rslora=True))
+    pool.add_adapter("a", LoraConfig(LINEAR, r=4, lora_alpha=6, lora_dropout=0.3))
+    pool.add_adapter("b", LoraConfig(["q_proj"], r=2, lora_alpha=-3, use_rslora=True))
     for seed, name in enumerate(pool):
         randomize(pool.parameters(name), seed)
     return pool
@@ -41,7 +41,7 @@ def reference(pool, names=NAMES):
         model = make_zoo(next(pool.model.parameters()).dtype)
         for path, spec in ({} if name is None else pool.specs(name)).items():
             own = path.replace(".", "_")
-            config = LoRAConfig([f"re:{path}"], spec.r, spec.alpha, use_rslora=spec.use_rslora)
+            config = LoraConfig([f"re:{path}"], spec.r, spec.lora_alpha, use_rslora=spec.use_rslora)
             layer = lora_ext.apply_lora(model, config, own).get_submodule(path)
             layer.set_adapter(own)
             for table in ("lora_a", "lora_b"):

@@ -25,7 +25,7 @@ from pool_helpers import (
 )
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoraConfig
 from lora_ext.adapters import AdapterError
 from lora_ext.nn import layer_pool
 
@@ -53,9 +53,9 @@ def test_serving_reads_the_pool_itself():
     calls = [event.name for event in profile.events()]
     assert calls.count("lora_ext::lora_grouped") == len(LAYERS)
     assert "aten::cat" not in calls and "aten::stack" not in calls
-    pool.add("c", LoRAConfig(LINEAR, r=6))
-    pool.replace("a", LoRAConfig(LINEAR, r=1))
-    pool.remove("b")
+    pool.add_adapter("c", LoraConfig(LINEAR, r=6))
+    pool.replace_adapter("a", LoraConfig(LINEAR, r=1))
+    pool.delete_adapter("b")
     assert pointers == {key: tensor.data_ptr() for key, tensor in buffers(pool).items()}
     with torch.no_grad():
         assert_close(mixed(pool, ["c", "a", None]), reference(pool, ["c", "a", None]))
@@ -69,10 +69,10 @@ def test_outside_of_a_block_nothing_is_added():
 
 
 def test_beside_adapters_of_the_model():
-    model = lora_ext.apply_lora(make_zoo(), LoRAConfig(LINEAR, r=3), "own")
+    model = lora_ext.apply_lora(make_zoo(), LoraConfig(LINEAR, r=3), "own")
     randomize((p for p in model.parameters() if p.requires_grad), 5)
     pool = AdapterPool(model, 2, 4, LINEAR)
-    pool.add("a", LoRAConfig(LINEAR, r=4))
+    pool.add_adapter("a", LoraConfig(LINEAR, r=4))
     randomize(pool.parameters("a"), 6)
     own = model(make_ids())
     with lora_ext.use_adapters(model, ["a", "own", None]):
@@ -80,9 +80,9 @@ def test_beside_adapters_of_the_model():
     assert_close(y[1], own[1])
     assert_close(y[0], mixed(pool, ["a"] * 3)[0])
     with pytest.raises(AdapterError, match="new name"):
-        pool.add("own", LoRAConfig(LINEAR))
+        pool.add_adapter("own", LoraConfig(LINEAR))
     with pytest.raises(ValueError, match="exists already"):
-        lora_ext.apply_lora(model, LoRAConfig(LINEAR), "a")
+        lora_ext.apply_lora(model, LoraConfig(LINEAR), "a")
 
 
 # ---- compiled ----
@@ -96,11 +96,11 @@ def test_serving_never_recompiles(counter):
     orders = itertools.permutations(["a", "b", None])
     for step, names in enumerate(orders):
         if step == 2:
-            pool.add("c", LoRAConfig(LINEAR, r=5))
+            pool.add_adapter("c", LoraConfig(LINEAR, r=5))
             randomize(pool.parameters("c"), 4)
             names = ("c", "a", None)
         if step == 3:
-            pool.remove("b")
+            pool.delete_adapter("b")
             names = ("a", "c", "c")
         if step > 3:
             names = tuple("c" if name == "b" else name for name in names)
@@ -120,8 +120,8 @@ def test_names_and_slots():
     assert (pool.slot("a"), pool.slot("b")) == (0, 1)
     assert "2 of 2 slots used" in repr(pool)
     assert set(pool.specs("b")) == {path for path in LAYERS if path.endswith("q_proj")}
-    pool.remove("a")
-    pool.add("c", LoRAConfig(LINEAR, r=2))
+    pool.delete_adapter("a")
+    pool.add_adapter("c", LoraConfig(LINEAR, r=2))
     assert (pool.slot("c"), pool.slot("b"), pool.names) == (0, 1, ["b", "c"])
 
 
@@ -129,16 +129,19 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
     pool = make_pool(capacity=3)
     before = slots(pool)
     good = values(pool, "a")
-    config = LoRAConfig(LINEAR, alpha=6)
+    config = LoraConfig(LINEAR, lora_alpha=6)
     key = "layers.1.mlp.lora_b"
     cases = {
         AdapterError: [
-            ("new name", ("a", LoRAConfig(LINEAR))),
-            ("without dots", ("x.y", LoRAConfig(LINEAR))),
-            ("at most 6, the pool's max_rank, but got 7", ("x", LoRAConfig(LINEAR, r=7))),
-            ("init 'kaiming' or", ("x", LoRAConfig(LINEAR, r=2, init="pissa"))),
-            ("no lora_bias", ("x", LoRAConfig(LINEAR, r=2, lora_bias=True))),
-            ("pool's layers.*'emb'", ("x", LoRAConfig(["emb"], r=2))),
+            ("new name", ("a", LoraConfig(LINEAR))),
+            ("without dots", ("x.y", LoraConfig(LINEAR))),
+            ("at most 6, the pool's max_rank, but got 7", ("x", LoraConfig(LINEAR, r=7))),
+            (
+                "init_lora_weights True or",
+                ("x", LoraConfig(LINEAR, r=2, init_lora_weights="pissa")),
+            ),
+            ("no lora_bias", ("x", LoraConfig(LINEAR, r=2, lora_bias=True))),
+            ("pool's layers.*'emb'", ("x", LoraConfig(["emb"], r=2))),
             ("a config beside tensors", ("x", good)),
             ("finite", ("x", good | {key: good[key] * float("nan")}, config)),
             (r"lora_b of shape \[16, 4\]", ("x", good | {key: good[key][1:]}, config)),
@@ -148,24 +151,24 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
             ("a folder with", ("x", tmp_path / "none")),
         ],
         TypeError: [
-            ("LoRAConfig, a mapping", ("x", 3)),
+            ("LoraConfig, a mapping", ("x", 3)),
             ("peft's LoraConfig: .*accelerate", ("x", peft.LoraConfig())),
             ("no config beside a folder", ("x", tmp_path, config)),
         ],
     }
     for error, (message, arguments) in ((e, case) for e, found in cases.items() for case in found):
         with pytest.raises(error, match=message):
-            pool.add(*arguments)
+            pool.add_adapter(*arguments)
         assert_same(slots(pool), before)
         assert pool.names == ["a", "b"]
-    pool.add("c", LoRAConfig(LINEAR, r=1))
+    pool.add_adapter("c", LoraConfig(LINEAR, r=1))
     with pytest.raises(AdapterError, match="all 3 are used"):
-        pool.add("d", LoRAConfig(LINEAR, r=1))
-    of_a_name = (pool.remove, pool.parameters, pool.slot, pool.specs, pool.tensors)
+        pool.add_adapter("d", LoraConfig(LINEAR, r=1))
+    of_a_name = (pool.delete_adapter, pool.parameters, pool.slot, pool.specs, pool.tensors)
     for call in (
         *(partial(verb, "z") for verb in of_a_name),
-        lambda: pool.replace("z", LoRAConfig(LINEAR)),
-        lambda: pool.save("z", tmp_path / "z"),
+        lambda: pool.replace_adapter("z", LoraConfig(LINEAR)),
+        lambda: pool.save_adapter("z", tmp_path / "z"),
     ):
         with pytest.raises(AdapterError, match=r"one of the adapters \['a', 'b', 'c'\].*'z'"):
             call()
@@ -191,7 +194,7 @@ def test_replacing_keeps_the_parameters_where_the_rank_stays():
     parameters = pool.parameters("a")
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     tensors = {key: -value for key, value in values(pool, "a").items()}
-    found = pool.replace("a", tensors, LoRAConfig(LINEAR, alpha=10))
+    found = pool.replace_adapter("a", tensors, LoraConfig(LINEAR, lora_alpha=10))
     assert all(one is other for one, other in zip(found, parameters, strict=True))
     assert_same(values(pool, "a"), tensors)
     assert pool.specs("a")["c_attn"].scaling == 2.5
@@ -206,7 +209,7 @@ def test_what_an_optimizer_holds_of_a_former_adapter_reaches_no_slot():
     old = pool.parameters("a")
     optimizer = torch.optim.SGD(old, lr=1.0)
     mixed(pool).sum().backward()
-    pool.replace("a", LoRAConfig(LINEAR, r=2, alpha=6, init="gaussian"))
+    pool.replace_adapter("a", LoraConfig(LINEAR, r=2, lora_alpha=6, init_lora_weights="gaussian"))
     randomize(pool.parameters("a"))
     new = values(pool, "a")
     optimizer.step()
@@ -214,7 +217,7 @@ def test_what_an_optimizer_holds_of_a_former_adapter_reaches_no_slot():
     assert_same(values(pool, "a"), new)
     assert_served(pool)  # with alpha / r of the new rank
     old = pool.parameters("b")
-    pool.remove("b")
+    pool.delete_adapter("b")
     assert all(parameter.numel() == 0 for parameter in old)
 
 
@@ -232,16 +235,18 @@ def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
 
     monkeypatch.setattr(layer_pool.LayerPool, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pool.replace("a", LoRAConfig(["q_proj", "mlp", "c_attn"], r=rank, init="gaussian"))
+        pool.replace_adapter(
+            "a", LoraConfig(["q_proj", "mlp", "c_attn"], r=rank, init_lora_weights="gaussian")
+        )
     calls = itertools.count()
     with pytest.raises(KeyboardInterrupt):
-        pool.add("c", LoRAConfig(LINEAR, r=rank))
+        pool.add_adapter("c", LoraConfig(LINEAR, r=rank))
     monkeypatch.undo()
     assert pool.names == ["a", "b"] and pool.specs("a") == specs
     assert_same(values(pool, "a"), before)
     assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
     assert_served(pool)
-    pool.add("c", LoRAConfig(LINEAR, r=3, init="gaussian"))
+    pool.add_adapter("c", LoraConfig(LINEAR, r=3, init_lora_weights="gaussian"))
     assert_served(pool, ["a", "c", "b"])
 
 
@@ -250,8 +255,8 @@ def test_many_lives_of_a_slot_leave_nothing():
     tensors = values(pool, "a")
     count = len(list(buffers(pool)))
     for life in range(300):
-        pool.add("c", tensors, LoRAConfig(LINEAR, alpha=life + 1))
-        pool.remove("c")
+        pool.add_adapter("c", tensors, LoraConfig(LINEAR, lora_alpha=life + 1))
+        pool.delete_adapter("c")
     assert len(list(buffers(pool))) == count
     layer = pool.layers["c_attn"].pool
     assert layer.specs.keys() == layer.slots.keys() == {"a"}
@@ -268,15 +273,15 @@ def test_folders_of_peft(tmp_path):
     )
     save_peft(theirs, tmp_path / "theirs")
     pool = AdapterPool(make_zoo(), 3, 6, LINEAR)
-    pool.add("a", tmp_path / "theirs")
+    pool.add_adapter("a", tmp_path / "theirs")
     assert not any(p.requires_grad for p in pool.parameters("a"))
     wanted = theirs(make_ids()).detach()
     assert_close(mixed(pool, ["a"] * 3).detach(), wanted)
-    pool.save("a", tmp_path / "ours")
+    pool.save_adapter("a", tmp_path / "ours")
     assert_close(from_peft(base, tmp_path / "ours")(make_ids()).detach(), wanted)
     model = lora_ext.load_adapter(make_zoo(), tmp_path / "ours")
     assert_close(model(make_ids()).detach(), wanted)
-    pool.replace("a", str(tmp_path / "ours"))
+    pool.replace_adapter("a", str(tmp_path / "ours"))
     assert_close(mixed(pool, ["a"] * 3).detach(), wanted)
 
 
@@ -294,7 +299,7 @@ def test_folders_that_are_more_than_plain_lora(tmp_path):
         folder = tmp_path / message[:6]
         save_peft(zoo_of_peft(make_zoo(), **{"r": 4, **words}), folder)
         with pytest.raises(AdapterError, match=message):
-            pool.add("x", folder)
+            pool.add_adapter("x", folder)
         assert_same(slots(pool), before)
 
 
@@ -311,8 +316,8 @@ def test_copies_hold_their_own_pool():
         assert [p.requires_grad for p in other.parameters("a")] == [True] * 14
         torch.optim.SGD(other.parameters("a"), lr=1.0)
         randomize(other.parameters("a"), 8)
-        other.remove("b")
-        other.add("c", LoRAConfig(LINEAR, r=2))
+        other.delete_adapter("b")
+        other.add_adapter("c", LoraConfig(LINEAR, r=2))
         assert_served(other, ["a", "c", None])
     assert torch.equal(mixed(pool).detach(), wanted) and pool.names == ["a", "b"]
 
@@ -331,11 +336,11 @@ def test_moves_and_casts_keep_parameters_and_memory_together():
     layer = pool.layers["c_attn"].pool
     assert torch.equal(layer.lora_b[pool.slot("a"), :, :4], parameters[-1])
     assert not torch.equal(before["c_attn.lora_b"], parameters[-1])
-    pool.add("thirds", LoRAConfig(LINEAR, r=3, alpha=4))
+    pool.add_adapter("thirds", LoraConfig(LINEAR, r=3, lora_alpha=4))
     pool.model.to(BF16)
     assert layer.scaling.dtype is F32 and layer.ranks.dtype is torch.int32
     assert layer.scaling[0] == 1.5 and layer.scaling[pool.slot("thirds")] == torch.tensor(4 / 3)
-    pool.remove("thirds")
+    pool.delete_adapter("thirds")
     with torch.no_grad():
         y = mixed(pool)
         assert y.dtype is BF16
@@ -346,15 +351,15 @@ def test_moves_and_casts_keep_parameters_and_memory_together():
 
 def test_half_bases_have_float32_adapters():
     pool = AdapterPool(make_zoo(BF16), 2, 4, LINEAR)
-    pool.add("a", LoRAConfig(LINEAR, r=4, init="gaussian"))
+    pool.add_adapter("a", LoraConfig(LINEAR, r=4, init_lora_weights="gaussian"))
     assert {p.dtype for p in pool.parameters("a")} == {F32}
     assert mixed(pool, ["a", None, "a"]).dtype is BF16
-    narrow = AdapterPool(make_zoo(F16), 2, 4, LINEAR, dtype=F16)
+    narrow = AdapterPool(make_zoo(F16), 2, 4, LINEAR, adapter_dtype=F16)
     with pytest.raises(AdapterError, match="finite values in lora_a"):
         large = {key: torch.full_like(value, 1e5) for key, value in values(pool, "a").items()}
-        narrow.add("a", large, LoRAConfig(LINEAR))
-    half = AdapterPool(make_zoo(BF16), 2, 4, LINEAR, dtype=BF16)
-    half.add("a", values(pool, "a"), LoRAConfig(LINEAR))
+        narrow.add_adapter("a", large, LoraConfig(LINEAR))
+    half = AdapterPool(make_zoo(BF16), 2, 4, LINEAR, adapter_dtype=BF16)
+    half.add_adapter("a", values(pool, "a"), LoraConfig(LINEAR))
     assert {p.dtype for p in half.parameters("a")} == {BF16}
     with torch.no_grad():
         y = mixed(half, ["a", None, "a"])

@@ -12,7 +12,7 @@ from mixture_helpers import edited, loaded_by_peft, logits, mixture, peft_mixtur
 from pool_helpers import assert_same, buffers, randomize, slots, values
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoraConfig
 from lora_ext.adapters import AdapterError
 from lora_ext.nn import layer_pool
 
@@ -24,17 +24,17 @@ DOWN = "model.layers.0.mlp.experts.down_proj"
 def on_everything(kind="qwen3_moe"):
     """Adapters of unlike ranks, on unlike layers."""
     return {
-        "a": LoRAConfig(["all-linear", ROUTERS[kind]], r=3, alpha=6),
-        "b": LoRAConfig(["experts.down_proj", "q_proj"], r=4, alpha=-3, use_rslora=True),
-        "c": LoRAConfig("q_proj", r=2),
+        "a": LoraConfig(["all-linear", ROUTERS[kind]], r=3, lora_alpha=6),
+        "b": LoraConfig(["experts.down_proj", "q_proj"], r=4, lora_alpha=-3, use_rslora=True),
+        "c": LoraConfig("q_proj", r=2),
     }
 
 
 def on_experts(**words):
     return {
-        "a": LoRAConfig("experts", r=3, alpha=6, **words),
-        "b": LoRAConfig("experts.down_proj", r=4, alpha=-3, **words),
-        "c": LoRAConfig("experts", r=1, **words),
+        "a": LoraConfig("experts", r=3, lora_alpha=6, **words),
+        "b": LoraConfig("experts.down_proj", r=4, lora_alpha=-3, **words),
+        "c": LoraConfig("experts", r=1, **words),
     }
 
 
@@ -42,7 +42,7 @@ def pool_of(model, configs, targets="experts"):
     """With random values in each adapter."""
     pool = AdapterPool(model, 4, 4, targets)
     for seed, (name, config) in enumerate(configs.items()):
-        pool.add(name, config)
+        pool.add_adapter(name, config)
         randomize(pool.parameters(name), seed)
     return pool
 
@@ -88,7 +88,7 @@ def alone(model):
     ids, rows, found = some_ids(shape=(len(NAMES), 4)), [], {}
     for name in NAMES:
         own = torch.tensor([each == name for each in NAMES])
-        lora_ext.models.set_adapter(model, name or [])
+        lora_ext.set_adapter(model, name or [])
         y = model(ids).logits
         rows.append(y.detach()[len(rows)])
         if name is not None:
@@ -144,10 +144,10 @@ def test_the_bits_of_the_same_adapters_of_a_model(has_four_bits, tokens):
     """Forward, gradients and the masks of dropout."""
     sizes = {"hidden_size": 64, "moe_intermediate_size": 96}
     base = mixture(dtype=BF16, **sizes)
-    base, configs = quantised(base) if has_four_bits else base, on_experts(dropout=0.3)
+    base, configs = quantised(base) if has_four_bits else base, on_experts(lora_dropout=0.3)
     pool = pool_of(copy.deepcopy(base), configs)
     twin = twin_of(pool, copy.deepcopy(base), configs)
-    lora_ext.models.set_adapter(twin, list(pool))  # so that all are trained
+    lora_ext.set_adapter(twin, list(pool))  # so that all are trained
     with torch.no_grad():
         y, wanted = (mixed(model.eval(), tokens=tokens) for model in (pool.model, twin))
     assert torch.equal(y, wanted)
@@ -189,16 +189,16 @@ def test_lives_of_a_slot(tmp_path):
     pool = everything()
     before, others = logits(pool.model), values(pool, "b")
     pointers = {key: tensor.data_ptr() for key, tensor in buffers(pool).items()}
-    pool.remove("c")
-    pool.add("x", tmp_path / "all")
+    pool.delete_adapter("c")
+    pool.add_adapter("x", tmp_path / "all")
     for folder in ("all", "some", "all"):
-        pool.replace("x", tmp_path / folder)
+        pool.replace_adapter("x", tmp_path / folder)
         assert_close(mixed(pool.model, ["x"] * 2, 7), logits(models[folder]))
-    pool.save("x", tmp_path / "again")
+    pool.save_adapter("x", tmp_path / "again")
     assert_close(logits(loaded_by_peft(mixture(), tmp_path / "again")), logits(models["all"]))
-    pool.replace("x", values(pool, "a"), on_everything()["a"])
+    pool.replace_adapter("x", values(pool, "a"), on_everything()["a"])
     assert torch.equal(mixed(pool.model, ["x", "b"]), mixed(pool.model, ["a", "b"]))
-    pool.remove("x")
+    pool.delete_adapter("x")
     assert pointers == {key: tensor.data_ptr() for key, tensor in buffers(pool).items()}
     assert_same(values(pool, "b"), others)
     assert torch.equal(logits(pool.model), before)
@@ -219,10 +219,10 @@ def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
 
     monkeypatch.setattr(layer_pool.LayerPool, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pool.replace("a", LoRAConfig("experts", r=rank, init="gaussian"))
+        pool.replace_adapter("a", LoraConfig("experts", r=rank, init_lora_weights="gaussian"))
     calls = itertools.count()
     with pytest.raises(KeyboardInterrupt):
-        pool.add("d", LoRAConfig("experts", r=rank, init="gaussian"))
+        pool.add_adapter("d", LoraConfig("experts", r=rank, init_lora_weights="gaussian"))
     monkeypatch.undo()
     assert pool.names == ["a", "b", "c"] and pool.specs("a") == specs
     assert_same(values(pool, "a"), before)
@@ -272,23 +272,25 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         r"down_proj': expected lora_a of shape \[5, 12\], but got \[0, 12\]": (none, config),
         r"down_proj': expected finite values in lora_b": (infinite, config),
         r"gate_up_proj': .* most 8, of 2 projections with the pool's max_rank each, but got 10": (
-            LoRAConfig("experts", r=5),
+            LoraConfig("experts", r=5),
         ),
-        r"down_proj': expected a rank of at most 4, the": (LoRAConfig("experts.down_proj", r=5),),
-        r"gate_up_proj': expected no lora_bias": (LoRAConfig("experts", r=2, lora_bias=True),),
-        r"expected init 'kaiming' or": (LoRAConfig("experts", r=2, init="olora"),),
-        r"pool's layers.*mlp.gate' too": (LoRAConfig("mlp.gate"),),
+        r"down_proj': expected a rank of at most 4, the": (LoraConfig("experts.down_proj", r=5),),
+        r"gate_up_proj': expected no lora_bias": (LoraConfig("experts", r=2, lora_bias=True),),
+        r"expected init_lora_weights True or": (
+            LoraConfig("experts", r=2, init_lora_weights="olora"),
+        ),
+        r"pool's layers.*mlp.gate' too": (LoraConfig("mlp.gate"),),
     }
     for message, arguments in cases.items():
         with pytest.raises(AdapterError, match=f"'x'.*{message}"):
-            pool.add("x", *arguments)
+            pool.add_adapter("x", *arguments)
         assert_same(slots(pool), before)
         assert pool.names == names
     with pytest.raises(AdapterError, match=r"pool's layers.*experts' too"):
-        AdapterPool(mixture(), 2, 8, "q_proj").add("x", LoRAConfig("experts"))
+        AdapterPool(mixture(), 2, 8, "q_proj").add_adapter("x", LoraConfig("experts"))
     routed = everything()
     with pytest.raises(AdapterError, match=r"mlp.gate.weight': expected dropout 0"):
-        routed.add("x", LoRAConfig("mlp.gate", r=2, dropout=0.1))
+        routed.add_adapter("x", LoraConfig("mlp.gate", r=2, lora_dropout=0.1))
     with pytest.raises(ValueError, match="a layer that exclude_modules leaves"):
         neither = ["experts.gate_up_proj", "experts.down_proj"]
         AdapterPool(mixture(), 2, 4, "experts", exclude_modules=neither)
@@ -313,8 +315,8 @@ def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
 def test_a_change_between_forward_and_backward_is_an_error():
     pool = pool_of(mixture(), on_experts())
     for change in (
-        lambda: pool.replace("a", values(pool, "a"), on_experts()["a"]),
-        lambda: pool.remove("a"),
+        lambda: pool.replace_adapter("a", values(pool, "a"), on_experts()["a"]),
+        lambda: pool.delete_adapter("a"),
     ):
         y = mixed(pool.model)
         change()
@@ -327,14 +329,14 @@ def test_an_adapter_that_is_removed_within_its_block():
     ids = some_ids(shape=(2, 4))
     with torch.no_grad(), lora_ext.use_adapters(pool.model, ["a", "b"]):
         pool.model(ids)
-        pool.remove("a")
-        pool.add("d", on_experts()["a"])  # in its slot
+        pool.delete_adapter("a")
+        pool.add_adapter("d", on_experts()["a"])  # in its slot
         with pytest.raises(RuntimeError, match="'a' was removed since"):
             pool.model(ids)
 
 
 def test_copies_moves_and_adapters_of_the_model():
-    model = lora_ext.apply_lora(mixture(), LoRAConfig("experts", r=2), "own")
+    model = lora_ext.apply_lora(mixture(), LoraConfig("experts", r=2), "own")
     randomize((p for p in model.parameters() if p.requires_grad), 7)
     pool = pool_of(model, on_experts())
     own = model(some_ids(shape=(2, 4))).logits
@@ -347,7 +349,7 @@ def test_copies_moves_and_adapters_of_the_model():
         assert (other.names, other.capacity, other.max_rank) == (pool.names, 4, 4)
         assert other.layers.keys() == pool.layers.keys()
         assert torch.equal(mixed(other.model), mixed(model))
-        other.replace("a", LoRAConfig("experts", r=1))
+        other.replace_adapter("a", LoraConfig("experts", r=1))
     parameters, wanted = pool.parameters("a"), mixed(model).detach()
     model.float()
     assert all(p.dtype is F32 and p.is_contiguous() for p in parameters)

@@ -18,7 +18,7 @@ from pool_helpers import (
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig
+from lora_ext import LoraConfig
 
 
 def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
@@ -65,12 +65,12 @@ def test_adding_and_removing_does_not_touch_the_others():
     pool = make_pool()
     before, parameters = values(pool, "a"), pool.parameters("a")
     y = mixed(pool).detach()
-    pool.add("c", LoRAConfig(LINEAR, r=6))
+    pool.add_adapter("c", LoraConfig(LINEAR, r=6))
     randomize(pool.parameters("c"), 9)
     assert torch.equal(mixed(pool).detach(), y)
-    pool.remove("c")
-    pool.remove("b")
-    pool.add("b2", LoRAConfig(LINEAR, r=1))
+    pool.delete_adapter("c")
+    pool.delete_adapter("b")
+    pool.add_adapter("b2", LoraConfig(LINEAR, r=1))
     assert_same(values(pool, "a"), before)
     assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
 
@@ -88,9 +88,9 @@ def test_parameters_are_not_the_models():
 def test_a_change_between_forward_and_backward_is_an_error():
     pool = make_pool()
     for change in (
-        lambda: pool.replace("a", values(pool, "a"), LoRAConfig(LINEAR, alpha=6)),
+        lambda: pool.replace_adapter("a", values(pool, "a"), LoraConfig(LINEAR, lora_alpha=6)),
         lambda: torch.optim.SGD(pool.parameters("a"), lr=0.1).step(),
-        lambda: pool.remove("a"),
+        lambda: pool.delete_adapter("a"),
     ):
         mixed(pool).sum().backward()
         y = mixed(pool)
@@ -115,11 +115,11 @@ def test_jobs_of_one_pool_are_pipelined():
 
     losses = {name: forward(together, name) for name in "ab"}
     for name in "abab":
-        together.add("c", LoRAConfig(LINEAR, r=5))
-        together.replace("c", LoRAConfig(LINEAR, r=3))
+        together.add_adapter("c", LoraConfig(LINEAR, r=5))
+        together.replace_adapter("c", LoraConfig(LINEAR, r=3))
         step(together, name, losses[name])
         losses[name] = forward(together, name)
-        together.remove("c")
+        together.delete_adapter("c")
     for name in "ab":
         for _ in range(2):
             step(alone, name, forward(alone, name))
@@ -157,13 +157,15 @@ def test_an_adapter_that_is_removed_within_its_block(dtype):
     pool = make_pool(capacity=2, dtype=dtype)
     pool.model.eval()
     with torch.no_grad(), lora_ext.use_adapters(pool.model, NAMES):
-        pool.replace("b", values(pool, "b"), LoRAConfig(["q_proj"], alpha=2))
+        pool.replace_adapter("b", values(pool, "b"), LoraConfig(["q_proj"], lora_alpha=2))
         pool.model(make_ids())
-        pool.remove("a")
+        pool.delete_adapter("a")
         for name in ("c", None, "a"):  # in the slot, then by the name
             with pytest.raises(RuntimeError, match="'a' was removed since"):
                 pool.model(make_ids())
-            pool.remove("c") if name is None else pool.add(name, LoRAConfig(LINEAR, r=3))
+            pool.delete_adapter("c") if name is None else pool.add_adapter(
+                name, LoraConfig(LINEAR, r=3)
+            )
     assert_served(pool)
 
 

@@ -14,7 +14,7 @@ import torch
 from peft_helpers import tiny_llama
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoraConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 TENANTS = [f"tenant{i}" for i in range(8)]
@@ -41,9 +41,11 @@ def folders(tmp_path_factory):
     generator = torch.Generator().manual_seed(3)
     for place, name in enumerate(TENANTS):
         targets = ["q_proj", "v_proj", "down_proj"][: 1 + place % 3]
-        for parameter in pool.add(name, LoRAConfig(targets, r=2 + place % 4, alpha=16)):
+        for parameter in pool.add_adapter(
+            name, LoraConfig(targets, r=2 + place % 4, lora_alpha=16)
+        ):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-        pool.save(name, folder / name)
+        pool.save_adapter(name, folder / name)
     (folder / "broken").mkdir()
     return {name: folder / name for name in (*TENANTS, "broken")}
 
@@ -114,13 +116,13 @@ async def load(stream, alone, count):
 
 def counted(pool):
     """The names that leave the pool, as they do."""
-    removed, remove = [], pool.remove
+    removed, remove = [], pool.delete_adapter
 
     def counting(name):
         removed.append(name)
         remove(name)
 
-    pool.remove = counting
+    pool.delete_adapter = counting
     return removed
 
 
@@ -161,8 +163,8 @@ def test_a_block_for_each_request(page, folders, alone, count):
     async def stream(tenant, prompt, tokens):
         if tenant not in pool:
             if len(pool) == CAPACITY:
-                pool.remove(pool.names[0])
-            pool.add(tenant, folders[tenant])
+                pool.delete_adapter(pool.names[0])
+            pool.add_adapter(tenant, folders[tenant])
         async for token in page["stream"](model, tenant, prompt, tokens):
             yield token
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, LoRALinear, apply_lora, lora_linear
+from lora_ext import LoraConfig, LoRALinear, apply_lora, lora_linear
 
 info_module = importlib.import_module("lora_ext.build_info")
 
@@ -71,7 +71,7 @@ def test_explain_of_a_tensor_alone():
 
 def test_a_table_that_was_resized_after_the_adapter_was_added():
     """As transformers' resize_token_embeddings does it."""
-    model = apply_lora(nn.Sequential(nn.Embedding(10, 4)), LoRAConfig("0", r=2))
+    model = apply_lora(nn.Sequential(nn.Embedding(10, 4)), LoraConfig("0", r=2))
     model[0].weight.data = torch.randn(12, 4)
     with pytest.raises(RuntimeError, match=r"a table of 10 rows.*it has 12; resize it .* before"):
         model(torch.tensor([1]))
@@ -118,6 +118,6 @@ def test_fx_traces_a_layer_as_one_node():
     ]
     x = torch.randn(3, 4)
     assert torch.equal(traced(x), model(x))
-    with model[1].disable_adapters():
+    with model[1].disable_adapter():
         assert torch.equal(traced(x), model(x))
-    torch.fx.symbolic_trace(apply_lora(nn.Sequential(nn.Linear(4, 4)), LoRAConfig("0"))).eval()
+    torch.fx.symbolic_trace(apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig("0"))).eval()

@@ -89,7 +89,7 @@ def test_the_guides_run(guide, tmp_path, monkeypatch, capsys):
         assert "fused" in capsys.readouterr().out
     if guide == "reinforcement-learning":
         names["urlopen"] = (sent := []).append
-        model = lora_ext.apply_lora(tiny_llama(), lora_ext.LoRAConfig(["q_proj"], r=4))
+        model = lora_ext.apply_lora(tiny_llama(), lora_ext.LoraConfig(["q_proj"], r=4))
         assert names["send"](model, tmp_path, 3) == "policy-3"
         words = json.loads(sent[0].data)
         assert (
@@ -107,7 +107,7 @@ def test_every_public_name_is_in_the_reference():
             thing = getattr(thing, part)
         assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
     top = {name for name in lora_ext.__all__ if not name.startswith("_")}
-    assert len(top) <= 16 and top <= set(written)
+    assert len(top) <= 23 and top <= set(written)
     # Constants and second names are written once; reference and autotune have parts of their own.
     for module in ("adapters", "functional", "kernels", "loralib", "models", "nn", "pool"):
         public = set(getattr(lora_ext, module).__all__) - top - {"CARDS", "LoRALayer"}

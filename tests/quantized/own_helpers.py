@@ -89,8 +89,8 @@ class Net(nn.Module):
 
 def adapted(model: nn.Module, adapter: str = "default", **words: Any) -> nn.Module:
     """The model with random adapters in all linear layers."""
-    settings = {"r": 8, "alpha": 16.0} | words
-    lora_ext.apply_lora(model, lora_ext.LoRAConfig("all-linear", **settings), adapter)
+    settings = {"r": 8, "lora_alpha": 16.0} | words
+    lora_ext.apply_lora(model, lora_ext.LoraConfig("all-linear", **settings), adapter)
     return randomize(model)
 
 
@@ -167,7 +167,7 @@ def in_peft(layer: nn.Module, ours: LoRALayer, **words: Any) -> nn.Module:
     holder.is_loaded_in_4bit = type(layer).__name__ == "Linear4bit"
     holder.is_loaded_in_8bit = type(layer).__name__ == "Linear8bitLt"
     spec = ours.adapters["default"]
-    config = LoraConfig(r=spec.r, lora_alpha=spec.alpha, target_modules=["0"], **words)
+    config = LoraConfig(r=spec.r, lora_alpha=spec.lora_alpha, target_modules=["0"], **words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(holder, config, autocast_adapter_dtype=False)

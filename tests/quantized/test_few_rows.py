@@ -7,7 +7,7 @@ from test_bitsandbytes import F4, K, N, four_bit_layer, randomize, with_lora
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, measure
+from lora_ext import LoraConfig, measure
 from lora_ext.autotune import own_products
 from lora_ext.quantized import few_rows
 from lora_ext.quantized.layers import QuantizedBase, quantized_base
@@ -61,7 +61,7 @@ def test_calls_go_by_the_faster(kind, faster, monkeypatch):
         model = lora_ext.accelerate(randomize(with_lora(four_bit_layer(bias=False)))).eval()
         at = lambda x: quantized_base(model.base_model.model[0].base_layer, x)  # noqa: E731
     else:
-        model = lora_ext.apply_lora(nn.Sequential(four_bit_layer(bias=False)), LoRAConfig(["0"]))
+        model = lora_ext.apply_lora(nn.Sequential(four_bit_layer(bias=False)), LoraConfig(["0"]))
         at = lambda x: quantized_base(model[0], x, model[0].base_type)  # noqa: E731
         model.eval()
 

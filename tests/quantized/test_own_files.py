@@ -66,7 +66,7 @@ def test_save_and_load(kind, tmp_path):
 def test_an_init_of_the_weight_is_saved_as_plain_lora(init, tmp_path):
     """With W kept it is one; a folder that says so of another weight is refused."""
     pytest.importorskip("bitsandbytes")
-    model, x = adapted(Net("nf4"), init=init, r=4), make_x()
+    model, x = adapted(Net("nf4"), init_lora_weights=init, r=4), make_x()
     lora_ext.save_adapter(model, tmp_path / "a")
     other = lora_ext.load_adapter(Net("nf4"), tmp_path / "a")
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-3)

@@ -99,7 +99,7 @@ def test_several_adapters(kind):
     """One call for those that are alike; by torch where they differ in dropout or dtype."""
     layer, x = one_layer(kind), make_x()
     layer.add_adapter("more", AdapterSpec(4, 3.0, use_rslora=True))
-    layer.add_adapter("other", AdapterSpec(2, 3.0, dropout=0.5))
+    layer.add_adapter("other", AdapterSpec(2, 3.0, lora_dropout=0.5))
     for name in ("more", "other"):
         nn.init.normal_(layer.lora_b[name], std=0.3)
     layer.set_adapter(["default", "more"])
@@ -117,7 +117,7 @@ def test_several_adapters(kind):
 @pytest.mark.parametrize("kind", FEW)
 def test_dropout(kind):
     """The mean over masks is the update without; eval has none; a mask is drawn from the seed."""
-    layer, x = one_layer(kind, dropout=0.25), make_x()[:ROWS]
+    layer, x = one_layer(kind, lora_dropout=0.25), make_x()[:ROWS]
     with torch.no_grad():
         wanted = exact(layer, x)
         draws = torch.stack([layer(x) for _ in range(600)])
@@ -185,7 +185,7 @@ def test_functional_transforms_take_torch():
 def test_inits_from_the_weight(kind, init, dtype):
     """They start from the dequantised weight, which stays: the start is the base."""
     layer, x = base(kind, dtype), make_x(dtype)
-    ours = LoRAQuantizedLinear.from_linear(layer, r=8, init=init)
+    ours = LoRAQuantizedLinear.from_linear(layer, r=8, init_lora_weights=init)
     if init == "pissa":
         lora_a, lora_b = ours.lora_a["default"].double(), ours.lora_b["default"].double()
         left = weight_of(ours, x) - lora_b @ lora_a
@@ -200,8 +200,10 @@ def test_inits_from_the_weight(kind, init, dtype):
 def test_inits_from_a_weight_that_cannot_be_had():
     pytest.importorskip("bitsandbytes")
     layer = LoRAQuantizedLinear.around(base("int8").eval())
-    with pytest.raises(ValueError, match="in eval it quantises x, too; choose init 'kaiming'"):
-        layer.add_adapter("a", AdapterSpec(4, 4.0, init="pissa"))
+    with pytest.raises(
+        ValueError, match="in eval it quantises x, too; choose init_lora_weights=True"
+    ):
+        layer.add_adapter("a", AdapterSpec(4, 4.0, init_lora_weights="pissa"))
     assert not layer.adapters and not len(layer.lora_a)
 
 

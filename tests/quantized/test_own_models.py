@@ -10,12 +10,12 @@ from own_helpers import FEW, HEIGHT, KINDS, WIDTH, Net, adapted, base, gradients
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRAConfig, autotune
+from lora_ext import LoraConfig, autotune
 from lora_ext.models import (
     delete_adapter,
-    disable_adapters,
+    disable_adapter,
     mark_only_lora_as_trainable,
-    merge,
+    merge_adapter,
     merge_and_unload,
     set_adapter,
     trainable_parameters,
@@ -37,7 +37,7 @@ def test_apply_and_unload(kind):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 6 and all("lora_" in name for name in trained)
     assert not torch.equal(model(x), y)
-    with disable_adapters(model):
+    with disable_adapter(model):
         assert torch.equal(model(x), y)
     unload(model)
     assert {n: type(m) for n, m in model.named_modules()} == classes
@@ -48,13 +48,13 @@ def test_apply_and_unload(kind):
 @pytest.mark.parametrize("kind", FEW)
 def test_patterns(kind):
     model = Net(kind)
-    lora_ext.apply_lora(model, LoRAConfig(["up", "re:d.*"], r=4, rank_pattern={"up": 2}))
+    lora_ext.apply_lora(model, LoraConfig(["up", "re:d.*"], r=4, rank_pattern={"up": 2}))
     assert {p.name for p in lora_ext.explain(model)} == {"up", "down"}
     assert model.up.adapters["default"].r == 2
     assert type(model.other) is type(base(kind))
     with pytest.raises(ValueError, match="expected a new adapter's name"):
-        lora_ext.apply_lora(model, LoRAConfig("other"))
-    lora_ext.apply_lora(model, LoRAConfig("*", r=4), "second")
+        lora_ext.apply_lora(model, LoraConfig("other"))
+    lora_ext.apply_lora(model, LoraConfig("*", r=4), "second")
     assert list(model.other.adapters) == ["second"] and model.other.active_adapters == ()
     set_adapter(model, "second")
     assert model.up.active_adapters == ("second",)
@@ -67,11 +67,11 @@ def test_a_layer_that_cannot_be_adapted_leaves_the_model_alone():
     model = Net("nf4")
     model.other.forward = model.other.forward
     with pytest.raises(ValueError, match=r"replaced on the instance.*at 'other'"):
-        lora_ext.apply_lora(model, LoRAConfig("all-linear"))
+        lora_ext.apply_lora(model, LoraConfig("all-linear"))
     assert type(model.up) is type(base("nf4"))
     model.odd = type("Other", (type(model.up),), {})(WIDTH, WIDTH)  # which may compute otherwise
     with pytest.raises(ValueError, match=r"'odd' names 'odd', .*a quantised linear layer that is"):
-        lora_ext.apply_lora(model, LoRAConfig("odd"))
+        lora_ext.apply_lora(model, LoraConfig("odd"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +79,7 @@ def test_merging_is_refused(kind):
     """By name, before any layer is changed; without an adapter to merge there is nothing to."""
     model = adapted(Net(kind))
     y = model(make_x())
-    for function in (merge, merge_and_unload):
+    for function in (merge_adapter, merge_and_unload):
         with pytest.raises(RuntimeError, match=r"expected a dense weight .* it is quantised"):
             function(model)
     assert not any(layer.merged for _, layer in lora_ext.models.lora_layers(model))
@@ -92,7 +92,7 @@ def test_merging_is_refused(kind):
 @pytest.mark.parametrize("kind", [p for p in FEW if p.id != "hqq"])
 def test_biases_are_trained_if_asked(kind):
     model, x = Net(kind), make_x()
-    lora_ext.apply_lora(model, LoRAConfig(["up"], r=4, bias="lora_only"))
+    lora_ext.apply_lora(model, LoraConfig(["up"], r=4, bias="lora_only"))
     found = gradients(model, x)
     assert "up.bias" in found and "other.bias" not in found
     torch.testing.assert_close(found["up.bias"], _bias_gradient(model, x), rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_a_bias_that_is_no_parameter_stays_as_it_is():
     """HQQ keeps a copy."""
     pytest.importorskip("hqq")
     model = Net("hqq")
-    lora_ext.apply_lora(model, LoRAConfig(["up"], r=4, bias="lora_only"))
+    lora_ext.apply_lora(model, LoraConfig(["up"], r=4, bias="lora_only"))
     assert not model.up.bias.requires_grad
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         "up.lora_a.default",
@@ -168,7 +168,7 @@ def test_a_model_that_is_quantised_after_it_has_adapters(kind):
         layer = bitsandbytes.nn.Linear8bitLt(WIDTH, HEIGHT, has_fp16_weights=False)
     layer.load_state_dict(plain_linear(HEIGHT, WIDTH).state_dict())
     model = nn.Sequential(layer)
-    lora_ext.apply_lora(model, LoRAConfig("all-linear", r=4))
+    lora_ext.apply_lora(model, LoraConfig("all-linear", r=4))
     assert model[0].path() == ("added", "its weight is not quantised yet")
     model.to("cpu")
     assert model[0].path()[0] == "fused"
@@ -181,7 +181,7 @@ def test_torchao_after_apply_lora_is_refused(names):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = nn.Sequential(plain_linear(HEIGHT, WIDTH))
-    lora_ext.apply_lora(model, LoRAConfig("0", r=4))
+    lora_ext.apply_lora(model, LoraConfig("0", r=4))
     quantize_(model, Int8WeightOnlyConfig())
     rows = nullcontext() if names is None else lora_ext.use_adapters(model, names)
     with rows, pytest.raises(TypeError, match=r"torchao put a Int8Tensor .*before apply_lora"):
@@ -214,7 +214,7 @@ def test_a_model_of_transformers(kind, tmp_path, monkeypatch):
     model, ids = load(), torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = model(ids).logits
-    lora_ext.apply_lora(model, LoRAConfig("all-linear", r=8, alpha=16, dropout=0.05))
+    lora_ext.apply_lora(model, LoraConfig("all-linear", r=8, lora_alpha=16, lora_dropout=0.05))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
     model.train()
@@ -258,5 +258,5 @@ def test_moving_and_casting(kind):
     assert model.up.lora_a["default"].dtype == BF16
     assert model.up.stored_weight.dtype == before or kind == "torchao"
     x = make_x(BF16 if kind != "hqq" else F32)
-    with disable_adapters(model):
+    with disable_adapter(model):
         assert torch.equal(model.up(x), plain.up(x))

@@ -8,7 +8,7 @@ from own_helpers import FEW, Net, adapted, base, make_x
 from torch import nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoRAConfig
+from lora_ext import AdapterPool, LoraConfig
 from lora_ext.models import set_adapter, unload
 from lora_ext.nn import LoRAQuantizedLinear
 
@@ -20,7 +20,7 @@ NAMES = ["a", None, "b", "a", "b", None]
 def test_rows_with_adapters_of_their_own(kind, training):
     """y and gradients of a mixed batch are those of its samples in turn."""
     model = adapted(Net(kind), "a")
-    adapted(model, "b", r=4, alpha=3.0)
+    adapted(model, "b", r=4, lora_alpha=3.0)
     model.train(training)
     x = make_x(lead=(6, 12))
     wanted = []
@@ -55,7 +55,7 @@ def test_a_pool(kind, tmp_path):
     """Served without gradients from the slots, trained from their views, as adapters of the model
     itself."""
     model, x = Net(kind), make_x(lead=(6, 12))
-    wanted_model = adapted(adapted(Net(kind), "a"), "b", r=4, alpha=3.0)
+    wanted_model = adapted(adapted(Net(kind), "a"), "b", r=4, lora_alpha=3.0)
     for name in ("a", "b"):
         lora_ext.save_adapter(wanted_model, tmp_path / name, name)
     pool = AdapterPool(model, capacity=3, max_rank=8)
@@ -63,8 +63,8 @@ def test_a_pool(kind, tmp_path):
     plain = Net(kind)(x)
     assert torch.equal(model(x), plain)
     for name in ("a", "b"):
-        pool.add(name, tmp_path / name)
-    pool.add("new", LoRAConfig("all-linear", r=2))
+        pool.add_adapter(name, tmp_path / name)
+    pool.add_adapter("new", LoraConfig("all-linear", r=2))
     for mode in (True, False):
         model.train(mode)
         wanted_model.train(mode)
@@ -79,10 +79,10 @@ def test_a_pool(kind, tmp_path):
     with lora_ext.use_adapters(model, ["new"] * 6):
         model.train()(x).square().mean().backward()
     assert all(p.grad is not None for p in pool.parameters("new"))
-    pool.save("b", tmp_path / "out")
+    pool.save_adapter("b", tmp_path / "out")
     again = lora_ext.load_adapter(Net(kind), tmp_path / "out")
     assert torch.equal(again.up.lora_a["default"], model.up.pool.slots["b"][0])
-    pool.remove("a")
+    pool.delete_adapter("a")
     assert copy.deepcopy(model).up.pool is not model.up.pool
     unload(model)
     assert type(model.up) is type(base(kind)) and not hasattr(model.up, "pool")
@@ -102,7 +102,7 @@ def test_compiled_rows(kind):
     assert model.up.lora_a["b"].grad is not None
     model = Net(kind).eval()
     pool = AdapterPool(model, capacity=2, max_rank=8)
-    pool.add("a", LoRAConfig("all-linear", r=4))
+    pool.add_adapter("a", LoraConfig("all-linear", r=4))
     for parameter in pool.parameters("a"):
         nn.init.normal_(parameter)
     torch._dynamo.reset()

@@ -144,7 +144,7 @@ def test_training_goes_on_after_each_evaluation(way, nested, adapted):
         layers = [bnb_four_bits(nn.Linear(WIDTH, WIDTH), F32, nested=nested) for _ in range(3)]
         model = nn.Sequential(*layers).requires_grad_(False)
         if way == "ours":
-            lora_ext.apply_lora(model, lora_ext.LoRAConfig(adapted, r=4))
+            lora_ext.apply_lora(model, lora_ext.LoraConfig(adapted, r=4))
         else:
             model = get_peft_model(model, LoraConfig(r=4, target_modules=adapted))
             lora_ext.accelerate(model)
