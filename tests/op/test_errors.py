@@ -178,6 +178,7 @@ WRONG_UPDATES = {
     "scaling": ({"scaling": math.nan}, ["scaling", "nan"]),
     "scaling that requires grad": WRONG_NUMBERS["scaling that requires grad"],
     "probability": ({"dropout_p": 1.0}, ["dropout_p", "[0, 1)", "1"]),
+    "of no use": ({"dropout_p": 1.0, "training": False}, ["lora_update: ", "dropout_p", "[0, 1)"]),
     "offset": ({"row_offset": -1}, [">= 0", "-1"]),
 }
 UPDATE_DTYPES = {

@@ -22,6 +22,7 @@ from helpers import (
     short,
 )
 from many_helpers import assert_equal
+from quantized_helpers import quantized_rows
 from torch.autograd import gradcheck
 
 import lora_ext
@@ -132,6 +133,31 @@ def test_the_update_of_zero_is_that_of_lora_linear(isa, device, pair, dropout_p)
     if dropout_p:
         other = OP(torch.zeros_like(y), problem.x, *factors, *tail[:3], 4, 2)
         assert not torch.equal(alone, other)
+
+
+@pairs
+@pytest.mark.parametrize("weight", ["dense", "quantised"])
+@pytest.mark.parametrize("is_many", [False, True])
+def test_both_functions_take_the_same_training_and_seed(isa, device, pair, is_many, weight):
+    problem, y, _ = make(60, 40, 24, 5, pair, device, integers=1)
+    zeros, none = torch.zeros_like(problem.weight), torch.zeros_like(y)
+    zeros = quantized_rows(zeros) if weight == "quantised" and pair[0] is not F64 else zeros
+    factors = (problem.lora_a, problem.lora_b)
+    index = torch.arange(60, device=device, dtype=torch.int32) % 3 - 1 if is_many else None
+    factors = [[factor, 2 * factor] for factor in factors] if is_many else factors
+
+    def both(*words):
+        first = lora_ext.lora_linear(problem.x, zeros, *factors, None, 0.5, *words, index=index)
+        second = lora_ext.lora_update(none, problem.x, *factors, 0.5, *words, index=index)
+        assert torch.equal(first, second)
+        return first
+
+    seeds = [torch.tensor(seed, device=device) for seed in (5, 6)]
+    one, other = (both(0.5, True, seed) for seed in seeds)
+    assert not torch.equal(one, other)
+    plain = both(0.0)
+    assert torch.equal(both(0.5, False), plain) and torch.equal(both(0.5, False, seeds[0]), plain)
+    assert not torch.equal(one, plain)
 
 
 def test_a_seed_is_drawn_where_none_is_given(device):
