@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.apply import frozen_only_by_success, install
+from .models.apply import at, frozen_only_by_success, install
 from .models.config import BIASES
 from .models.model import checked_names, lora_layers
 from .nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
-from .nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
+from .nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec, expect
 
 __all__ = ["convert_loralib", "load_loralib_state_dict", "loralib_state_dict"]
 
@@ -54,10 +54,8 @@ def convert_loralib(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> nn
     layers: dict[int, nn.Module] = {}
     with frozen_only_by_success(model):
         for path, module in found:
-            try:
+            with at(path):
                 layers[id(module)] = _converted(module, adapter_name)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{error} (at {path!r})") from None
     for _, module in found:
         _unmerge(module)
     install(model, layers)
@@ -126,10 +124,7 @@ def loralib_state_dict(
         ValueError: no layer has the adapter, or it uses something that loralib does not have:
             PiSSA's or OLoRA's init, a lora_bias, a 1x1 convolution.
     """
-    if bias not in BIASES:
-        raise ValueError(
-            f"lora_ext.loralib.loralib_state_dict: expected bias in {BIASES}, but got {bias!r}"
-        )
+    expect(bias in BIASES, "loralib.loralib_state_dict", f"bias in {BIASES}", bias)
     checked_names(model, adapter_name, "loralib.loralib_state_dict")
     state = model.state_dict()
     result: dict[str, Tensor] = {}

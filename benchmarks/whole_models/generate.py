@@ -66,12 +66,11 @@ def _models(dtype: str, layers: int) -> dict[str, Any]:
     for name in names:
         torch.manual_seed(0)
         model = copy.deepcopy(base)
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=_paths(model))
         if name.startswith("ours"):
             kind = torch.float32 if name == "ours_fp32" else getattr(torch, dtype)
-            config = lora_ext.LoraConfig(_paths(model), r=16, lora_alpha=32, adapter_dtype=kind)
-            model = lora_ext.apply_lora(model, config)
+            model = lora_ext.apply_lora(model, config, adapter_dtype=kind)
         else:
-            config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=_paths(model))
             wide = name.startswith("peft_default")
             model = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
             if name.endswith("accelerated"):

@@ -53,11 +53,9 @@ def own_model(
     model: nn.Module, paths: list[str], dtype: torch.dtype, names: Sequence[str] = ("default",)
 ) -> nn.Module:
     """The model with adapters of ours, all of them active."""
-    config = lora_ext.LoraConfig(
-        paths, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, adapter_dtype=dtype
-    )
+    config = lora_ext.LoraConfig(paths, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT)
     for name in names:
-        lora_ext.apply_lora(model, config, name)
+        lora_ext.apply_lora(model, config, name, adapter_dtype=dtype)
     lora_ext.set_adapter(model, list(names))
     return model
 

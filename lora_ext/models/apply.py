@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
-from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec
+from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec, expect
 from ..packing import pack_for
 from ..quantized.panels import put_back_for_training
-from .config import LoraConfig, not_a_config
-from .find import ALL_LINEAR, find_saved, find_targets, replacement_for
+from .config import ALL_LINEAR, AnyConfig, LoraConfig, as_config
+from .find import find_saved, find_targets, replacement_for
 from .mixtures import chosen, warn_of_other_experts
 from .model import (
     BIAS_SAVED_BY,
@@ -28,9 +29,10 @@ from .model import (
 
 def apply_lora(
     model: nn.Module,
-    config: LoraConfig,
+    config: AnyConfig,
     adapter_name: str = DEFAULT_ADAPTER,
     *,
+    adapter_dtype: torch.dtype | None = None,
     pack: bool | int | Iterable[int] = False,
 ) -> nn.Module:
     """Adds an adapter to layers of a model, in place, and freezes the rest.
@@ -46,8 +48,9 @@ def apply_lora(
 
     Args:
         model: any nn.Module that holds such layers.
-        config: selects the layers and describes the adapter.
+        config: selects the layers and describes the adapter; PEFT's LoraConfig or this package's.
         adapter_name: the name of the adapter.
+        adapter_dtype: of lora_a and lora_b; None is float32 on a half base, else the base's dtype.
         pack: on a CPU, keep packed copies of frozen weights where that was measured to be faster,
             as in `lora_ext.accelerate`.
 
@@ -57,13 +60,14 @@ def apply_lora(
     Raises:
         TypeError: config is not a LoraConfig.
         ValueError: no layer matches (the message names near matches), a selected module cannot be
-            adapted, a module to save holds or shares an adapted weight, or the adapter exists. The
-            model is then unchanged.
+            adapted, a module to save holds or shares an adapted weight, the adapter exists, or a
+            field of PEFT's config is not supported. The model is then unchanged.
     """
     check_not_peft(model, "apply_lora")
-    if not isinstance(config, LoraConfig):
-        given = not_a_config(config)
-        raise TypeError(f"lora_ext.apply_lora: expected a lora_ext.LoraConfig, but got {given}")
+    config = as_config(config, "lora_ext.apply_lora: ")
+    if adapter_dtype is not None:
+        is_known = isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
+        expect(is_known, "apply_lora", "a floating torch.dtype as adapter_dtype", adapter_dtype)
     reshard(model)
     others = adapter_names(model)
     if adapter_name in others:
@@ -83,7 +87,8 @@ def apply_lora(
             for path, module in targets:
                 in_place = in_place_of(path, module)
                 for layer, spec in layers_of(in_place, path, config):
-                    _add(layer, adapter_name, spec, config, path)
+                    with at(path):
+                        layer.add_adapter(adapter_name, spec, adapter_dtype)
                     layers.append(layer)
                 if in_place is not module:
                     replaced[id(module)] = in_place
@@ -100,15 +105,14 @@ def apply_lora(
         mark_saved(module, BIAS_SAVED_BY, adapter_name)
     if not others:
         mark_only_lora_as_trainable(model, config.bias)
-        pack_for(model, pack)
-        return model
-    for layer in layers:
-        if len(layer.adapters) == 1:
-            layer.set_adapter(())  # inactive, as in the layers that have other adapters
-    for module in biases:
-        module.get_parameter("bias").requires_grad_(True)
-    for module in saved:
-        module.requires_grad_(True)
+    else:
+        for layer in layers:
+            if len(layer.adapters) == 1:
+                layer.set_adapter(())  # inactive, as in the layers that have other adapters
+        for module in biases:
+            module.get_parameter("bias").requires_grad_(True)
+        for module in saved:
+            module.requires_grad_(True)
     pack_for(model, pack)
     return model
 
@@ -140,10 +144,8 @@ def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
     if isinstance(module, (LoRALayer, LoRAModule)):
         return module
     kind = replacement_for(module)
-    try:
+    with at(path):
         return LoRAModule.around(module, ["weight"]) if kind is None else kind.around(module)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{error} (at {path!r})") from None
 
 
 def layers_of(
@@ -152,12 +154,14 @@ def layers_of(
     """The layers of a target, each with the spec of its adapter."""
     if isinstance(module, LoRALayer):
         return [(module, config.spec_for(path))]
-    return chosen(module, path, config, ALL_LINEAR)
+    return chosen(module, path, config)
 
 
-def _add(layer: LoRALayer, adapter: str, spec: AdapterSpec, config: LoraConfig, path: str) -> None:
+@contextmanager
+def at(path: str) -> Iterator[None]:
+    """Within the block, an error is a ValueError whose message ends with the path."""
     try:
-        layer.add_adapter(adapter, spec, config.adapter_dtype)
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error} (at {path!r})") from None
 

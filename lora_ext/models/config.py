@@ -1,22 +1,32 @@
-"""Which layers of a model get an adapter, and which one."""
+"""Which layers of a model get an adapter, and which one: a LoraConfig, ours or PEFT's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from dataclasses import InitVar, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..nn.adapter_spec import AdapterSpec, check_alpha, check_rank, expect
 from .patterns import matches
 
+if TYPE_CHECKING:
+    import peft
+
+AnyConfig: TypeAlias = "LoraConfig | peft.LoraConfig"
+
 BIASES = ("none", "all", "lora_only")
+ALL_LINEAR = "all-linear"
+# The layer of a module, as PEFT finds it for layers_to_transform.
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which layers of a model get an adapter, and which one.
+    """Which layers of a model get an adapter, and which one, in the words of PEFT's LoraConfig.
+
+    PEFT's own object is taken, too, wherever this is; this one needs no PEFT. Fields of PEFT's that
+    are not here belong to what these layers do not have, such as DoRA.
 
     A module is named by its dotted path in the model, such as ``"layers.0.attn.q_proj"``. Patterns
     are of three forms (`lora_ext.models.patterns`): a name, which is the path or its end at a dot
@@ -37,13 +47,15 @@ class LoraConfig:
             with an adapter.
         modules_to_save: patterns of modules that are trained whole and saved with the adapter, such
             as a new classification head.
-        adapter_dtype: of lora_a and lora_b; None is float32 on a half base, else the base's dtype.
+        layers_to_transform: the layers whose modules get an adapter, by the first number in their
+            path; none is all.
+        target_parameters: more of target_modules, for those that name a parameter.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
-    target_modules: str | Sequence[str]
+    target_modules: str | Sequence[str] = ()
     r: int = 8
     lora_alpha: float = 8.0
     lora_dropout: float = 0.0
@@ -55,55 +67,99 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     modules_to_save: str | Sequence[str] = ()
-    adapter_dtype: torch.dtype | None = None
+    layers_to_transform: int | Sequence[int] = ()
+    target_parameters: InitVar[str | Sequence[str]] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            object.__setattr__(self, name, _as_patterns(getattr(self, name), name))
-        expect(
-            bool(self.target_modules), "LoraConfig", "at least one pattern in target_modules", ()
-        )
-        expect(self.bias in BIASES, "LoraConfig", f"bias to be one of {BIASES}", self.bias)
+    def __post_init__(self, target_parameters: str | Sequence[str]) -> None:
+        words: dict[str, Any] = {
+            name: _as_patterns(getattr(self, name), name)
+            for name in ("target_modules", "exclude_modules", "modules_to_save")
+        }
+        words["target_modules"] += _as_patterns(target_parameters, "target_parameters")
+        words["layers_to_transform"] = _as_indices(self.layers_to_transform)
+        words |= {name: getattr(self, name) or {} for name in ("rank_pattern", "alpha_pattern")}
+        for name, value in words.items():
+            object.__setattr__(self, name, value)
+        where = "LoraConfig"
+        expect(bool(self.target_modules), where, "at least one pattern in target_modules", ())
+        expect(self.bias in BIASES, where, f"bias to be one of {BIASES}", self.bias)
         for pattern, rank in self.rank_pattern.items():
-            check_rank(rank, f"LoraConfig.rank_pattern[{pattern!r}]")
+            check_rank(rank, f"{where}.rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
-            check_alpha(alpha, f"LoraConfig.alpha_pattern[{pattern!r}]")
-        if self.adapter_dtype is not None:
-            expect(
-                isinstance(self.adapter_dtype, torch.dtype)
-                and self.adapter_dtype.is_floating_point,
-                "LoraConfig",
-                "adapter_dtype to be a floating torch.dtype",
-                self.adapter_dtype,
-            )
+            check_alpha(alpha, f"{where}.alpha_pattern[{pattern!r}]")
         self.spec_for("")  # the checks of AdapterSpec
 
     def spec_for(self, path: str) -> AdapterSpec:
         """The adapter of the module at `path`, by rank_pattern and alpha_pattern."""
-        return AdapterSpec(
-            r=_first_match(self.rank_pattern, path, self.r),
-            lora_alpha=_first_match(self.alpha_pattern, path, self.lora_alpha),
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            init_lora_weights=self.init_lora_weights,
-            lora_bias=self.lora_bias,
+        words = {each.name: getattr(self, each.name) for each in fields(AdapterSpec)}
+        words["r"] = _first_match(self.rank_pattern, path, self.r)
+        words["lora_alpha"] = _first_match(self.alpha_pattern, path, self.lora_alpha)
+        return AdapterSpec(**words)
+
+    def is_in_layers(self, path: str) -> bool:
+        """Whether layers_to_transform leaves in the module at `path`."""
+        layer = _LAYER.match(path)
+        wanted = self.layers_to_transform
+        return not wanted or (layer is not None and int(layer[1]) in wanted)
+
+
+def as_config(given: Any, prefix: str = "", others: str = "") -> LoraConfig:
+    """The config itself, or PEFT's as one of ours that means the same.
+
+    Args:
+        prefix: the beginning of a message.
+        others: what else may be passed, for the message.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: PEFT's asks for something that these layers do not have; the message names it.
+    """
+    kind = type(given)
+    if isinstance(given, LoraConfig):
+        return given
+    if kind.__name__ != "LoraConfig" or not kind.__module__.startswith("peft."):
+        expected = f"PEFT's or lora_ext's LoraConfig{others}"
+        raise TypeError(f"{prefix}expected {expected}, but got {kind.__name__}")
+    plain = vars(kind())
+    words = {name: value for name, value in vars(given).items() if value != plain.get(name)}
+    ours = set(LoraConfig.__dataclass_fields__)
+    information = {each.name for each in fields(kind.__base__)} - {"inference_mode"}
+    known = ours | information | {"fan_in_fan_out"}
+    # PEFT itself adds the heads of the other tasks to modules_to_save.
+    if not (given.modules_to_save or str(given.task_type).endswith(("_LM", "_EXTRACTION", "None"))):
+        known -= {"task_type"}
+    unknown = [f"{name}={value!r}" for name, value in words.items() if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{prefix}expected a LoraConfig of what these layers have, but PEFT's has "
+            f"{', '.join(unknown)}; "
+            "lora_ext.accelerate(peft.get_peft_model(model, config)) takes it"
         )
+    for name in ("target_modules", "exclude_modules"):
+        names = words.get(name)
+        if isinstance(names, str) and names != ALL_LINEAR:
+            words[name] = f"re:{names}"
+    for name in ("rank_pattern", "alpha_pattern"):
+        table = (words.get(name) or {}).items()
+        words[name] = {rf"re:(.*\.)?({key})": value for key, value in table}
+    return LoraConfig(**{name: value for name, value in words.items() if name in ours})
 
 
-def not_a_config(given: object) -> str:
-    """What was passed instead, for a message. PEFT's class name differs only in letter case."""
-    name = type(given).__name__
-    if not type(given).__module__.startswith("peft."):
-        return name
-    return (
-        f"peft's {name}: lora_ext.accelerate(peft.get_peft_model(model, config)) takes that, and "
-        "lora_ext.LoraConfig is what is meant here"
+def _as_indices(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    indices = (given,) if isinstance(given, int) else tuple(given or ())
+    expect(
+        all(isinstance(index, int) for index in indices),
+        "LoraConfig",
+        "layers_to_transform to be a number or several",
+        given,
     )
+    return indices
 
 
 def _as_patterns(given: Any, name: str) -> tuple[str, ...]:
     several = isinstance(given, Iterable) and not isinstance(given, str)
-    patterns: tuple[Any, ...] = tuple(given) if several else (given,)
+    patterns: tuple[Any, ...] = tuple(given) if several else (given,) * (given is not None)
+    patterns = tuple(sorted(patterns)) if isinstance(given, set) else patterns
     expect(
         all(isinstance(pattern, str) and pattern for pattern in patterns),
         "LoraConfig",

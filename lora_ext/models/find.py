@@ -14,12 +14,11 @@ from ..nn.experts import LoRAExperts, is_experts
 from ..nn.linear import is_conv1d
 from ..nn.module import LoRAModule
 from ..quantized.layers import is_quantized
-from .config import LoraConfig
+from .config import ALL_LINEAR, LoraConfig
 from .mixtures import names_parameter, routers
 from .model import adapter_modules
 from .patterns import is_pattern, matches
 
-ALL_LINEAR = "all-linear"
 _LINEAR = (LoRALinear, LoRAQuantizedLinear)
 # Modules whose weight the kernels of these model types read without calling them, which would leave
 # out an adapter: those that PEFT refuses. Said here, since asking PEFT would import it, and the
@@ -58,7 +57,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Mod
             path == root or path.startswith(f"{root}.") for root in inside_saved
         )
 
-    candidates = [(path, module) for path, module in modules if not excluded(path)]
+    candidates = [
+        (path, module)
+        for path, module in modules
+        if config.is_in_layers(path) and not excluded(path)
+    ]
     of_mixtures = routers(modules) | {id(module) for _, module in modules if is_experts(module)}
     found = []
     for pattern in config.target_modules:
@@ -170,7 +173,7 @@ def _matched(
     if any(matches(pattern, path) for path, _ in modules):
         raise ValueError(
             f"lora_ext.apply_lora: expected target_modules {pattern!r} to match a layer, but "
-            "exclude_modules or modules_to_save take away all that it matches"
+            "exclude_modules, modules_to_save or layers_to_transform take away all that it matches"
         )
     adaptable = [path for path, module in modules if _is_adaptable(module)]
     raise ValueError(_nothing("target_modules", pattern, adaptable))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model_layers import per_row_modules
 from ..nn import LoRALayer
+from ..nn.adapter_spec import expect
 from ..nn.row_adapters import RowAdapters, entered
 from ..torch_state import outside_inference
 
@@ -91,30 +92,28 @@ def _checked(
             "lora_ext.use_adapters: expected names as a sequence of strings, or None for the base, "
             f"but got {names!r}"
         )
-    if not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"lora_ext.use_adapters: expected repeats of 1 or more, but got {repeats}")
+    is_count = isinstance(repeats, int) and repeats >= 1
+    expect(is_count, "use_adapters", "repeats of 1 or more", repeats)
     if index is None:
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         places: dict[str | None, int] = {name: place for place, name in enumerate(distinct)}
         places[None] = -1
         return distinct, torch.tensor([places[name] for name in names], dtype=torch.int32)
     distinct = [name for name in names if name is not None]
-    if len(distinct) != len(names) or len(set(distinct)) != len(names):
-        raise ValueError(
-            "lora_ext.use_adapters: expected distinct names beside an index, which is -1 for the "
-            f"base, but got {list(names)}"
-        )
+    expect(
+        len(distinct) == len(set(distinct)) == len(names),
+        "use_adapters",
+        "distinct names beside an index, which is -1 for the base",
+        list(names),
+    )
     if not isinstance(index, Tensor) or index.dtype != torch.int32:
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(
             f"lora_ext.use_adapters: expected an int32 tensor as index, but got {got}; convert it "
             "with .to(torch.int32)"
         )
-    if index.dim() not in (1, 2):
-        raise ValueError(
-            "lora_ext.use_adapters: expected an index of shape [batch] or [batch, tokens], but got "
-            f"{list(index.shape)}"
-        )
+    shape = list(index.shape)
+    expect(len(shape) in (1, 2), "use_adapters", "an index [batch] or [batch, tokens]", shape)
     if index.is_cpu and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= len(distinct):

@@ -20,7 +20,7 @@ from ..nn.adapter_spec import MAX_RANK, AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.module import adaptable_parameters
 from ..versions import TOO_OLD
-from .config import LoraConfig
+from .config import ALL_LINEAR, LoraConfig
 from .patterns import is_name_of, is_pattern, matches
 
 # The parameter that has the rows of two projections.
@@ -82,17 +82,16 @@ def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:
 
 
 def chosen(
-    module: LoRAModule, path: str, config: LoraConfig, all_linear: str
+    module: LoRAModule, path: str, config: LoraConfig
 ) -> Iterable[tuple[LoRAParameter, AdapterSpec]]:
     """The parameters of a module that the config selects, each with its adapter.
 
     Args:
         module: experts or a router, at `path`.
         config: a config that has the module among its targets.
-        all_linear: the word that selects all linear layers.
     """
     targets = config.target_modules
-    is_whole = any(pattern == all_linear or matches(pattern, path) for pattern in targets)
+    is_whole = any(pattern == ALL_LINEAR or matches(pattern, path) for pattern in targets)
     for layer in module.layers():
         name = f"{path}.{layer.parameter}"
         is_named = any(
@@ -107,9 +106,7 @@ def chosen(
                     f"{name}, which holds two projections and gets the rank 2 r, but got "
                     f"r={config.r}; give a smaller r, or name {_FUSED!r} in exclude_modules"
                 )
-            yield (
-                layer,
-                replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha).spec_for(name),
-            )
+            both = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
+            yield layer, both.spec_for(name)
         elif is_whole or is_named:
             yield layer, config.spec_for(name)

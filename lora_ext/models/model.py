@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model_layers import peft_layers
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
+from ..nn.adapter_spec import expect
 from .config import BIASES
 
 # Attribute of a module that is trained whole: the names of the adapters to which it belongs.
@@ -80,19 +81,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-# The equivalent of each function here in a PeftModel.
+# What a PeftModel has instead of a function here, if its method has another name.
 _OF_PEFT = {
-    "set_adapter": "model.set_adapter(name)",
-    "delete_adapter": "model.delete_adapter(name)",
-    "merge_adapter": "model.merge_adapter()",
-    "unmerge_adapter": "model.unmerge_adapter()",
-    "disable_adapter": "with model.disable_adapter()",
-    "merge_and_unload": "model.merge_and_unload()",
-    "unload": "model.unload()",
     "models.lora_state_dict": "peft.get_peft_model_state_dict(model)",
     "models.mark_only_lora_as_trainable": "model.set_adapter(name)",
     "save_adapter": "model.save_pretrained(folder)",
-    "load_adapter": "model.load_adapter(folder, name)",
     "AdapterPool": "lora_ext.use_adapters(model, names) takes its own adapters",
     "apply_lora": "model.add_adapter(name, peft.LoraConfig(...))",
 }
@@ -104,7 +97,7 @@ def check_not_peft(model: nn.Module, function: str) -> None:
     if layers is not None and not isinstance(layers[1], LoRALayer):
         raise ValueError(
             f"lora_ext.{function}: expected layers of lora_ext, but the model's are PEFT's, with "
-            f"PEFT's own methods, accelerated or not: {_OF_PEFT[function]}"
+            f"PEFT's own methods, accelerated or not: {_OF_PEFT.get(function, f'model.{function}')}"
         )
 
 
@@ -164,30 +157,24 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         ValueError: no layer has one of the names, or it is not active.
         RuntimeError: an update is not finite, or a weight is sharded or quantised.
     """
-    if adapter_names is not None:
-        adapter_names = checked_names(model, adapter_names, "merge_adapter")
-        for path, layer in lora_layers(model):
-            layer.check_active(
-                [name for name in adapter_names if name in layer.adapters], f" at {path!r}"
-            )
-    for layer, merged in compute_merged(model, adapter_names, "merge_adapter"):
+    for layer, merged in compute_merged(model, adapter_names, "merge_adapter", only_active=True):
         layer.install_merged(*merged)
 
 
-def compute_merged(model: nn.Module, names: str | Iterable[str] | None, function: str) -> list:
+def compute_merged(
+    model: nn.Module, names: str | Iterable[str] | None, function: str, only_active: bool = False
+) -> list:
     """All merged tensors, computed before any layer is changed."""
     check_not_peft(model, function)
     reshard(model)
     wanted = None if names is None else checked_names(model, names, function)
-    return [
-        (
-            layer,
-            layer.compute_merged(
-                None if wanted is None else [name for name in wanted if name in layer.adapters]
-            ),
-        )
-        for _, layer in lora_layers(model)
-    ]
+    found: list[tuple[LoRALayer, list[str] | None]] = []
+    for path, layer in lora_layers(model):
+        own = None if wanted is None else [name for name in wanted if name in layer.adapters]
+        if only_active and own:
+            layer.check_active(own, f" at {path!r}")
+        found.append((layer, own))
+    return [(layer, layer.compute_merged(own)) for layer, own in found]
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -218,11 +205,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     Raises:
         ValueError: bias is none of them.
     """
-    if bias not in BIASES:
-        raise ValueError(
-            f"lora_ext.models.mark_only_lora_as_trainable: expected bias in {BIASES}, but got "
-            f"{bias!r}"
-        )
+    expect(bias in BIASES, "models.mark_only_lora_as_trainable", f"bias in {BIASES}", bias)
     check_not_peft(model, "models.mark_only_lora_as_trainable")
     own = {
         id(parameter)
@@ -258,10 +241,7 @@ def lora_state_dict(
     Raises:
         ValueError: bias is none of the three, or no layer has the adapter.
     """
-    if bias not in BIASES:
-        raise ValueError(
-            f"lora_ext.models.lora_state_dict: expected bias in {BIASES}, but got {bias!r}"
-        )
+    expect(bias in BIASES, "models.lora_state_dict", f"bias in {BIASES}", bias)
     check_not_peft(model, "models.lora_state_dict")
     if adapter_name is not None:
         checked_names(model, adapter_name, "models.lora_state_dict")

@@ -60,12 +60,9 @@ class AdapterSpec:
         check_rank(self.r, "nn.AdapterSpec")
         check_alpha(self.lora_alpha, "nn.AdapterSpec")
         check_dropout(self.lora_dropout, "nn.AdapterSpec")
-        expect(
-            self.init_lora_weights in INITS,
-            "nn.AdapterSpec",
-            f"init_lora_weights to be one of {INITS}",
-            self.init_lora_weights,
-        )
+        init = self.init_lora_weights
+        is_known = isinstance(init, bool | str) and init in INITS
+        expect(is_known, "nn.AdapterSpec", f"init_lora_weights to be one of {INITS}", init)
 
     @property
     def scaling(self) -> float:

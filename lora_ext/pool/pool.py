@@ -12,7 +12,8 @@ from torch import nn
 from ..adapters import AdapterError, save_adapter
 from ..models import LoraConfig
 from ..models.apply import in_place_of, install, layers_of
-from ..models.find import ALL_LINEAR, find_targets
+from ..models.config import ALL_LINEAR, AnyConfig
+from ..models.find import find_targets
 from ..models.mixtures import warn_of_other_experts
 from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAParameter
@@ -198,7 +199,7 @@ class AdapterPool:
         self,
         adapter_name: str,
         source: Source,
-        config: LoraConfig | None = None,
+        config: AnyConfig | None = None,
         *,
         trainable: bool | None = None,
     ) -> list[nn.Parameter]:
@@ -241,7 +242,7 @@ class AdapterPool:
         return self.parameters(adapter_name)
 
     def replace_adapter(
-        self, adapter_name: str, source: Source, config: LoraConfig | None = None
+        self, adapter_name: str, source: Source, config: AnyConfig | None = None
     ) -> list[nn.Parameter]:
         """Replaces the adapter in a slot. After an error or an interrupt, the slot is unchanged.
         Layers in which the rank stays the same keep their parameters; the others get new ones, and
@@ -298,7 +299,7 @@ class AdapterPool:
         self._known(adapter_name, "save_adapter")
         save_adapter(self.model, folder, adapter_name, bias="none", **information)
 
-    def _read(self, source: Source, config: LoraConfig | None) -> Incoming:
+    def _read(self, source: Source, config: AnyConfig | None) -> Incoming:
         return read(self.model, self.layers, source, config)
 
     def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:

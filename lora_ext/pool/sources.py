@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ from ..adapters.placement import Placement, Target
 from ..adapters.targets import named
 from ..models import LoraConfig
 from ..models.apply import layers_of
-from ..models.config import not_a_config
+from ..models.config import AnyConfig, as_config
 from ..models.find import find_targets
 from ..nn import LoRALayer, LoRAModule, LoRAParameter, initialize
 from ..nn.adapter_spec import AdapterSpec
 
-Source = LoraConfig | Mapping[str, Tensor] | str | os.PathLike[str]
+Source: TypeAlias = "AnyConfig | Mapping[str, Tensor] | str | os.PathLike[str]"
 
 
 @dataclass
@@ -45,7 +46,7 @@ def read(
     model: nn.Module,
     layers: Mapping[str, LoRALayer],
     source: Source,
-    config: LoraConfig | None,
+    config: AnyConfig | None,
 ) -> Incoming:
     """Reads the adapter of a source; sources are those of `AdapterPool.add_adapter`.
 
@@ -54,21 +55,17 @@ def read(
         TypeError: source has another type.
     """
     dtype = next(iter(layers.values())).pool.lora_a.dtype
-    if isinstance(source, LoraConfig):
-        if config is not None:
-            raise TypeError("expected one LoraConfig, but got two")
-        incoming = _random(model, layers, source, dtype)
-    elif isinstance(source, Mapping):
+    if isinstance(source, Mapping):
         incoming = _of_tensors(layers, source, config, dtype)
     elif isinstance(source, str | os.PathLike):
         if config is not None:
             raise TypeError("expected no config beside a folder, which has its own")
         incoming = _of_folder(model, layers, os.fspath(source), dtype)
     else:
-        raise TypeError(
-            "expected a LoraConfig, a mapping of tensors or a folder, but got "
-            + not_a_config(source)
-        )
+        random = as_config(source, others=", a mapping of tensors or a folder")
+        if config is not None:
+            raise TypeError("expected one LoraConfig, but got two")
+        incoming = _random(model, layers, random, dtype)
     for path, spec in incoming.specs.items():
         _check_spec(path, spec, layers[path])
         _check_values(path, spec, layers[path], incoming.values[path])
@@ -116,7 +113,7 @@ def _targets(
 def _of_tensors(
     layers: Mapping[str, LoRALayer],
     tensors: Mapping[str, Tensor],
-    config: LoraConfig | None,
+    config: AnyConfig | None,
     dtype: torch.dtype,
 ) -> Incoming:
     """The adapter in tensors with keys ``<path>.lora_a`` and ``<path>.lora_b``; their shapes give
@@ -126,7 +123,7 @@ def _of_tensors(
             "expected a config beside tensors, a LoraConfig with their lora_alpha, lora_dropout "
             "and use_rslora"
         )
-    incoming = Incoming()
+    config, incoming = as_config(config), Incoming()
     paths = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     wanted = {f"{path}.{part}" for path in paths for part in ("lora_a", "lora_b")}
     if wanted != set(tensors) or not tensors:

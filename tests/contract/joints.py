@@ -120,10 +120,11 @@ def _targets(layer: str) -> list[str]:
 
 def our_config(layer: str, name: str, dropout: float, r: int | None = None) -> lora_ext.LoraConfig:
     rank, alpha = ADAPTERS[name]
-    words = {} if layer == "packed" else {"adapter_dtype": F64}
-    return lora_ext.LoraConfig(
-        _targets(layer), r=r or rank, lora_alpha=alpha, lora_dropout=dropout, **words
-    )
+    return lora_ext.LoraConfig(_targets(layer), r=r or rank, lora_alpha=alpha, lora_dropout=dropout)
+
+
+def our_dtype(layer: str) -> torch.dtype | None:
+    return None if layer == "packed" else F64
 
 
 def peft_config(layer: str, name: str, dropout: float, r: int | None = None) -> LoraConfig:
@@ -142,7 +143,10 @@ def _ours(base: nn.Module, names: list[str], layer: str, dropout: float, in_pool
     pool = AdapterPool(base, 4, 3, _targets(layer), adapter_dtype=F64) if in_pool else None
     for name in names:
         config = our_config(layer, name, dropout)
-        apply_lora(base, config, name) if pool is None else pool.add_adapter(name, config)
+        if pool is None:
+            apply_lora(base, config, name, adapter_dtype=our_dtype(layer))
+        else:
+            pool.add_adapter(name, config)
     if pool is None:
         lora_ext.set_adapter(base, names)
     return base
@@ -232,7 +236,8 @@ def add(subject: Subject, name: str, r: int | None = None) -> None:
         config = peft_config(layer, name, 0.0, r)
         subject.model.add_adapter(name, config, autocast_adapter_dtype=False)
     else:
-        apply_lora(subject.model, our_config(layer, name, 0.0, r), name)
+        config = our_config(layer, name, 0.0, r)
+        apply_lora(subject.model, config, name, adapter_dtype=our_dtype(layer))
     for key, parameter in subject.model.named_parameters():
         if name in key.split(".") and "lora_b" in key.lower():
             nn.init.normal_(parameter, std=0.3)

@@ -60,7 +60,7 @@ BAD_WORDS = {
     "r": (-1, 513, 2.0, True),
     "lora_alpha": (float("nan"), float("inf"), "8"),
     "lora_dropout": (1.0, -0.1, float("nan")),
-    "init_lora_weights": ("zeros",),
+    "init_lora_weights": ("zeros", False, 1),
 }
 
 

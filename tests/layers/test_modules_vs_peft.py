@@ -51,7 +51,7 @@ def ours_of(model, adapters, adapter_dtype=None):
     """The same by apply_lora on another copy."""
     model = copy.deepcopy(model)
     for name, words in adapters.items():
-        apply_lora(model, lora_ext.LoraConfig(**words, adapter_dtype=adapter_dtype), name)
+        apply_lora(model, LoraConfig(**words), name, adapter_dtype=adapter_dtype)
     lora_ext.set_adapter(model, list(adapters))
     return randomize(model)
 

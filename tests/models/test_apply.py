@@ -209,7 +209,7 @@ def test_the_model_itself_may_not_be_the_layer():
 @pytest.mark.parametrize("adapter_dtype", [None, BF16, F32], ids=str)
 def test_adapter_dtype(dtype, adapter_dtype):
     model = make_zoo(dtype)
-    apply_lora(model, LoraConfig(["q_proj", "emb"], adapter_dtype=adapter_dtype))
+    apply_lora(model, LoraConfig(["q_proj", "emb"]), adapter_dtype=adapter_dtype)
     expected = adapter_dtype or (F64 if dtype == F64 else F32)
     assert {model.emb.lora_a["default"].dtype, model.emb.lora_b["default"].dtype} == {expected}
 
@@ -345,11 +345,81 @@ def test_conv1d_needs_no_import_of_transformers():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        {"target_modules": ["q_proj", "layers.1.mlp"], "exclude_modules": ["layers.2.q_proj"]},
+        {"target_modules": r".*\.[02]\.(q_proj|mlp)", "exclude_modules": r".*\.0\.mlp"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "use_rslora": True},
+        {"target_modules": ["q_proj", "mlp"], "layers_to_transform": 1, "lora_alpha": 3},
+        {"target_modules": ["mlp"], "rank_pattern": {r"[01]\.mlp": 2, "mlp": 3}, "r": 4},
+        {
+            "target_modules": ["q_proj"],
+            "alpha_pattern": {"^model.layers.0.*": 5},
+            "lora_dropout": 0.1,
+        },
+        {"target_modules": ["q_proj"], "modules_to_save": ["emb"], "task_type": "SEQ_CLS"},
+        {"target_modules": ["q_proj"], "bias": "all", "task_type": peft.TaskType.CAUSAL_LM},
+    ],
+    ids=str,
+)
+def test_a_config_of_peft_means_here_what_it_means_there(words):
+    theirs, *ours = (nn.ModuleDict({"model": make_zoo()}) for _ in range(3))
+    peft.inject_adapter_in_model(peft.LoraConfig(**words), theirs)
+    expected = {
+        path: (m.r["default"], m.scaling["default"], getattr(m.lora_dropout["default"], "p", 0.0))
+        for path, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    configs = (peft.LoraConfig(**words), LoraConfig(**in_our_patterns(words)))
+    for model, config in zip(ours, configs, strict=True):
+        apply_lora(model, config)
+        assert {p: (s.r, s.scaling, s.lora_dropout) for p, s in specs_of(model)} == expected
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert ("model.norm.bias" in trained) == (words.get("bias") == "all")
+        assert ("model.emb.weight" in trained) == ("modules_to_save" in words)
+
+
+def in_our_patterns(words):
+    """The words for our class, where a regular expression begins with "re:"."""
+    words = {name: words[name] for name in words if name != "task_type"}
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(words.get(name), str):
+            words[name] = f"re:{words[name]}"
+    for name in ("rank_pattern", "alpha_pattern"):
+        words[name] = {rf"re:(.*\.)?({key})": n for key, n in words.get(name, {}).items()}
+    return words
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ({"use_dora": True}, "use_dora=True; lora_ext.accelerate"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "layers_pattern='layers'"),
+        ({"inference_mode": True}, "inference_mode=True"),
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights .*'orthogonal'"),
+        ({"init_lora_weights": False}, "init_lora_weights .*False"),
+    ],
+    ids=str,
+)
+def test_a_field_of_peft_that_is_not_supported_is_named(words, named):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=named):
+        apply_lora(model, peft.LoraConfig(target_modules=["0"], **words))
+    assert type(model[0]) is nn.Linear
+    if words.keys() - {"init_lora_weights", "layers_to_transform"}:
+        with pytest.raises(TypeError, match=list(words)[-1]):
+            LoraConfig("0", **words)
+
+
+@pytest.mark.parametrize(
     ("config", "came"),
-    [(peft.LoraConfig(), "peft's LoraConfig: .*accelerate"), (None, "NoneType"), ({}, "dict")],
+    [(peft.LoHaConfig(), "LoHaConfig"), (None, "NoneType"), ({}, "dict")],
 )
 def test_another_config_is_refused(config, came):
-    with pytest.raises(TypeError, match=f"expected a lora_ext.LoraConfig, but got {came}"):
+    message = f"lora_ext.apply_lora: expected PEFT's or lora_ext's LoraConfig, but got {came}"
+    with pytest.raises(TypeError, match=message):
         apply_lora(nn.Sequential(nn.Linear(2, 2)), config)
 
 

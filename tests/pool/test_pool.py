@@ -143,6 +143,7 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
             ("no lora_bias", ("x", LoraConfig(LINEAR, r=2, lora_bias=True))),
             ("pool's layers.*'emb'", ("x", LoraConfig(["emb"], r=2))),
             ("a config beside tensors", ("x", good)),
+            ("use_dora=True", ("x", peft.LoraConfig(target_modules=["q_proj"], use_dora=True))),
             ("finite", ("x", good | {key: good[key] * float("nan")}, config)),
             (r"lora_b of shape \[16, 4\]", ("x", good | {key: good[key][1:]}, config)),
             ("two matrices", ("x", good | {key: good[key][0]}, config)),
@@ -152,7 +153,8 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
         ],
         TypeError: [
             ("LoraConfig, a mapping", ("x", 3)),
-            ("peft's LoraConfig: .*accelerate", ("x", peft.LoraConfig())),
+            ("LoraConfig, a mapping .* LoHaConfig", ("x", peft.LoHaConfig())),
+            ("one LoraConfig, but got two", ("x", config, config)),
             ("no config beside a folder", ("x", tmp_path, config)),
         ],
     }

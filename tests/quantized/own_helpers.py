@@ -87,10 +87,15 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)) + self.other(x))
 
 
-def adapted(model: nn.Module, adapter: str = "default", **words: Any) -> nn.Module:
+def adapted(
+    model: nn.Module,
+    adapter: str = "default",
+    adapter_dtype: torch.dtype | None = None,
+    **words: Any,
+) -> nn.Module:
     """The model with random adapters in all linear layers."""
-    settings = {"r": 8, "lora_alpha": 16.0} | words
-    lora_ext.apply_lora(model, lora_ext.LoraConfig("all-linear", **settings), adapter)
+    config = lora_ext.LoraConfig("all-linear", **({"r": 8, "lora_alpha": 16.0} | words))
+    lora_ext.apply_lora(model, config, adapter, adapter_dtype=adapter_dtype)
     return randomize(model)
 
 
