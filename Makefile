@@ -13,11 +13,11 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find csrc -type f)
-FOLDERS := benchmarks build_backend csrc emulator lora_ext scripts tests
+FOLDERS := benchmarks build_backend csrc emulator examples lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-gpu nightly bench bench-full bench-models
-.PHONY: bench-adapters demo demo-experts demo-many gpu
+.PHONY: bench-adapters gpu
 .PHONY: sass sanitize docs wheel clean
 
 # Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
@@ -223,14 +223,9 @@ bench-full: $(VENV)/.extras
 bench-models: $(VENV)/.integrations
 	$(PY) -m benchmarks.whole_models $(ARGS)
 
-demo: $(VENV)/.extras
-	$(PY) -m benchmarks.finetune $(ARGS)
-
-demo-experts: $(VENV)/.extras
-	$(PY) -m benchmarks.finetune_experts $(ARGS)
-
-demo-many: $(VENV)/.extras
-	$(PY) -m benchmarks.finetune_many $(ARGS)
+# make example-finetune, -mixture, -two_tasks, -clients
+example-%: $(VENV)/.extras
+	$(PY) examples/$*.py
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
 # Built for the card at hand alone, whatever the environment's list says: a container's has many more.

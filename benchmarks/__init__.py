@@ -1,7 +1,7 @@
 """Latency and memory of one LoRA linear layer, ours against the alternatives, on this machine.
 
 `python -m benchmarks` measures the headline cells, `python -m benchmarks --full` the whole grid;
-`.gpu`, `.adapters`, `.whole_models` and the demonstrations `.finetune*` are suites of their own.
+`.gpu`, `.adapters` and `.whole_models` are suites of their own.
 All but `.gpu` have their command from `suite`. Data flows one way:
 
     shapes -> problem -> variants -> agreement, timing, memory -> runner -> results, targets

@@ -53,14 +53,6 @@ def table_of(rows: Sequence[Row], columns: Sequence[Column], left: Sequence[int]
     return table([head for head, _ in columns], cells, left)
 
 
-def claims_table(document: Document) -> str:
-    """What a training claims, what was found, and whether the claim holds."""
-    rows = [
-        ["pass" if c["holds"] else "**MISS**", c["claim"], c["found"]] for c in document["checks"]
-    ]
-    return table(["", "claim", "found"], rows, (0, 1, 2))
-
-
 def milliseconds(ms: float) -> str:
     """A time with three significant digits, in us or ms."""
     value, unit = (ms * 1e3, "us") if ms < 1 else (ms, "ms")

@@ -1,7 +1,7 @@
 """report.md and pictures of any results file; `python -m benchmarks.report FILE` renders one again.
 
-What is said and drawn is the affair of each kind. Of two modules the second needs a plot library,
-and not every kind has it:
+What is said and drawn is the affair of each kind. Of its two modules the second needs a plot
+library:
 
     *_report    text(document, images), the report as Markdown; images: names of files beside it
     *_figures   figures(document): name of a PNG -> figure, or None where there is nothing for it
@@ -26,11 +26,7 @@ _MODULES = {
     "gpu": "gpu.gpu",
     "models": "whole_models.models",
     "adapters": "adapters.adapters",
-    "finetune": "finetune.finetune",
-    "finetune_many": "finetune_many.many",
-    "finetune_experts": "finetune_experts.experts",
 }
-_WITHOUT_PICTURES = ("finetune", "finetune_many")
 
 
 def _of_kind(document: Document, what: str) -> Any:
@@ -46,7 +42,7 @@ def text(document: Document, images: Sequence[str] = ()) -> str:
 def write(document: Document, json_path: Path, with_plots: bool = True) -> Path:
     """Write report.md and the figures beside the results file; returns the report's path."""
     images: list[str] = []
-    if with_plots and document["kind"] not in _WITHOUT_PICTURES:
+    if with_plots:
         try:
             from . import figures
 

@@ -30,8 +30,7 @@ SCHEMA_VERSION = 1
 _LEAST_PAIRS = 3
 
 _LAYERS: dict[str, type] = {"cells": list, "skipped": list, "targets": list}
-_TRAINING: dict[str, type] = {"losses": dict, "timing": dict, "memory": dict, "checks": list}
-# kind -> its parts; the first has the rows, or is a part of the only row, the document itself.
+# kind -> its parts; the first has the rows.
 KINDS: dict[str, dict[str, type]] = {
     "headline": _LAYERS,
     "full": _LAYERS,
@@ -39,11 +38,8 @@ KINDS: dict[str, dict[str, type]] = {
     "gpu": _LAYERS,
     "models": {"cases": list},
     "adapters": {"cases": list},
-    "finetune": _TRAINING,
-    "finetune_many": _TRAINING,
-    "finetune_experts": _TRAINING,
 }
-TIMES = ("timing", "graph", "forward", "updates")
+TIMES = ("timing", "graph", "forward")
 MEMORIES = ("memory", "forward_memory")
 _NEEDED = {
     **{key: {"ms", "p25", "p75", "disturbed", "samples"} for key in TIMES},
@@ -51,7 +47,7 @@ _NEEDED = {
 }
 
 Document = dict[str, Any]
-Row = dict[str, Any]  # what was measured in one situation: a cell, a model, a training
+Row = dict[str, Any]  # what was measured in one situation: a cell, a model
 
 
 def new_document(kind: str, machine: dict[str, Any]) -> Document:
@@ -117,15 +113,12 @@ def read(path: Path) -> Document:
 
 
 def rows_of(document: Document) -> list[Row]:
-    """What has TIMES and MEMORIES; a training is one row, its document."""
-    rows = document[next(iter(KINDS[document["kind"]]))]
-    return rows if isinstance(rows, list) else [document]
+    """What has TIMES and MEMORIES."""
+    return document[next(iter(KINDS[document["kind"]]))]
 
 
 def has_findings(document: Document) -> bool:
-    """Whether there is something to report; a training is reported as a whole."""
-    if rows_of(document) == [document]:
-        return document["complete"]
+    """Whether there is something to report."""
     parts = (part for name, part in document.items() if name != "machine")
     return any(part for part in parts if isinstance(part, list | dict))
 

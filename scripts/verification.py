@@ -84,16 +84,6 @@ def models() -> str:
     return section("Whole models on the CPU", document["machine"], "bench-models", body)
 
 
-def fine_tuning() -> str:
-    document = read("epyc-avx512-2-cores", "finetune")
-    rows = [
-        [check["claim"], check["found"], "holds" if check["holds"] else "**does not hold**"]
-        for check in document["checks"]
-    ]
-    body = table(["claim", "found", "verdict"], rows)
-    return section("A real fine-tuning", document["machine"], "demo", body)
-
-
 def gpu_runs() -> list[tuple[Path, dict]]:
     """(file, document) of each run of `make gpu` on a GPU."""
     found = [(path, results.read(path)) for path in sorted(RESULTS.rglob("results.json"))]
@@ -179,7 +169,7 @@ def gpus() -> list[str]:
 
 
 def page() -> str:
-    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), fine_tuning(), peft()]
+    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), peft()]
     return "\n\n".join(sections) + "\n"
 
 

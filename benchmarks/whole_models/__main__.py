@@ -10,12 +10,13 @@ from pathlib import Path
 from .. import results
 from ..suite import ONLY, Suite, measure_each
 from ..timing import Plan
-from . import experts, generate, mixed_batch, overhead, packed, quantized, step
+from . import experts, generate, mixed_batch, overhead, packed, quantized, step, whole_run
 from .cases import all_cases, mixed_cases, quantized_cases
 
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
-PARTS = ("models", "mixed", "quantized_layers", "packed", "generate", "experts", "overhead")
+PARTS = ("runs", "models", "mixed", "quantized_layers", "packed", "generate", "experts", "overhead")
+_MODULES = {"runs": whole_run, "packed": packed, "generate": generate, "experts": experts}
 _HELP = "what is measured, all by default: %(choices)s"
 
 
@@ -35,7 +36,7 @@ def _measure(options: argparse.Namespace, document: results.Document, path: Path
         document["quantized_layers"] = quantized.measure_layers(_OVERHEAD_PLAN, progress)
     elif "quantized_layers" in options.parts:
         progress("bitsandbytes is not installed: nothing is measured over quantised bases")
-    for part, module in {"packed": packed, "generate": generate, "experts": experts}.items():
+    for part, module in _MODULES.items():
         if part in options.parts:
             document[part] = module.measure(_PLAN, progress)
             results.keep(document, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,18 +101,24 @@ def _dense_model(case: Case) -> nn.Module:
         )
         model = transformers.GPT2Model(config).to(dtype)
     else:
-        is_deep = case.model == _LLAMA_135M
-        config = transformers.LlamaConfig(
-            hidden_size=576 if is_deep else 1024,
-            intermediate_size=1536 if is_deep else 2816,
-            num_hidden_layers=30 if is_deep else 4,
-            num_attention_heads=9 if is_deep else 16,
-            num_key_value_heads=3 if is_deep else 16,
-            vocab_size=4096,
-            use_cache=False,
-        )
+        config = llama_config(case.model == _LLAMA_135M, vocab_size=4096)
         model = transformers.LlamaModel(config).to(dtype)
     return model.train().requires_grad_(False)
+
+
+def llama_config(is_deep: bool, vocab_size: int) -> Any:
+    """Of transformers: 4 layers of 1024, or 30 of 576."""
+    import transformers
+
+    return transformers.LlamaConfig(
+        hidden_size=576 if is_deep else 1024,
+        intermediate_size=1536 if is_deep else 2816,
+        num_hidden_layers=30 if is_deep else 4,
+        num_attention_heads=9 if is_deep else 16,
+        num_key_value_heads=3 if is_deep else 16,
+        vocab_size=vocab_size,
+        use_cache=False,
+    )
 
 
 def inputs(case: Case, model: nn.Module, copies: int) -> list[tuple[Tensor, Tensor]]:

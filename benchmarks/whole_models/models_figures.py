@@ -1,44 +1,97 @@
-"""Bars of steps of whole models."""
+"""Two bars a model, PEFT's defaults and the same accelerated, with what was gained written on them."""
 
 from __future__ import annotations
 
-from ..figures import Figure, finish, grouped_bars, plt
-from ..results import Document, median_ratio, peak_ratio
-from .models_report import LABELS
+from collections.abc import Callable, Sequence
+from typing import Any
 
-# In the order of the picture.
-_BARS = ("ours", "ours_fp32", "peft_accelerated", "peft_default_accelerated")
-_BARS += ("peft", "peft_default")
+from ..figures import Figure, finish, plt
+from ..results import Document, Row, median_ratio
+from .cases import BATCH, LENGTH
+
+_PEFT, _ACCELERATED = "peft_default", "peft_default_accelerated"
+_LABELS = {_PEFT: "PEFT, default settings", _ACCELERATED: "PEFT with lora_ext.accelerate"}
+# Blue and orange of Okabe and Ito's colours, which the colour-blind tell apart.
+_COLOURS = {_PEFT: "#0072B2", _ACCELERATED: "#E69F00"}
+_TOKENS = {BATCH[model] * LENGTH[model] for model in BATCH}
+_MIB = 2**20
 
 
-def figures(document: Document) -> dict[str, Figure]:
-    """Bars of time and memory over frozen."""
-    cases = document["cases"]
-    if not cases:  # other parts of the run alone
-        return {}
-    panels = {
-        "time of a step": {
-            name: [median_ratio(case, name, "frozen") for case in cases] for name in _BARS
-        },
-        "peak memory of a step": {
-            name: [peak_ratio(case, name, "frozen") for case in cases] for name in _BARS
-        },
-    }
-    size = (12, 1.2 + 1.3 * len(cases))
-    figure, grid = plt.subplots(1, 2, figsize=size, sharey=True)
-    for axes, (title, lengths) in zip(grid, panels.items(), strict=True):
-        labels = [case["id"] for case in cases]
-        grouped_bars(axes, labels, lengths, LABELS)
-        axes.set_xlabel("x frozen model (less is better)")
-        finish(axes, f"CPU: {title}", size=11)
-    grid[0].invert_yaxis()
+def figures(document: Document) -> dict[str, Figure | None]:
+    """models.png: time and memory of a step; experts.png: time of one token."""
+    return {"models.png": _steps(document), "experts.png": _tokens(document)}
+
+
+def _pairs(
+    axes: Any,
+    rows: Sequence[Row],
+    value: Callable[[Row, str], float],
+    gain: Callable[[Row], str],
+) -> None:
+    """For each row the two bars, their values, and the gain on the second."""
+    for place, name in enumerate(_LABELS):
+        ends = [value(row, name) for row in rows]
+        at = [number + 0.38 * place for number in range(len(rows))]
+        bars = axes.barh(at, ends, 0.36, color=_COLOURS[name], label=_LABELS[name])
+        said = [
+            f"{end:,.0f}" + (f"   {gain(row)}" if place else "")
+            for end, row in zip(ends, rows, strict=True)
+        ]
+        axes.bar_label(bars, said, fontsize=10, padding=3, fontweight="bold" if place else "normal")
+    axes.set_yticks([i + 0.19 for i in range(len(rows))], [row["id"] for row in rows], fontsize=10)
+    axes.invert_yaxis()
+
+
+def _faster(row: Row) -> str:
+    found = median_ratio(row, _PEFT, _ACCELERATED) or 0.0
+    return f"{found:.{1 if found < 10 else 0}f}x as fast"
+
+
+def _less(row: Row) -> str:
+    peaks = [row["memory"][name]["peak"] for name in _LABELS]
+    return f"{100 * (1 - peaks[1] / peaks[0]):.0f}% less"
+
+
+def _has_both(row: Row) -> bool:
+    return all(name in row.get("timing", {}) for name in _LABELS)
+
+
+def _finish(figure: Figure, top: Any, document: Document, what: str) -> Figure:
+    where = f"{document['machine']['name']}; {what}"
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1.16), frameon=False, fontsize=10)
     figure.tight_layout()
-    figure.legend(
-        *grid[0].get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        ncols=3,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0),
+    figure.text(0.01, -0.01, where, fontsize=9, ha="left", va="top", wrap=True)
+    return figure
+
+
+def _steps(document: Document) -> Figure | None:
+    """Of the models whose linear layers all have adapters."""
+    rows = [row for row in document["cases"] if _has_both(row) and "all linear" in row["id"]]
+    if not rows:  # other parts of the run alone
+        return None
+    rows = [row | {"id": row["id"].replace(" all linear ", "\n")} for row in rows]
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.5, 2.4 + 1.5 * len(rows)))
+    _pairs(upper, rows, lambda row, name: row["timing"][name]["ms"], _faster)
+    _pairs(lower, rows, lambda row, name: row["memory"][name]["peak"] / _MIB, _less)
+    for axes, title in ((upper, "One training step, ms"), (lower, "Its peak memory, MiB")):
+        axes.margins(x=0.3)
+        finish(axes, title, size=11)
+    [tokens] = _TOKENS
+    what = (
+        f"{tokens} tokens, adapters of rank 16 on all linear layers\nforward and backward, no head"
     )
-    return {"models.png": figure}
+    return _finish(figure, upper, document, f"{what}, weights not counted in memory")
+
+
+def _tokens(document: Document) -> Figure | None:
+    """Of mixtures of experts: one token, on a log scale."""
+    rows = [r for r in document.get("experts", ()) if _has_both(r) and r["id"].endswith("1 token")]
+    if not rows:
+        return None
+    rows = [row | {"id": row["id"].replace(", ", "\n")} for row in rows]
+    figure, axes = plt.subplots(figsize=(6.5, 1.6 + 0.9 * len(rows)))
+    _pairs(axes, rows, lambda row, name: row["timing"][name]["ms"], _faster)
+    axes.set_xscale("log")
+    axes.set_xlim(1, 1e5)
+    finish(axes, "One token through experts with adapters, ms (log scale)", size=11)
+    return _finish(figure, axes, document, "float32 adapters of rank 16 on experts and router")

@@ -57,7 +57,7 @@ def make(tmp_path, monkeypatch):
     ("card", "environment", "goals", "asked"),
     [
         ("", "", "build", "no-card"),
-        ("", "", "bench test demo demo-many", "no-card"),
+        ("", "", "bench test example-finetune", "no-card"),
         ("", "", "gpu DEVICE=cpu", "no-card"),
         ("", "auto", "build", "auto"),
         ("", "1", "test", "1"),
@@ -139,7 +139,7 @@ def test_an_edited_source_is_compiled_before_what_needs_it(make, tmp_path):
         assert compiles("test"), name
         os.utime(tree / name, (10**9, 10**9))
     os.utime(tree / compiled[0])
-    assert all(map(compiles, ("build", "bench", "demo", "gpu")))
+    assert all(map(compiles, ("build", "bench", "example-finetune", "gpu")))
 
 
 def test_each_layer_selects_its_marker_and_a_path_is_run_whole(make):
