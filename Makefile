@@ -17,7 +17,7 @@ FOLDERS := benchmarks build_backend csrc emulator examples lora_ext scripts test
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-gpu nightly bench bench-full bench-models
-.PHONY: bench-adapters gpu
+.PHONY: bench-adapters gpu help
 .PHONY: sass sanitize docs wheel clean
 
 # Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
@@ -32,7 +32,10 @@ WANTS_CUDA := $(CARD) $(filter sass test-gpu wheel,$(MAKECMDGOALS)) $(wildcard $
 CUDA := $(or $(if $(ON_CARD),1),$(strip $(LORA_EXT_CUDA)),$(if $(strip $(WANTS_CUDA)),$(WITH_CUDA),no-card))
 BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
-build: $(BUILT)
+build: $(BUILT)  ## builds and installs lora_ext in .venv
+
+help:  ## this list
+	@sed -nE 's/^([a-z%-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 # A PYTHON that has torch lends its packages to the environment, unless TORCH names another: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
@@ -104,7 +107,7 @@ $(VENV)/.tools: pyproject.toml | $(BUILT)
 # Tensor.long is no Python 2.
 VERMIN := --target=3.10- --violations --no-tips --quiet --exclude long
 
-lint: $(VENV)/.tools $(VENV)/.cuda-headers
+lint: $(VENV)/.tools $(VENV)/.cuda-headers  ## ruff, pyright, clang-format, rules of this repository
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(PY)
@@ -113,7 +116,7 @@ lint: $(VENV)/.tools $(VENV)/.cuda-headers
 	$(PY) scripts/check_house.py
 	$(PY) scripts/check_offsets.py
 
-format: $(VENV)/.tools
+format: $(VENV)/.tools  ## applies formatting
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FORMATTED)
@@ -121,11 +124,11 @@ format: $(VENV)/.tools
 # A worker on each core. What a path of tests/ or emulator/ in ARGS names runs whole, whatever its markers.
 PYTEST := $(PY) -m pytest -n auto
 DAILY := not nightly and not kernels
-test: $(VENV)/.extras
+test: $(VENV)/.extras  ## the tests that a newcomer needs, 5 minutes
 	$(PYTEST) --dist worksteal $(if $(filter tests% emulator%,$(ARGS)),,-m "not rest and $(DAILY)") $(ARGS)
 
 # A file stays on one worker: some start processes, and what a file sets up is set up once.
-test-rest: $(VENV)/.extras
+test-rest: $(VENV)/.extras  ## the other tests that a change must pass
 	$(PYTEST) --dist loadfile -m "rest and $(DAILY)" $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
@@ -138,11 +141,11 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 # K=lora_decode: the clean runs and mutants of one program alone, which are compiled from csrc/kernels
 # itself: the extension is not built again, which takes three times as long.
 OF_ONE := tests/emulated/test_clean.py tests/emulated/test_mutants.py -k
-test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.kernel-oracles)
+test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.kernel-oracles)  ## runs the CUDA kernels on the CPU
 	$(PYTEST) --dist loadfile -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
 	    --durations=25 $(ARGS)
 
-sass: $(VENV)/.kernel-oracles
+sass: $(VENV)/.kernel-oracles  ## registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)
 
 # A part of the tests on other versions of transformers and PEFT, beside the torch and the build of $(VENV):
@@ -176,7 +179,7 @@ test-ends:
 	for python in $(PYTHONS); do end $$python PYTHON=$$python; done
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
-test-gpu: $(VENV)/.extras
+test-gpu: $(VENV)/.extras  ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
 # Others' packages that the nightly tests and benchmarks use whole: trainers, quantised layers.
@@ -186,7 +189,7 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 
 # All parts, even where one has failed: what takes minutes, what other packages are needed for, older
 # instruction sets, new seeds and ASan in emulation, then every mutant's search, which writes the lists.
-nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools
+nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools  ## all that takes long
 	seed=$(or $(SEED),$$((RANDOM + 1)))
 	echo "seeds from $$seed on: make nightly SEED=$$seed has them again"
 	failed=
@@ -206,25 +209,24 @@ $(VENV)/.docs: pyproject.toml | $(BUILT)
 	$(PIP) install 'lora_ext[docs]'
 	touch $@
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.docs  ## the documentation as a site, in build/site
 	$(PY) -m mkdocs build --strict $(ARGS)
 
 # With ARGS, which are those of the first, it runs alone.
-bench: $(VENV)/.extras
+bench: $(VENV)/.extras  ## a table and plots of one LoRA layer on this machine, 5 minutes
 	$(PY) -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(PY) -m benchmarks.adapters --short)
 
-bench-adapters: $(VENV)/.extras
+bench-adapters: $(VENV)/.extras  ## many adapters in one batch
 	$(PY) -m benchmarks.adapters $(ARGS)
 
-bench-full: $(VENV)/.extras
+bench-full: $(VENV)/.extras  ## one LoRA layer, every size
 	$(PY) -m benchmarks --full $(ARGS)
 
-bench-models: $(VENV)/.integrations
+bench-models: $(VENV)/.integrations  ## fine-tuning and steps of whole models, beside PEFT
 	$(PY) -m benchmarks.whole_models $(ARGS)
 
-# make example-finetune, -mixture, -two_tasks, -clients
-example-%: $(VENV)/.extras
+example-%: $(VENV)/.extras  ## finetune, mixture, two_tasks or clients: one of examples/
 	$(PY) examples/$*.py
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
@@ -234,7 +236,7 @@ example-%: $(VENV)/.extras
 STARTED := $(shell date +%s)
 gpu: export TORCH_CUDA_ARCH_LIST = $(CARD)
 gpu: export LORA_EXT_CUDA = $(CUDA)
-gpu: $(BUILT)
+gpu: $(BUILT)  ## everything that a GPU has to show; QUICK=1: in 8 minutes
 	$(PY) -m benchmarks.gpu --started $(STARTED) $(if $(QUICK),--quick) \
 	    $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
@@ -255,7 +257,7 @@ sanitize: $(VENV)/.extras
 # a second dispatcher. The same ninja as for `build` finds its objects; another one's log says nothing.
 WHEELS := build/wheel
 NOT_IN_WHEELS := libtorch*.so libc10*.so libcuda.so.* libcudart.so.* libcublas*.so.* libcudnn*.so.*
-wheel: $(VENV)/.tools
+wheel: $(VENV)/.tools  ## a manylinux wheel in dist/
 	export PATH="$(abspath $(VENV)/bin):$$PATH"
 	rm -rf $(WHEELS)
 	$(PIP) wheel --no-deps --wheel-dir $(WHEELS)/compiled .
@@ -266,5 +268,5 @@ wheel: $(VENV)/.tools
 	mkdir -p dist
 	mv $(WHEELS)/repaired/*.whl dist/
 
-clean:
+clean:  ## removes what was built
 	rm -rf $(VENV) build *.egg-info lora_ext/_C.*.so lora_ext/_build.json

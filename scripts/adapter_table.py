@@ -24,7 +24,7 @@ to do:
 - convert: the message has the lines that make `adapter_model.safetensors` of the pickle;
 - PEFT's own: no LoRA.
 
-Of {total} folders {summary}.
+Of {total} folders {summary}. Those that do not load are:
 
 | folder | PEFT | load_adapter | why |
 |---|---|---|---|
@@ -41,11 +41,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as parent:
             verdict = judge(folder, Path(parent) / "adapter")
         count[verdict.ours] += 1
-        rows.append(row(folder.name, verdict))
-    loaded = count.pop("loads")
+        if verdict.ours != "loads":
+            rows.append(row(folder.name, verdict))
+    total, loaded = count.total(), count.pop("loads")
     rest = ", ".join(f"{ours}: {number}" for ours, number in count.most_common())
     head = HEAD.format(
-        version=peft.__version__, total=len(rows), summary=f"{loaded} load; the others are {rest}"
+        version=peft.__version__, total=total, summary=f"{loaded} load; the others are {rest}"
     )
     TABLE.write_text(head + "\n".join(rows) + "\n")
 

@@ -12,13 +12,15 @@ def test_a_folder_of_a_trainer(folder, tmp_path):
     verdict = judge(folder, tmp_path / "adapter")
     assert verdict.ours != "refused"
     assert not verdict.differs
-    assert row(folder.name, verdict) in TABLE.read_text().splitlines(), (
+    told = [
+        line for line in TABLE.read_text().splitlines() if line.startswith(f"| {folder.name} |")
+    ]
+    assert told == ([] if verdict.ours == "loads" else [row(folder.name, verdict)]), (
         "make the table anew: PYTHONPATH=tests:tests/adapters python scripts/adapter_table.py"
     )
 
 
-def test_the_table_has_every_folder_once():
-    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
-    names = [line.split(" | ")[0].removeprefix("| ") for line in rows[1:]]
-    assert names == [folder.name for folder in FOLDERS]
+def test_the_page_counts_every_folder():
+    names = [folder.name for folder in FOLDERS]
     assert len(set(names)) == len(names) >= 110
+    assert f"Of {len(names)} folders " in TABLE.read_text()

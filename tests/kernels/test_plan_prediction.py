@@ -291,17 +291,7 @@ def step_us(card, shape, adapters, **named):
     return total
 
 
-LAYERS = {"k_proj": (4096, 1024), "q_proj": (4096, 4096), "up_proj": (4096, 14336)}
-
-
-def test_the_table_of_steps_is_what_the_planner_says():
-    rows = table("Before and after")
-    assert len(rows) == 3 * 3 * 3
-    for name, layer, count, *cells in rows:
-        shape, found = (int(count), *LAYERS[layer], 16), []
-        for named in ({"adapter_dtype": torch.float32, "dropout": True}, {}):
-            found += [step_us(CARDS[name], shape, many, **named) for many in (1, 8)]
-        assert [text.split(" -> ")[1] for text in cells] == [f"{us:.0f}" for us in found]
+LAYERS = {"q_proj": (4096, 4096), "up_proj": (4096, 14336)}
 
 
 def frozen_us(card, rows, k, n):
