@@ -27,8 +27,9 @@ class Server:
 
     async def put(self, request):  # {"folder": FOLDER}: adds or replaces one
         name, folder = request.match_info["name"], (await request.json())["folder"]
+        change = self.pool.replace_adapter if name in self.pool else self.pool.add_adapter
         try:
-            await self.run(self.pool.replace if name in self.pool else self.pool.add, name, folder)
+            await self.run(change, name, folder)
         except (OSError, ValueError) as error:  # a folder that is broken or does not fit
             raise web.HTTPBadRequest(text=str(error)) from error
         return web.json_response(sorted(self.pool))

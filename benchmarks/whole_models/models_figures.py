@@ -1,4 +1,4 @@
-"""Two bars a model, PEFT's defaults and the same accelerated, with what was gained written on them."""
+"""Two bars a model, PEFT with its defaults and accelerated, with the gain written on them."""
 
 from __future__ import annotations
 

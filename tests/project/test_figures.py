@@ -1,9 +1,9 @@
-"""The figures that README.md and docs/experts.md tell of experts are those of the results."""
+"""The figures of README.md, docs/does-it-help.md and docs/experts.md are those of the results."""
 
 import re
 from pathlib import Path
 
-import pytest
+from benchmarks import results
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks/results/xeon-avx512-2-cores/experts/report.md"
@@ -26,28 +26,67 @@ def test_the_page_on_experts_has_the_reports_ratios():
         ]
 
 
-# What the README tells, and how its numbers are found.
-TOLD = [
-    (
-        r"a token takes PEFT (\S+) times .*?accelerated (\S+) times; "
-        r"a training step (\S+) and (\S+) \(",
-        lambda: [*rows(REPORT.read_text())[6][1:3], *rows(REPORT.read_text())[8][1:3]],
-    ),
-    (r"takes (\S+) to (\S+) of the merged layer's time", lambda: extremes("bfloat16, rows")),
+PLACE = ROOT / "benchmarks" / "results"
+PEFT, OURS = "peft_default", "peft_default_accelerated"
+# The README's rows: file of results, its part, the row there.
+SHOWN = [
+    ("xeon-amx-2-cores/models", "cases", "Llama all linear bfloat16"),
+    ("xeon-avx512-2-cores/whole_models", "cases", "Llama all linear bfloat16"),
+    ("xeon-avx512-2-cores/nf4", "cases", "Llama all linear nf4"),
+    ("xeon-avx512-2-cores/models_135m", "cases", "Llama 135M all linear bfloat16"),
+    ("xeon-avx512-2-cores/experts", "experts", "Qwen3-30B-A3B's layer, 1 token"),
 ]
 
 
-def extremes(head: str) -> list[str]:
-    """The least and the most of the forward's column in a table of docs/cpu.md."""
-    table = (ROOT / "docs" / "cpu.md").read_text().partition(f"| {head} |")[2].partition("\n\n")[0]
-    values = [line.split("|")[3].strip() for line in table.splitlines()[2:]]
-    return [min(values, key=float), max(values, key=float)]
+def cells_of(page: Path, heads: str) -> list[list[str]]:
+    """The rows of the table with these heads."""
+    table = page.read_text().partition(f"| {heads} |")[2].partition("\n\n")[0]
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
-@pytest.mark.parametrize(("sentence", "measured"), TOLD, ids=["experts", "one pass"])
-def test_the_readme_tells_what_was_measured(sentence, measured):
-    found = re.search(sentence, " ".join((ROOT / "README.md").read_text().split()))
-    assert found is not None, "the sentence is written otherwise now: change the pattern with it"
-    digits = [len(value.partition(".")[2]) for value in found.groups()]
-    wanted = [f"{float(v):.{n}f}" for v, n in zip(measured(), digits, strict=True)]
-    assert list(found.groups()) == wanted
+def document(name: str) -> results.Document:
+    return results.read(PLACE / name / "results.json")
+
+
+def test_the_readme_has_the_times_and_peaks_that_were_measured():
+    heads = "model | processor | PEFT, ms | with lora_ext, ms | faster | memory, MiB"
+    rows = cells_of(ROOT / "README.md", heads)
+    for (name, part, which), row in zip(SHOWN, rows, strict=True):
+        [found] = [one for one in document(name)[part] if one["id"] == which]
+        times = [found["timing"][variant]["ms"] for variant in (PEFT, OURS)]
+        digits = [len(cell.partition(".")[2]) for cell in row[2:4]]
+        assert row[2:4] == [f"{ms:.{n}f}" for ms, n in zip(times, digits, strict=True)]
+        faster = results.median_ratio(found, PEFT, OURS)
+        assert faster is not None
+        assert row[4] == f"{faster:.{1 if faster < 10 else 0}f}x"
+        if row[5]:
+            peaks = [found["memory"][variant]["peak"] / 2**20 for variant in (PEFT, OURS)]
+            assert row[5] == " -> ".join(f"{peak:.0f}" for peak in peaks)
+
+
+def gain(name: str, **cell: object) -> str:
+    """PEFT's time over ours."""
+    [found] = [one for one in document(name)["cells"] if cell.items() <= one["cell"].items()]
+    ratio = results.median_ratio(found, "peft", "ours")
+    assert ratio is not None
+    return f"{ratio:.2f}"
+
+
+HELPS = ROOT / "docs" / "does-it-help.md"
+
+
+def test_the_gains_of_training_are_those_measured():
+    heads = "layer (in x out) | base | tokens | dropout | PEFT's time over ours"
+    for size, base, rows, dropout, shown in cells_of(HELPS, heads):
+        cell = {"mode": "step", "dtype": base, "rows": int(rows), "rank": 16}
+        cell |= {"in_features": int(size.split()[0]), "out_features": int(size.split()[-1])}
+        cell["dropout_p"] = 0.0 if dropout == "none" else float(dropout)
+        assert gain("xeon-amx-2-cores/headline", **cell) == shown, size
+
+
+def test_the_gains_of_inference_are_those_measured():
+    heads = "layer | base | tokens | rank 8 | rank 16 | rank 64"
+    for size, base, rows, *shown in cells_of(HELPS, heads):
+        cell = {"dtype": base, "rows": int(rows), "in_features": int(size.split()[0])}
+        ranks = [gain("xeon-amx-2-cores/few_rows", **cell, rank=rank) for rank in (8, 16, 64)]
+        assert ranks == shown, size
