@@ -76,7 +76,8 @@ class LoraConfig:
             for name in ("target_modules", "exclude_modules", "modules_to_save")
         }
         words["target_modules"] += _as_patterns(target_parameters, "target_parameters")
-        words["layers_to_transform"] = _as_indices(self.layers_to_transform)
+        layers = self.layers_to_transform
+        words["layers_to_transform"] = (layers,) if isinstance(layers, int) else tuple(layers or ())
         words |= {name: getattr(self, name) or {} for name in ("rank_pattern", "alpha_pattern")}
         for name, value in words.items():
             object.__setattr__(self, name, value)
@@ -143,17 +144,6 @@ def as_config(given: Any, prefix: str = "", others: str = "") -> LoraConfig:
         table = (words.get(name) or {}).items()
         words[name] = {rf"re:(.*\.)?({key})": value for key, value in table}
     return LoraConfig(**{name: value for name, value in words.items() if name in ours})
-
-
-def _as_indices(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    indices = (given,) if isinstance(given, int) else tuple(given or ())
-    expect(
-        all(isinstance(index, int) for index in indices),
-        "LoraConfig",
-        "layers_to_transform to be a number or several",
-        given,
-    )
-    return indices
 
 
 def _as_patterns(given: Any, name: str) -> tuple[str, ...]:
