@@ -64,22 +64,21 @@ def quantized(n: int, k: int, device: str, nested: bool) -> FourBitWeight:
 
 def by_formula(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     """The table, times the scales: a product and a sum, each rounded."""
-    state = weight.state
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], 1).flatten().long()
-    scale = state.absmax
-    if state.nested:
-        second = state.state2
-        factor = second.absmax.repeat_interleave(_SCALE_BLOCK)[: scale.numel()]
-        scale = second.code[scale.long()] * factor
-        scale = scale + state.offset
-    values = state.code[codes].view(-1, _BLOCK) * scale[:, None]
+    scale, nested = weight.codes.scale, weight.codes.nested
+    if nested is not None:
+        factor = nested.scale.repeat_interleave(_SCALE_BLOCK)[: scale.numel()]
+        scale = nested.table[scale.long()] * factor
+        scale = scale + nested.offset
+    values = weight.codes.table[codes].view(-1, _BLOCK) * scale[:, None]
     return values.view(weight.shape).to(dtype)
 
 
 def by_library(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     """As bitsandbytes' own kernels write it."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    weight._dequantize_by_library(weight.packed, out)
+    importlib.import_module("bitsandbytes")  # whose op it is
+    weight.codes.write_by_library(out)
     return out
 
 

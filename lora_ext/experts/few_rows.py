@@ -16,7 +16,7 @@ from torch import Tensor
 import lora_ext._C as _C
 
 from ..dtypes import HALVES
-from ..quantized.four_bit_stack import FourBitStack
+from ..quantized.codes import FourBits
 from ..quantized.stack import QuantizedStack
 from .operands import Projection
 
@@ -43,9 +43,8 @@ def forward(
     if found is None:
         return None
     blocks: dict[str, Any] = {}
-    if isinstance(weight, FourBitStack):
+    if not isinstance(weight, Tensor):
         weight, blocks = _codes_of(weight)
-    assert isinstance(weight, Tensor)
     return _op(
         x if x.stride(1) == 1 else x.contiguous(),
         projection.token(),
@@ -72,9 +71,9 @@ def _has_layout(weight: Tensor | QuantizedStack) -> bool:
     """Whether the op reads matrices that are stored like this."""
     if isinstance(weight, Tensor):
         return 1 in weight.stride()[1:]
-    if not isinstance(weight, FourBitStack) or weight.is_transposed:
+    if not isinstance(weight.codes, FourBits) or weight.is_transposed:
         return False
-    return weight.sizes[2] % weight.blocks.size == 0
+    return weight.sizes[2] % weight.codes.block == 0
 
 
 def _places_of(
@@ -97,11 +96,8 @@ def _places_of(
     return experts, adapters if is_by_row else None
 
 
-def _codes_of(stack: FourBitStack) -> tuple[Tensor, dict[str, Any]]:
+def _codes_of(stack: QuantizedStack) -> tuple[Tensor, dict[str, Any]]:
     """The codes ``[E, out, in / 2]`` and the op's other arguments."""
-    count, rows, columns = stack.sizes
-    words = {"scale": stack.scale, "table": stack.blocks.table, "block": stack.blocks.size}
-    if stack.nested is not None:
-        names = ("scale_table", "scale_scale", "scale_offset", "scale_block")
-        words |= dict(zip(names, stack.nested, strict=True))
-    return stack.codes.view(count, rows, columns // 2), words
+    codes, (count, rows, columns) = stack.codes, stack.sizes
+    assert isinstance(codes, FourBits)
+    return codes.codes.view(count, rows, columns // 2), codes.words() | {"scale": codes.scale}

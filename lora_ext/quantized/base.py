@@ -46,14 +46,13 @@ def workspace_bytes(found: QuantizedBase | str | None) -> int:
     return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
 
 
-def dtype_as_stored(stored: torch.dtype, x: Tensor | None) -> torch.dtype | None:
-    """The dtype of a product that never casts the weight to x's dtype; None if x's dtype
-    differs."""
-    if x is None:
-        return stored
-    return compute_dtype(x) if is_autocast(x) or x.dtype == stored else None
-
-
-def with_bias_dtype(dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
-    """The dtype of ``y + bias``, out of place, for a y in `dtype`."""
-    return dtype if bias is None else torch.promote_types(dtype, bias.dtype)
+def stored_base(
+    weight: QuantizedWeight, bias: Tensor | None, x: Tensor | None, reason: str
+) -> QuantizedBase | str:
+    """The base of a product that never casts the weight to x's dtype; `reason` if x's differs."""
+    dtype = weight.dtype
+    if x is not None:
+        if x.dtype != dtype and not is_autocast(x):
+            return reason
+        dtype = compute_dtype(x)
+    return QuantizedBase(weight, bias, dtype, dtype)

@@ -49,6 +49,8 @@ def is_quantized(layer: nn.Module) -> bool:
     return quantized_base(layer, None) is not None
 
 
+# (layer, x or None for an x in the dtype that the layer prefers) -> its base, or why it has to be
+# called, or None for a layer that is not quantised.
 _Finder = Callable[[Any, Tensor | None], QuantizedBase | str | None]
 
 # By name, since none of these libraries has to be installed.

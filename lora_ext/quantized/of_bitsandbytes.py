@@ -1,9 +1,13 @@
-"""The weights of bitsandbytes' layers: NF4 and FP4, with scales quantised again or not, and int8.
+"""The weights of bitsandbytes: NF4 and FP4, with scales quantised again or not, and int8.
 
     Linear4bit      W = table[code] * absmax of its block of 32 to 4096 elements, in
                     either of two orders:
                     as quantised, or, after a forward in eval mode on a CPU with AVX512_BF16, in
                     panels of 32 rows with absmax in bfloat16
+    a parametrization of ``[E, rows, columns]``
+                    as a Linear4bit that is not in panels, its blocks counted through all matrices;
+                    the codes and scales of one matrix are a part of those of the stack, if each
+                    matrix begins with a block
     Linear8bitLt    W = code * (SCB / 127), a scale for each row
 
 Kernels of this package dequantise them, bit for bit as bitsandbytes but without its temporary
@@ -12,121 +16,87 @@ tensors; on a device that these do not support, bitsandbytes' kernels do.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..torch_state import compute_dtype, is_autocast
+from ..dtypes import HALVES
+from ..torch_state import compute_dtype, is_autocast, is_plain
 from ..versions import TOO_OLD
 from .base import QuantizedBase
+from .codes import KINDS, FourBits, Nested, ScaledCodes
 from .devices import has_kernels
 from .few_rows import FEW_ROWS, own_product_wins
-from .weight import QuantizedWeight
+from .stack import QuantizedStack
+from .weight import WrittenWeight
 
-_ops = torch.ops.lora_ext
+
+def codes_of(packed: Tensor, state: Any) -> FourBits:
+    """Packed codes, of a matrix or of a stack, and their `QuantState`."""
+    nested, in_panels = None, getattr(state, "packing_format_for_cpu", False)
+    if state.nested:
+        # When bitsandbytes converts a half weight back from panels it quantises the scales again,
+        # and then reads them in the weight's dtype.
+        second = state.state2
+        nested = Nested(second.code, second.absmax, state.offset, second.blocksize, second.dtype)
+    blocks = (state.quant_type, state.code, state.blocksize, tuple(state.shape), state.dtype)
+    return FourBits(packed, state.absmax, nested, *blocks, in_panels)
 
 
-class FourBitWeight(QuantizedWeight):
-    """The weight of a `bitsandbytes.nn.Linear4bit`: its packed codes and their `QuantState`."""
+class FourBitWeight(WrittenWeight):
+    """The weight of a `bitsandbytes.nn.Linear4bit`: its packed codes and their `QuantState`. It
+    keeps both, since a forward in eval mode changes them in place."""
 
     def __init__(self, packed: Tensor, state: Any) -> None:
         self.packed, self.state = packed, state
         rows, cols = state.shape
         self.shape, self.device, self.dtype = (rows, cols), packed.device, state.dtype
-        self.format = f"{state.quant_type} in panels" if self.in_panels else state.quant_type
+        self.format = self.codes.format
 
     @property
-    def in_panels(self) -> bool:
-        return getattr(self.state, "packing_format_for_cpu", False)
+    def codes(self) -> FourBits:
+        return codes_of(self.packed, self.state)
 
     def tensors(self) -> list[Tensor]:
-        # Without `offset` and the tables, which never change.
-        state = self.state
-        return [self.packed, state.absmax, *([state.state2.absmax] if state.nested else [])]
+        return self.codes.tensors()
 
-    def writes(self, dtype: torch.dtype) -> bool:
-        return True
-
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        state = self.state
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        if self.device.type == "meta":
-            return out  # on any device of the scales
-        codes = self.packed.detach().view(torch.uint8).view(-1)
-        blocks = {"table": state.code, "block": state.blocksize}
-        if not has_kernels(self.device):
-            self._dequantize_by_library(codes, out)
-        elif self.in_panels:
-            _ops.dequantize("4bit_panels", codes, state.absmax, out, **blocks)
-        elif state.nested and state.state2.dtype == torch.float32:
-            second = state.state2
-            _ops.dequantize(
-                "4bit",
-                codes,
-                state.absmax,
-                out,
-                **blocks,
-                scale_table=second.code,
-                scale_scale=second.absmax,
-                scale_offset=state.offset,
-                scale_block=second.blocksize,
-            )
-        else:
-            absmax = _half_scales(state) if state.nested else state.absmax.float()
-            _ops.dequantize("4bit", codes, absmax, out, **blocks)
-        return out
-
-    def _dequantize_by_library(self, codes: Tensor, out: Tensor) -> None:
-        from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
-            dequantize_blockwise,
-        )
-
-        state, absmax = self.state, self.state.absmax
-        if state.nested:
-            absmax = (dequantize_blockwise(absmax, state.state2) + state.offset).float()
-        torch.ops.bitsandbytes.dequantize_4bit.out(
-            codes, absmax, state.blocksize, state.quant_type, self.shape, out.dtype, out=out
-        )
+    def _write(self, out: Tensor) -> None:
+        self.codes._write(out)
 
 
-def _half_scales(state: Any) -> Tensor:
-    """Nested scales that are computed in half: when bitsandbytes converts a half weight back from
-    panels it quantises the scales again, and then reads them in the weight's dtype."""
-    second, codes = state.state2, state.absmax.flatten()
-    factor = second.absmax.float().repeat_interleave(second.blocksize)[: codes.numel()]
-    return ((second.code[codes.long()] * factor).to(second.dtype) + state.offset).float()
+def four_bit_stack(codes: Tensor, state: Any) -> QuantizedStack | str:
+    """The stack of packed codes and their `QuantState`, or why it is not supported."""
+    if TOO_OLD["bitsandbytes"]:
+        return TOO_OLD["bitsandbytes"]
+    shape, size = tuple(state.shape), state.blocksize
+    if len(shape) != 3:
+        return "a quantised parameter is not a stack of matrices"
+    if not is_plain(codes) or 2 * codes.nbytes != math.prod(shape):
+        return "the codes of a quantised parameter are sharded"
+    if state.quant_type not in KINDS or state.dtype not in (torch.float32, *HALVES):
+        return "a quantised parameter has a form that is not known"
+    found = codes_of(codes.detach().view(torch.uint8).view(-1), state)
+    if any(tensor.device != codes.device for tensor in found.flat()[0]):
+        return "the codes of a quantised parameter are on another device than their scales"
+    if shape[1] * shape[2] % size:
+        return f"experts of {shape[1]} x {shape[2]} do not begin with a block of {size} codes each"
+    if codes.device.type == "cpu" and shape[2] % size:
+        return _STRADDLE
+    dtypes, nested = {found.scale.dtype}, found.nested
+    if nested is not None:
+        dtypes = {nested.scale.dtype, nested.dtype, *(dtypes - {torch.uint8})}
+    if dtypes != {torch.float32}:
+        return "the scales of a quantised parameter are not in float32"
+    return QuantizedStack(found)
 
 
-class EightBitWeight(QuantizedWeight):
+def eight_bit_weight(codes: Tensor, scale: Tensor) -> ScaledCodes:
     """The weight of a `bitsandbytes.nn.Linear8bitLt`: its codes CB and their scales SCB."""
-
-    format, dtype = "int8", torch.float32
-
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        self.codes, self.scale = codes, scale
-        rows, cols = codes.shape
-        self.shape, self.device = (rows, cols), codes.device
-
-    def tensors(self) -> list[Tensor]:
-        return [self.codes, self.scale]
-
-    def writes(self, dtype: torch.dtype) -> bool:
-        return True
-
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        if self.device.type == "meta":
-            return out
-        if has_kernels(self.device):
-            scale = self.scale.float().contiguous()
-            _ops.dequantize("8bit", self.codes.contiguous(), scale, out, multiplier=1.0 / 127.0)
-        else:
-            factor = self.scale.unsqueeze(1).mul(1.0 / 127.0)
-            torch.mul(self.codes.to(dtype), factor, out=out)
-        return out
+    made = ScaledCodes(codes, scale[:, None], None, torch.float32)
+    made.multiplier, made.by_kernel = 1.0 / 127.0, has_kernels(codes.device)
+    return made
 
 
 def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
@@ -140,7 +110,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if tuple(state.shape) != (layer.out_features, layer.in_features):
         return "its weight was quantised as [in, out]"
     if weight.device.type == "cpu" and layer.in_features % state.blocksize:
-        return "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
+        return _STRADDLE
     wanted = layer.compute_dtype
     has_kernel = _has_kernel(layer, x)
     if x is None:
@@ -165,6 +135,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     return QuantizedBase(found, layer.bias, dtype, x.dtype)
 
 
+_STRADDLE = "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
 _ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
 
 # In eval mode on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x
@@ -209,4 +180,4 @@ def eight_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if not layer.training:
         return "in eval it quantises x, too"
     dtype = torch.float32 if x is None else compute_dtype(x)
-    return QuantizedBase(EightBitWeight(codes, scale), layer.bias, dtype, dtype)
+    return QuantizedBase(eight_bit_weight(codes, scale), layer.bias, dtype, dtype)

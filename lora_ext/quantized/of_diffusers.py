@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..versions import TOO_OLD
-from .base import QuantizedBase, dtype_as_stored
+from .base import QuantizedBase, stored_base
 from .of_gguf import GgufWeight
 
 KERNELS = "diffusers' CUDA kernels read the blocks"
@@ -42,12 +42,7 @@ class DiffusersGgufWeight(GgufWeight):
 
 
 def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """The base of a `GGUFLinear`, or why it has to be called.
-
-    Args:
-        layer: a `GGUFLinear`.
-        x: ``[..., in]``; None for an x in the compute dtype.
-    """
+    """The base of a `GGUFLinear`, or why it has to be called."""
     if TOO_OLD["diffusers"]:
         return TOO_OLD["diffusers"]
     from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
@@ -62,7 +57,4 @@ def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         return "the bias is quantised, too"
     if utils.ops is not None and weight.is_cuda:
         return KERNELS
-    dtype = dtype_as_stored(layer.compute_dtype, x)
-    if dtype is None:
-        return OTHER_DTYPE
-    return QuantizedBase(DiffusersGgufWeight(layer), bias, dtype, dtype)
+    return stored_base(DiffusersGgufWeight(layer), bias, x, OTHER_DTYPE)

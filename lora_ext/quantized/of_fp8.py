@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, dtype_as_stored
+from .base import QuantizedBase, stored_base
 from .weight import QuantizedWeight
 
 QUANTISES_X = "it quantises x, too"
@@ -39,18 +39,10 @@ class StoredWeight(QuantizedWeight):
 
 
 def fp8_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """The base of an `FP8Linear`, or why it has to be called.
-
-    Args:
-        layer: an `FP8Linear`.
-        x: ``[..., in]``; None for an x in the weight's dtype.
-    """
+    """The base of an `FP8Linear`, or why it has to be called."""
     weight = layer._parameters["weight"]
     if weight.element_size() == 1:
         return QUANTISES_X
     if weight.requires_grad:
         return TRAINED
-    dtype = dtype_as_stored(weight.dtype, x)
-    if dtype is None:
-        return OTHER_DTYPE
-    return QuantizedBase(StoredWeight(weight), layer.bias, dtype, dtype)
+    return stored_base(StoredWeight(weight), layer.bias, x, OTHER_DTYPE)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..torch_state import compute_dtype
 from .base import QuantizedBase
-from .weight import QuantizedWeight
+from .weight import WrittenWeight
 
 FEW_ROWS = "up to 8 rows go to ggml's kernel, which reads the blocks"
 
@@ -23,7 +23,7 @@ _CPU_CHUNK = 1 << 19
 _CHUNK = 1 << 24
 
 
-class GgufWeight(QuantizedWeight):
+class GgufWeight(WrittenWeight):
     """The weight of a `GgufLinear`: ``[out, bytes of a row]`` in uint8.
 
     Attributes:
@@ -43,21 +43,15 @@ class GgufWeight(QuantizedWeight):
     def tensors(self) -> list[Tensor]:
         return [self.blocks]
 
-    def writes(self, dtype: torch.dtype) -> bool:
-        return True
-
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    def _write(self, out: Tensor) -> None:
         rows, cols = self.shape
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype, device=self.device)
         count = max(1, (_CPU_CHUNK if self.device.type == "cpu" else _CHUNK) // cols)
         for start in range(0, rows, count):
             part, chunk = out[start : start + count], self._chunk(start, start + count)
             if self.permutation is None:
                 part.copy_(chunk)
             else:
-                part.index_copy_(1, self.permutation, chunk.to(dtype))
-        return out
+                part.index_copy_(1, self.permutation, chunk.to(out.dtype))
 
     def _chunk(self, start: int, stop: int) -> Tensor:
         """Some rows, ``[stop - start, in]`` in `dtype`."""
@@ -73,13 +67,8 @@ class GgufWeight(QuantizedWeight):
 
 
 def gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """The base of a `GgufLinear`, or why it has to be called.
-
-    Args:
-        layer: a `GgufLinear`.
-        x: ``[..., in]``; None for many rows in float32, the dtype in which its kernels compute.
-    """
-    if x is None:
+    """The base of a `GgufLinear`, or why it has to be called."""
+    if x is None:  # many rows, in the dtype in which its kernels compute
         weight = GgufWeight(layer, torch.float32)
         return QuantizedBase(weight, layer.bias, torch.float32, torch.float32)
     if layer.weight.device.type != "cpu" and x.numel() <= _max_rows() * layer.in_features:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, dtype_as_stored
+from .base import QuantizedBase, stored_base
 from .weight import QuantizedWeight
 
 NOT_YET = "its weight is not quantised yet"
@@ -49,19 +49,11 @@ class HQQWeight(QuantizedWeight):
 
 
 def hqq_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
-    """The base of an `HQQLinear`, or why it has to be called.
-
-    Args:
-        layer: an `HQQLinear`.
-        x: ``[..., in]``; None for an x in the layer's compute_dtype.
-    """
+    """The base of an `HQQLinear`, or why it has to be called."""
     if not layer.ready or layer.W_q is None:
         return NOT_YET
     if layer.backend.value not in _PLAIN:
         return OTHER_BACKEND
-    dtype = dtype_as_stored(layer.compute_dtype, x)
-    if dtype is None:
-        return OTHER_DTYPE
     # It is a clone, not a parameter: a gradient would go to the bias of the original layer.
     bias = None if layer.bias is None else layer.bias.detach()
-    return QuantizedBase(HQQWeight(layer), bias, dtype, dtype)
+    return stored_base(HQQWeight(layer), bias, x, OTHER_DTYPE)

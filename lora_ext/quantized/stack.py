@@ -3,68 +3,44 @@ values: its matrices are dequantised one at a time."""
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .weight import QuantizedWeight, dense
-
-
-class FlatStack(NamedTuple):
-    """A stack as the arguments of an op of torch.library.
-
-    Attributes:
-        tensors: those that it is read from.
-        numbers: sizes and the like.
-        dtype: that of its matrices.
-    """
-
-    tensors: list[Tensor]
-    numbers: list[int]
-    dtype: torch.dtype
+from .codes import Codes
+from .weight import dense
 
 
-class QuantizedStack(ABC):
+class QuantizedStack:
     """Matrices ``[E, out, in]`` in their stored form, in the place of a tensor of this shape.
 
     Attributes:
+        codes: the stored form.
+        is_transposed: whether a stored matrix is ``[in, out]``.
         format: the name of the form, for messages.
         sizes: E, and the rows and columns of each matrix, as they are stored.
         device: its device.
         dtype: the dtype of the dequantised matrices.
-        is_transposed: whether a stored matrix is ``[in, out]``.
     """
 
-    format: str
-    sizes: tuple[int, int, int]
-    device: torch.device
-    dtype: torch.dtype
-    is_transposed = False
     requires_grad = False
 
-    @abstractmethod
-    def stored(self, number: int) -> QuantizedWeight:
+    def __init__(self, codes: Codes, is_transposed: bool = False) -> None:
+        self.codes, self.is_transposed = codes, is_transposed
+        self.sizes: tuple[int, int, int] = codes.shape
+        self.format, self.device, self.dtype = codes.format, codes.device, codes.dtype
+
+    def stored(self, number: int) -> Codes:
         """One matrix, as it is stored; no other matrix is read."""
-
-    @abstractmethod
-    def flat(self) -> FlatStack:
-        """What `from_flat` makes the same stack of."""
-
-    @classmethod
-    @abstractmethod
-    def from_flat(
-        cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
-    ) -> QuantizedStack:
-        """The stack of what `flat` returned."""
+        return self.codes.part(number)
 
     def tensors(self) -> list[Tensor]:
         """Those that the matrices are read from, as of a `QuantizedWeight`."""
-        return self.flat().tensors
+        return self.codes.flat()[0]
 
     @contextmanager
     def matrix(self, number: int, x: Tensor) -> Iterator[Tensor]:
@@ -97,9 +73,7 @@ class QuantizedStack(ABC):
     def transpose(self, first: int, second: int) -> QuantizedStack:
         """The same stack of transposed matrices."""
         assert {first, second} == {1, 2}
-        other = copy.copy(self)
-        other.is_transposed = not self.is_transposed
-        return other
+        return QuantizedStack(self.codes, not self.is_transposed)
 
     def new_empty(self, *sizes: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*sizes, dtype=dtype or self.dtype, device=self.device)
@@ -108,8 +82,26 @@ class QuantizedStack(ABC):
         return f"{type(self).__name__}({list(self.shape)}, {self.format}, {self.device})"
 
 
-def is_same(first: tuple, second: tuple) -> bool:
-    """Equality of the properties that a stack was made of, and identity of tensors."""
+_kept: Any = WeakIdKeyDictionary()
+
+
+def kept(holder: Any, name: str, key: tuple, make: Callable[[], Any]) -> Any:
+    """What `make` returned for a name of the holder while the key is the same: a forward asks a
+    dozen times, and checking tensors takes 15 us.
+
+    Args:
+        holder: neither what `make` returns nor the key may refer to it, and no parameter, since
+            torch moves none of a tensor subclass that has a weak reference.
+    """
+    of_holder = _kept.setdefault(holder, {})
+    found = of_holder.get(name)
+    if found is None or not _is_same(found[0], key):
+        found = of_holder[name] = (key, make())
+    return found[1]
+
+
+def _is_same(first: tuple, second: tuple) -> bool:
+    """Equality of properties, and identity of tensors."""
     return len(first) == len(second) and all(
         a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True)
     )

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..torch_state import is_plain
-from .four_bit_stack import FourBitStack, four_bit_stack
-from .stack import FlatStack, QuantizedStack, is_same
-from .torchao_stack import TorchaoStack, torchao_stack
+from .codes import Codes, FourBits, ScaledCodes
+from .of_bitsandbytes import four_bit_stack
+from .of_torchao import torchao_stack
+from .stack import QuantizedStack, kept
 
 PARAMETRIZED = "the module has parametrizations"
 # By name, since bitsandbytes does not have to be installed.
 _PARAMETRIZE = "bitsandbytes.nn.parametrize"
 _FOUR_BITS = f"{_PARAMETRIZE}.Bnb4bitParametrization"
 # An op has their places here as the first of a stack's numbers.
-_KINDS: tuple[type[QuantizedStack], ...] = (FourBitStack, TorchaoStack)
+_KINDS: tuple[type[Codes], ...] = (FourBits, ScaledCodes)
 
 
 def parametrized(module: nn.Module) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | No
     as text; None if there is no such parameter."""
     found = parametrized(module).get(name)
     if found is None:
-        kept = module._parameters.get(name)
-        stack = None if kept is None or is_plain(kept) else torchao_stack(kept)
-        return kept if stack is None else stack
+        own = module._parameters.get(name)
+        stack = None if own is None or is_plain(own) else torchao_stack(module, name, own)
+        return own if stack is None else stack
     parts = list(found._modules.values())
     if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:
         return PARAMETRIZED
@@ -65,12 +65,7 @@ def whole_parameter(module: nn.Module, name: str) -> Tensor:
     return found if is_plain(found) else found.dequantize()
 
 
-# For each parametrization, the properties of its tensors and the stack of them: a forward asks a
-# dozen times, and checking them takes 15 us.
-_made: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
-
-
-def _four_bits(part: Any, codes: Tensor) -> FourBitStack | str:
+def _four_bits(part: Any, codes: Tensor) -> QuantizedStack | str:
     state = part.quant_state
     if torch.compiler.is_compiling() or not is_plain(codes):
         return four_bit_stack(codes, state)
@@ -81,10 +76,7 @@ def _four_bits(part: Any, codes: Tensor) -> FourBitStack | str:
     if state.nested:
         second = state.state2
         key += (second.absmax.data_ptr(), second.code, second.blocksize, state.offset)
-    found = _made.get(part)
-    if found is None or not is_same(found[0], key):
-        _made[part] = found = (key, four_bit_stack(codes, state))
-    return found[1]
+    return kept(part, "", key, lambda: four_bit_stack(codes, state))
 
 
 def stacks_of(module: nn.Module) -> list[QuantizedStack]:
@@ -110,12 +102,14 @@ def has_own_hooks_alone(module: nn.Module) -> bool:
     return all(getattr(hook, "__module__", None) == _PARAMETRIZE for hook in hooks)
 
 
-def flat_weight(weight: Tensor | QuantizedStack) -> FlatStack:
-    """A weight as the arguments of an op; a tensor has no numbers."""
+def flat_weight(weight: Tensor | QuantizedStack) -> tuple[list[Tensor], list[int], torch.dtype]:
+    """A weight as the arguments of an op of torch.library: the tensors that it is read from, sizes
+    and the like, none for a tensor, and the dtype of its matrices."""
     if isinstance(weight, Tensor):
-        return FlatStack([weight], [], weight.dtype)
-    tensors, numbers, dtype = weight.flat()
-    return FlatStack(tensors, [_KINDS.index(type(weight)), *numbers], dtype)
+        return [weight], [], weight.dtype
+    tensors, numbers = weight.codes.flat()
+    numbers = [_KINDS.index(type(weight.codes)), int(weight.is_transposed), *numbers]
+    return tensors, numbers, weight.dtype
 
 
 def weight_from_flat(
@@ -124,5 +118,5 @@ def weight_from_flat(
     """The weight of what `flat_weight` returned."""
     if not numbers:
         return tensors[0]
-    kind, *others = numbers
-    return _KINDS[kind].from_flat(tensors, others, dtype)
+    kind, is_transposed, *others = numbers
+    return QuantizedStack(_KINDS[kind].from_flat(tensors, others, dtype), bool(is_transposed))

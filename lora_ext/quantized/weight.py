@@ -62,6 +62,32 @@ class QuantizedWeight(ABC):
         return f"{type(self).__name__}({list(self.shape)}, {self.format}, {self.device})"
 
 
+class WrittenWeight(QuantizedWeight):
+    """A weight that is written into a tensor.
+
+    Attributes:
+        is_cast: whether its library rounds it to `dtype` before it is cast to another one.
+    """
+
+    is_cast = False
+
+    def writes(self, dtype: torch.dtype) -> bool:
+        return dtype == self.dtype or not self.is_cast
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if not self.writes(dtype):
+            return self.dequantize(self.dtype).to(dtype)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        if self.device.type != "meta" and out.numel():  # scales may be on another device than meta
+            self._write(out)
+        return out
+
+    @abstractmethod
+    def _write(self, out: Tensor) -> None:
+        """Writes W into out, contiguous ``[out, in]`` of some elements."""
+
+
 class dense:
     """Within a block, the weight as a tensor in the dtype of x, the input of the call.
 

@@ -17,7 +17,7 @@ def test_a_layer_on_a_quantised_base_dequantises_twice():
 from types import SimpleNamespace
 from lora_ext.quantized import workspace
 from lora_ext.quantized.linear import Call, _QuantizedLinear
-from lora_ext.quantized.of_bitsandbytes import EightBitWeight, FourBitWeight
+from lora_ext.quantized.of_bitsandbytes import FourBitWeight, eight_bit_weight
 
 card(80, route="kernel")
 there = torch.device("cuda", 1)
@@ -54,7 +54,7 @@ def four_bits(device):
 def eight_bits(device):
     generator.manual_seed(1)
     codes = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
-    return EightBitWeight(codes.to(device), made(n).abs().to(device))
+    return eight_bit_weight(codes.to(device), made(n).abs().to(device))
 
 for weight, kernel in ((four_bits, "dequantize4bit"), (eight_bits, "dequantize8bit")):
     dense = weight("cpu").dequantize(torch.bfloat16)

@@ -31,7 +31,8 @@ from lora_ext.experts import Experts, few_rows, lora_experts
 from lora_ext.experts.operands import Projection
 from lora_ext.experts.routing import Routes
 from lora_ext.quantized import workspace
-from lora_ext.quantized.four_bit_stack import FourBitStack, four_bit_stack
+from lora_ext.quantized.of_bitsandbytes import four_bit_stack
+from lora_ext.quantized.stack import QuantizedStack
 from lora_ext.quantized.stacks import stack_of
 
 KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
@@ -60,9 +61,11 @@ def assert_not_dequantised_whole(model):
 @pytest.fixture
 def dequantised(monkeypatch):
     """The numbers of the experts that are dequantised, in their order."""
-    numbers, stored = [], FourBitStack.stored
+    numbers, stored = [], QuantizedStack.stored
     monkeypatch.setattr(
-        FourBitStack, "stored", lambda self, number: numbers.append(number) or stored(self, number)
+        QuantizedStack,
+        "stored",
+        lambda self, number: numbers.append(number) or stored(self, number),
     )
     return numbers
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lora_ext import versions
-from lora_ext.quantized import four_bit_stack, of_bitsandbytes, of_diffusers, of_torchao
-from lora_ext.quantized.torchao_stack import torchao_stack
+from lora_ext.quantized import of_bitsandbytes, of_diffusers, of_torchao
 from lora_ext.versions import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,8 +71,13 @@ class Stack(torch.Tensor):
     [
         ("bitsandbytes", lambda: of_bitsandbytes.four_bit_base(None, None)),
         ("bitsandbytes", lambda: of_bitsandbytes.eight_bit_base(None, None)),
-        ("bitsandbytes", lambda: four_bit_stack.four_bit_stack(None, None)),
-        ("torchao", lambda: torchao_stack(torch.zeros(2, 4, 4).as_subclass(Stack))),
+        ("bitsandbytes", lambda: of_bitsandbytes.four_bit_stack(None, None)),
+        (
+            "torchao",
+            lambda: of_torchao.torchao_stack(
+                nn.Module(), "", torch.zeros(2, 4, 4).as_subclass(Stack)
+            ),
+        ),
         ("torchao", lambda: of_torchao.torchao_base(matrix(), None)),
         ("diffusers", lambda: of_diffusers.diffusers_gguf_base(None, None)),
     ],

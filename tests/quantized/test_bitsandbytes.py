@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext.quantized.layers import QuantizedBase, quantized_base
-from lora_ext.quantized.of_bitsandbytes import EightBitWeight, FourBitWeight
+from lora_ext.quantized.of_bitsandbytes import FourBitWeight, eight_bit_weight
 
 bnb = pytest.importorskip("bitsandbytes")
 F4 = bnb.functional
@@ -70,7 +70,7 @@ def test_eight_bits(dtype):
     layer = eight_bit_layer()
     x = torch.eye(K, dtype=dtype)
     layer.bias = None
-    dense = EightBitWeight(layer.weight.CB, layer.weight.SCB).dequantize(dtype)
+    dense = eight_bit_weight(layer.weight.CB, layer.weight.SCB).dequantize(dtype)
     assert torch.equal(layer(x), dense.t())
 
 
@@ -121,7 +121,7 @@ def test_the_order_to_which_eval_switches(kind):
         by_panels = layer(x)
     layer.train()
     weight = FourBitWeight(layer.weight, layer.weight.quant_state)
-    assert weight.in_panels and weight.format == f"{kind} in panels"
+    assert weight.codes.in_panels and weight.format == f"{kind} in panels"
     after = weight.dequantize(F32)
     # Scales are rounded to bfloat16 there.
     assert (after - before).abs().max() <= 2**-8 * before.abs().max()
@@ -142,10 +142,10 @@ def test_the_order_to_which_saving_switches_back(dtype, nested):
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(dtype)
     packed, state = F4.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
     packed, state = F4._convert_weight_packed_for_cpu(packed, state)
-    assert FourBitWeight(packed, state).in_panels
+    assert FourBitWeight(packed, state).codes.in_panels
     packed, state = F4._convert_weight_packed_for_cpu_inverse(packed, state)
     found = FourBitWeight(packed, state)
-    assert not found.in_panels and state.nested == nested
+    assert not found.codes.in_panels and state.nested == nested
     for asked in (F32, BF16):
         state.dtype = asked
         assert torch.equal(found.dequantize(asked), F4.dequantize_4bit(packed, state))

@@ -10,7 +10,7 @@ from helpers import BF16, F16, F32, short
 from peft_helpers import reasons
 
 import lora_ext
-from lora_ext.quantized.four_bit_stack import FourBitStack
+from lora_ext.quantized.stack import QuantizedStack
 from lora_ext.quantized.stacks import stack_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -40,7 +40,7 @@ def test_one_expert_at_a_time(shape, block, kind, nested, dtype, isa):
     module.stack = torch.nn.Parameter(weight, requires_grad=False)
     parametrize.replace_parameter_4bit(module, "stack", nested, kind, block)
     stack = stack_of(module, "stack")
-    assert isinstance(stack, FourBitStack) and stack.shape == shape and stack.dtype == dtype
+    assert isinstance(stack, QuantizedStack) and stack.shape == shape and stack.dtype == dtype
     whole = module.stack
     for number, wanted in enumerate(whole):
         assert torch.equal(stack.stored(number).dequantize(dtype), wanted)

@@ -85,17 +85,19 @@ def test_dequantize(name, dtype):
 
 
 @pytest.mark.parametrize("name", [*INT8, "intx int4", "intx asymmetric", "nf4", "float8 rows"])
-def test_kernels(name):
-    """What the CPU's kernels write; where a graph is traced, or on a GPU, torchao's own do."""
+def test_kernels(name, monkeypatch):
+    """What the CPU's kernels write; where a graph is traced, or on a GPU, torch's functions do."""
     layer = quantized(name, BF16)
     weight = found(layer, None).weight
-    written = name not in ("intx asymmetric", "float8 rows")
-    assert weight.writes(BF16) == written
+    assert weight.by_kernel and weight.writes(BF16)
     assert weight.writes(F32) == (name in INT8[:2])
-    if written:
-        weight.by_kernel = False
-        assert not weight.writes(BF16)
-        check_dequantize(weight, theirs_of(name, layer.weight))
+    with monkeypatch.context() as patch:
+        if name not in ("intx asymmetric", "float8 rows"):
+            patch.setattr(torch, "mul", None)
+        weight.dequantize(BF16)
+    weight.by_kernel = False
+    assert weight.writes(BF16) == (name != "nf4")
+    check_dequantize(weight, theirs_of(name, layer.weight))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
@@ -196,7 +198,7 @@ def test_weights_that_only_kernels_read():
     """Every quantised tensor of torchao's own is either taken or has its reason."""
     from torchao import quantization
 
-    named = {*of_torchao._FINDERS, *of_torchao._CALLED}
+    named = {*of_torchao._MATRICES, *of_torchao._CALLED}
     kinds = [kind for kind in vars(quantization).values() if isinstance(kind, type)]
     kinds = {kind.__name__ for kind in kinds if issubclass(kind, torch.Tensor)}
     assert len(kinds) >= 5 and kinds <= named

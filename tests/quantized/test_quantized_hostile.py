@@ -323,11 +323,11 @@ def test_blocks_larger_than_any_weight(block):
 def test_scales_in_another_dtype():
     """As after a checkpoint whose tensors were all cast."""
     pytest.importorskip("bitsandbytes")
-    from lora_ext.quantized.of_bitsandbytes import EightBitWeight
+    from lora_ext.quantized.of_bitsandbytes import eight_bit_weight
 
     codes = torch.randint(-127, 128, (8, 32), dtype=torch.int8)
     scale = torch.rand(8) + 0.5
     for cast in (scale.half(), scale.bfloat16(), torch.stack([scale, scale], 1)[:, 0]):
-        found = EightBitWeight(codes, cast).dequantize(F32)
+        found = eight_bit_weight(codes, cast).dequantize(F32)
         wanted = codes * (cast.float() / 127)[:, None]
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)

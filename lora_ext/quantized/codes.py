@@ -1,0 +1,262 @@
+"""Codes as the operands of the kernels that dequantise, for a matrix and for a stack of matrices.
+
+FourBits       W = table[code] * scale of its block, scales quantised again or not
+ScaledCodes    W = (code - zero) * scale of its block, codes of 8 bits
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .devices import has_kernels
+from .weight import WrittenWeight
+
+_ops = torch.ops.lora_ext
+KINDS = ("nf4", "fp4")
+
+
+class Codes(WrittenWeight):
+    """The codes of a matrix or of a stack, and what they are multiplied by.
+
+    Attributes:
+        shape: ``(out, in)``, of a stack ``(E, rows, columns)``.
+    """
+
+    shape: Any
+
+    @abstractmethod
+    def part(self, number: int) -> Codes:
+        """One matrix of a stack; no other matrix is read."""
+
+    @abstractmethod
+    def flat(self) -> tuple[list[Tensor], list[int]]:
+        """The tensors and the numbers that `from_flat` makes the same codes of."""
+
+    @classmethod
+    @abstractmethod
+    def from_flat(
+        cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+    ) -> Codes:
+        """The codes of what `flat` returned."""
+
+
+class Nested(NamedTuple):
+    """Scales that are codes themselves: ``table[code] * scale[i // block] + offset``.
+
+    Attributes:
+        table: ``[256]``.
+        scale: one for each block of codes.
+        offset: one element.
+        block: codes that share a scale.
+        dtype: that to which the product and the sum are rounded; the kernels read float32 alone.
+    """
+
+    table: Tensor
+    scale: Tensor
+    offset: Tensor
+    block: int
+    dtype: torch.dtype
+
+    def values(self, codes: Tensor, first: int = 0) -> Tensor:
+        """The scales of consecutive codes, rounded after the product and after the sum.
+
+        Args:
+            first: the number of the first code.
+        """
+        numbers = torch.arange(first, first + codes.numel(), device=codes.device)
+        scale = self.scale.float()[numbers.div(self.block, rounding_mode="floor")]
+        product = self.table[codes.flatten().int()] * scale
+        return (product.to(self.dtype) + self.offset).float()
+
+
+class FourBits(Codes):
+    """Codes of 4 bits, whose blocks are counted through all rows and matrices.
+
+    Args:
+        codes: two a byte, in any dtype.
+        scale: one for each block, floating, or with `nested` as uint8.
+        kind: "nf4" or "fp4".
+        table: ``[16]``.
+        block: codes that share a scale.
+        in_panels: whether the codes lie in panels of 32 rows, with scales in bfloat16.
+    """
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        nested: Nested | None,
+        kind: str,
+        table: Tensor,
+        block: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        in_panels: bool = False,
+    ) -> None:
+        self.codes, self.scale, self.nested = codes, scale, nested
+        self.kind, self.table, self.block, self.in_panels = kind, table, block, in_panels
+        self.shape, self.device, self.dtype = shape, codes.device, dtype
+        self.format = f"{kind} in panels" if in_panels else kind
+
+    def tensors(self) -> list[Tensor]:
+        # Without the offset and the tables, which never change.
+        return [self.codes, self.scale, *([] if self.nested is None else [self.nested.scale])]
+
+    def words(self) -> dict[str, Any]:
+        """The kernels' operands besides codes and scale."""
+        words: dict[str, Any] = {"table": self.table, "block": self.block}
+        if self.nested is not None:
+            words["scale_table"], words["scale_scale"], words["scale_offset"] = self.nested[:3]
+            words["scale_block"] = self.nested.block
+        return words
+
+    def _bytes(self) -> Tensor:
+        return self.codes.detach().view(torch.uint8).view(-1)
+
+    def _without_nested(self) -> FourBits:
+        if self.nested is None:
+            return self
+        made = copy.copy(self)
+        made.scale, made.nested = self.nested.values(self.scale), None
+        return made
+
+    def _write(self, out: Tensor) -> None:
+        if not has_kernels(self.device):
+            self.write_by_library(out)
+        elif self.in_panels:
+            _ops.dequantize("4bit_panels", self._bytes(), self.scale, out, **self.words())
+        elif self.nested is not None and self.nested.dtype == torch.float32:
+            _ops.dequantize("4bit", self._bytes(), self.scale, out, **self.words())
+        else:
+            plain = self._without_nested()
+            _ops.dequantize("4bit", self._bytes(), plain.scale.float(), out, **plain.words())
+
+    def write_by_library(self, out: Tensor) -> None:
+        """Writes W by bitsandbytes' own kernel."""
+        scale = self._without_nested().scale
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            self._bytes(), scale, self.block, self.kind, self.shape, out.dtype, out=out
+        )
+
+    def part(self, number: int) -> FourBits:
+        made, nested = copy.copy(self), self.nested
+        made.shape = self.shape[1:]
+        size = math.prod(made.shape)
+        count = size // self.block
+        first, end = number * count, (number + 1) * count
+        made.codes = self._bytes()[number * size // 2 : (number + 1) * size // 2]
+        made.scale = self.scale.view(-1)[first:end]
+        if nested is not None and first % nested.block:
+            made.scale, made.nested = nested.values(made.scale, first), None
+        elif nested is not None:
+            blocks = slice(first // nested.block, math.ceil(end / nested.block))
+            made.nested = nested._replace(scale=nested.scale[blocks])
+        return made
+
+    def flat(self) -> tuple[list[Tensor], list[int]]:
+        nested = self.nested
+        tensors, last = [self.codes, self.scale, self.table], 0
+        if nested is not None:
+            tensors, last = [*tensors, *nested[:3]], nested.block
+        return tensors, [KINDS.index(self.kind), self.block, last, *self.shape]
+
+    @classmethod
+    def from_flat(
+        cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+    ) -> FourBits:
+        codes, scale, table, *second = tensors
+        kind, block, last, *shape = numbers
+        nested = Nested(second[0], second[1], second[2], last, torch.float32) if second else None
+        return cls(codes, scale, nested, KINDS[kind], table, block, tuple(shape), dtype)
+
+
+class ScaledCodes(Codes):
+    """Codes of 8 bits with a scale for each block of a matrix.
+
+    Args:
+        codes: ``[..., rows, columns]``, int8 or float8.
+        scale: ``[..., rows / m, columns / n]``, one for each block of m x n codes; for a stack
+            whose matrices share them ``[1, ...]``.
+        zero: as scale, or None.
+        name: that of the codes' form.
+
+    Attributes:
+        multiplier: of every scale.
+        by_kernel: whether codes of int8 without zero points are dequantised by this package's
+            kernel, if their blocks are parts of a row, or all of W.
+    """
+
+    multiplier = 1.0
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        dtype: torch.dtype,
+        name: str = "",
+    ) -> None:
+        self.codes, self.scale, self.zero = codes, scale, zero
+        self.shape, self.device, self.dtype = tuple(codes.shape), codes.device, dtype
+        self.by_kernel = self.device.type == "cpu"
+        self.format = name or str(codes.dtype).removeprefix("torch.")
+        if scale.shape[-1] > 1:
+            self.format += f" in groups of {codes.shape[-1] // scale.shape[-1]}"
+
+    def tensors(self) -> list[Tensor]:
+        return [self.codes, self.scale, *([] if self.zero is None else [self.zero])]
+
+    def _write(self, out: Tensor) -> None:
+        codes, scale, zero = self.codes, self.scale, self.zero
+        *lead, rows, columns = codes.shape
+        down, across = scale.shape[-2:]
+        is_of_rows = down == rows or scale.numel() == 1
+        if self.by_kernel and zero is None and codes.dtype == torch.int8 and is_of_rows:
+            runs = max(codes.numel() // columns, scale.numel())
+            scale = scale.float().flatten().expand(runs).contiguous()
+            out = out.view(runs, -1)
+            _ops.dequantize("8bit", codes.contiguous(), scale, out, multiplier=self.multiplier)
+            return
+        values = _values_of(codes, out.dtype)
+        blocks = values.reshape(*lead, down, rows // down, across, columns // across)
+        if zero is not None:
+            blocks = blocks - zero.to(blocks.dtype)[..., None, :, None]
+        if self.multiplier != 1:
+            scale = scale * self.multiplier
+        torch.mul(blocks, scale[..., None, :, None], out=out.view(blocks.shape))
+
+    def part(self, number: int) -> ScaledCodes:
+        made, place = copy.copy(self), number if len(self.scale) > 1 else 0
+        made.codes, made.scale = self.codes[number], self.scale[place]
+        made.zero = None if self.zero is None else self.zero[place]
+        made.shape = self.shape[1:]
+        return made
+
+    def flat(self) -> tuple[list[Tensor], list[int]]:
+        return self.tensors(), []
+
+    @classmethod
+    def from_flat(
+        cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
+    ) -> ScaledCodes:
+        codes, scale, *zero = tensors
+        return cls(codes, scale, zero[0] if zero else None, dtype)
+
+
+def _values_of(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes as torchao multiplies them by scales: int8 in W's dtype, float8 in float32."""
+    if codes.dtype == torch.int8:
+        return codes.to(dtype)
+    if codes.device.type != "cpu":
+        return codes.float()
+    # On a CPU with AVX-512 a look-up takes 0.4 of the time of torch's conversion of float8.
+    table = torch.arange(256, dtype=torch.uint8, device="cpu").view(codes.dtype).float()
+    places = codes.contiguous().view(torch.uint8).flatten().int()
+    return table.index_select(0, places).view(codes.shape)
