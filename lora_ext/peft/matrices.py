@@ -8,6 +8,7 @@ here the module is called with W' instead of W.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     return "the model is exported or traced" if is_exported else ""
 
 
-def operands(chain: Chain, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+def operands(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> tuple | None:
     """The arguments of the module, or None if they need PEFT's own forward."""
     return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
 
