@@ -43,6 +43,7 @@ class ExpertGroup(NamedTuple):
 
 def clear_rest(groups: Sequence[ExpertGroup], *tensors: Tensor | None) -> None:
     """Writes zeros to the rows after those of the last expert."""
+    end = groups[-1].end if groups else 0
     for tensor in tensors:
         if tensor is None:
             continue
@@ -50,8 +51,8 @@ def clear_rest(groups: Sequence[ExpertGroup], *tensors: Tensor | None) -> None:
             rows = torch.arange(len(tensor), device=tensor.device)
             is_rest = rows >= groups[0].offs[-1]
             tensor.masked_fill_(is_rest.view(-1, *[1] * (tensor.dim() - 1)), 0)
-        else:
-            tensor[groups[-1].end if groups else 0 :] = 0
+        elif end < len(tensor):
+            tensor[end:] = 0
 
 
 def on_host_numbers(numbers: Tensor) -> list[int]:

@@ -5,9 +5,9 @@
 
 The rows of a group are sorted by expert and, of one expert, by adapter; rows with the base alone
 come first. Each pair of an expert and an adapter that has rows is an element of the op's lists.
-Adapters that all rows have are one adapter with the sum of their ranks. Ranks may differ, and
-nothing is padded. Only the factors of pairs with rows are read: for a block of experts at a time,
-since the numbers of many experts are in one cache line of B.
+Ranks may differ, and nothing is padded. Adapters that all rows have are one adapter with the sum of
+their ranks, whose pairs are a pool. Only the factors of pairs with rows are read: for a block of
+experts at a time, since the numbers of many experts are in one cache line of B.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Update(NamedTuple):
 
     Attributes:
         lora_a, lora_b: ``[r, in]`` and ``[out, r]`` of each pair with rows; or one pool of each,
-            ``[E, R, in]`` and ``[E, out, R]``, if which experts have rows is known only on the
-            device.
+            ``[n, R, in]`` and ``[n, out, R]``, if all rows have the same adapters.
         scaling: one for each pair.
         of_row: int32 ``[rows]``, the pair of each row, or -1; or None.
         offs: int32, the end of each pair's rows, if all rows have the same adapters.
@@ -99,45 +98,52 @@ class Updates:
     def of(self, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
         """All groups in their order, each with the update of its rows, None if none of them has
         one. When the next is requested, the tensors for gradients have been written to."""
-        if self._ends is None:
-            yield from self._of_all(*groups)
-            return
+        every = self._of_pairs if self._is_by_row else self._of_pools
         for block in _blocks(groups):
-            runs = [self._runs(group) for group in block]
-            hit: dict[int, list[int]] = {}
-            for expert, kind, _ in chain(*runs):
-                if kind >= 0:
-                    hit.setdefault(kind, []).append(expert)
-            pools = {kind: self._pools(kind, experts) for kind, experts in hit.items()}
-            made: list[dict] = [{}, {}, {}, {}]  # for each pair what is an element of a pool
-            for kind, every in pools.items():
-                for found, pool in zip(made, every, strict=True):
-                    pairs = ((expert, kind) for expert in hit[kind])
-                    found.update(() if pool is None else zip(pairs, pool.unbind(0), strict=True))
-            for group, own in zip(block, runs, strict=True):
-                yield group, self._update(group, own, made)
-            for kind, (_, _, da, db) in pools.items():
-                self._put(kind, hit[kind], da, db)
+            yield from every(block) if any(self._ranks) else ((group, None) for group in block)
 
-    def _of_all(self, group: ExpertGroup) -> Iterator[tuple[ExpertGroup, Update | None]]:
-        if not self._ranks[0]:
-            yield group, None
-            return
-        a, b, da, db = self._pools(0, None)
-        scaling = torch.full((len(a),), self._scalings[0], dtype=torch.float32, device=a.device)
-        da_db = [[] if each is None else [each] for each in (da, db)]
-        yield group, Update([a], [b], scaling, None, group.offs, *da_db)
-        self._put(0, None, da, db)
+    def _of_pools(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
+        hit, place = None, 0
+        if self._ends is not None:
+            hit = [expert for group in block for expert, _, _ in group.experts or ()]
+            hit = None if len(hit) == self._experts else hit
+        pools = self._pools(0, hit)
+        for group in block:
+            own, count = pools, len(group.offs)
+            if len(block) > 1:
+                own = [None if pool is None else pool[place : place + count] for pool in pools]
+                place += count
+            a, b, da, db = ([] if pool is None else [pool] for pool in own)
+            scaling = pools[0].new_full((count,), self._scalings[0], dtype=torch.float32)
+            yield group, Update(a, b, scaling, None, group.offs, da, db)
+        self._put(0, hit, *pools[2:])
+
+    def _of_pairs(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
+        runs = [self._runs(group) for group in block]
+        hit: dict[int, list[int]] = {}
+        for expert, kind, _ in chain(*runs):
+            if kind >= 0:
+                hit.setdefault(kind, []).append(expert)
+        pools = {kind: self._pools(kind, experts) for kind, experts in hit.items()}
+        made: list[dict] = [{}, {}, {}, {}]  # for each pair what is an element of a pool
+        for kind, every in pools.items():
+            for found, pool in zip(made, every, strict=True):
+                pairs = ((expert, kind) for expert in hit[kind])
+                found.update(() if pool is None else zip(pairs, pool.unbind(0), strict=True))
+        for group, own in zip(block, runs, strict=True):
+            yield group, self._update(group, own, made)
+        for kind, (_, _, da, db) in pools.items():
+            self._put(kind, hit[kind], da, db)
 
     def _runs(self, group: ExpertGroup) -> list[tuple[int, int, int]]:
         """(expert, kind, number of rows) of each run of rows; kind -1: the base alone."""
         assert self._ends is not None
         first, last = _span(group)
-        kinds, begin, found = len(self._kinds) + self._is_by_row, group.begin, []
+        kinds, begin, found = len(self._kinds) + 1, group.begin, []
         for place in range(first * kinds, last * kinds):
             end = self._ends[place]
             if end > begin:
-                kind = place % kinds - self._is_by_row
+                kind = place % kinds - 1
                 has_update = kind >= 0 and self._ranks[kind] > 0
                 found.append((place // kinds, kind if has_update else -1, end - begin))
                 begin = end
@@ -153,8 +159,6 @@ class Updates:
         device = group.offs.device
         wide = torch.promote_types(self._call.weight.dtype, torch.float32)
         scaling = torch.tensor([self._scalings[k] for _, k in pairs], dtype=wide, device=device)
-        if not self._is_by_row:
-            return Update(a, b, scaling, None, group.offs, *gradients)
         places = iter(range(len(pairs)))
         numbers = [next(places) if kind >= 0 else -1 for _, kind, _ in runs]
         index = torch.repeat_interleave(
