@@ -100,7 +100,7 @@ class LoraConfig:
     def is_in_layers(self, path: str) -> bool:
         """Whether layers_to_transform leaves in the module at `path`."""
         layer = _LAYER.match(path)
-        wanted = self.layers_to_transform
+        wanted: Any = self.layers_to_transform
         return not wanted or (layer is not None and int(layer[1]) in wanted)
 
 
@@ -115,7 +115,7 @@ def as_config(given: Any, prefix: str = "", others: str = "") -> LoraConfig:
         TypeError: it is neither.
         ValueError: PEFT's asks for something that these layers do not have; the message names it.
     """
-    kind = type(given)
+    kind: Any = type(given)
     if isinstance(given, LoraConfig):
         return given
     if kind.__name__ != "LoraConfig" or not kind.__module__.startswith("peft."):

@@ -28,7 +28,7 @@ class FromLinear(FusedLoRALayer):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
-        init_lora_weights: str = True,
+        init_lora_weights: bool | str = True,
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> _Layer:
@@ -93,7 +93,7 @@ class LoRALinear(FromLinear, nn.Linear):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
-        init_lora_weights: str = True,
+        init_lora_weights: bool | str = True,
         lora_bias: bool = False,
         fan_in_fan_out: bool = False,
         adapter_dtype: torch.dtype | None = None,
