@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -145,7 +146,7 @@ def load_cached(folder: Path | None = None, also: Cache | None = None) -> list[C
 def install(caches: Iterable[Cache]) -> None:
     """Passes caches to the planner; of two entries with the same key, the last is used. Cards with
     a pinned file have that instead."""
-    by_card: dict[str, dict[object, _C.AutotuneEntry]] = {}
+    by_card: dict[str, dict[Any, _C.AutotuneEntry]] = {}
     for cache in caches:
         where = f"on this card with torch {cache.torch}"
         known = {entry.key: entry.for_planner(where) for entry in cache.entries}

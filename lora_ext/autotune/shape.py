@@ -104,7 +104,7 @@ def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
                 f"lora_ext.warmup: expected a layer with {', '.join(sorted(needed))}, and of"
                 f" {', '.join(sorted(known - set(needed)))} any, but got {dict(layer)}"
             )
-        own = dict(layer)
+        own: dict[str, Any] = dict(layer)
     elif isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 3:
         own = dict(zip(needed, layer, strict=True))
     else:
