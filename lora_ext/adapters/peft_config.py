@@ -10,41 +10,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from .config_fields import Fields, as_alpha, as_rank
+from ..models.config import BIASES
+from ..nn.adapter_spec import MAX_RANK, is_finite, is_integer
 from .errors import AdapterError, shown
 from .strict_json import parse_json
 
 # The version of PEFT whose format is written.
 PEFT_VERSION = "0.21.2"
+_MOST_NAMES = 1024
 
-_APPLIED = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "lora_bias",
-    "bias",
-    "init_lora_weights",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
-    "peft_version",
-    "lora_B_layout",
-}
-_INFORMATION = {
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-}
 # Fields that are not needed: which layers (known from the tensors), which classes to import,
 # training or inference, the layout of the weight (known from the module's class), and settings of
 # the first initialization, which is over.
@@ -77,8 +56,6 @@ _REFUSED = {
     "ensure_weight_tying": "tied adapters",
 }
 _DEFAULTS = {"megatron_core": "megatron.core"}
-
-_LAYOUTS = ("rank_major", "grouped_by_expert")
 
 # Values of init_lora_weights that do not change the weight: the tensors are then sufficient.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
@@ -134,6 +111,103 @@ class AdapterConfig:
     task_type: str | None = None
 
 
+# ---- values ----
+
+
+def _expect(is_valid: bool, name: str, expected: str, value: Any) -> None:
+    if not is_valid:
+        raise AdapterError(f"expected {name} {expected}, but got {shown(value)}")
+
+
+def _rank(name: str, value: Any) -> int:
+    is_valid = is_integer(value) and 1 <= value <= MAX_RANK
+    _expect(is_valid, name, f"to be an integer of 1 to {MAX_RANK}", value)
+    return value
+
+
+def _alpha(name: str, value: Any) -> float:
+    _expect(is_finite(value), name, "to be a finite number", value)
+    return value
+
+
+def _dropout(name: str, value: Any) -> float:
+    _expect(is_finite(value) and 0 <= value < 1, name, "in [0, 1)", value)
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    _expect(isinstance(value, int) and value in (0, 1), name, "to be true or false", value)
+    return bool(value)
+
+
+def _init(name: str, value: Any) -> bool | str:
+    lower = value.lower() if isinstance(value, str) else ""
+    return lower if lower in ("pissa", "olora") else True
+
+
+def _one_of(values: tuple[str, ...], name: str, value: Any) -> str:
+    _expect(value in values, name, f"to be one of {values}", value)
+    return value
+
+
+def _text(name: str, value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    is_valid = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    _expect(is_valid, name, "to be a list of names", value)
+    return tuple(value)
+
+
+def _few_names(name: str, value: Any) -> tuple[str, ...]:
+    names = _names(name, value)
+    if len(names) > _MOST_NAMES or not all(names):
+        raise AdapterError(
+            f"expected at most {_MOST_NAMES} names in {name}, none of them empty, but got "
+            f"{len(names)}"
+        )
+    return names
+
+
+def _names_or_expression(name: str, value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _names(name, value)
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...]:
+    value = value if isinstance(value, list) else [value]
+    return tuple(index for index in value if isinstance(index, int))
+
+
+def _patterns(check: Callable[[str, Any], Any], name: str, value: Any) -> dict[str, Any]:
+    _expect(isinstance(value, dict), name, "to be an object", value)
+    return {key: check(f"{name}[{shown(key)}]", number) for key, number in value.items()}
+
+
+# The fields that AdapterConfig has, by PEFT's names: in it they are in lower case.
+_READ: dict[str, Callable[[str, Any], Any]] = {
+    "r": _rank,
+    "lora_alpha": _alpha,
+    "lora_dropout": _dropout,
+    "use_rslora": _flag,
+    "lora_bias": _flag,
+    "init_lora_weights": _init,
+    "bias": partial(_one_of, BIASES),
+    "modules_to_save": _few_names,
+    "rank_pattern": partial(_patterns, _rank),
+    "alpha_pattern": partial(_patterns, _alpha),
+    "target_modules": _names_or_expression,
+    "exclude_modules": _names_or_expression,
+    "target_parameters": _few_names,
+    "peft_version": _text,
+    "lora_B_layout": partial(_one_of, ("rank_major", "grouped_by_expert")),
+    "layers_to_transform": _indices,
+    "base_model_name_or_path": _text,
+    "revision": _text,
+    "task_type": _text,
+}
+
+
 def parse_config(data: bytes) -> AdapterConfig:
     """Reads and checks adapter_config.json.
 
@@ -153,31 +227,13 @@ def parse_config(data: bytes) -> AdapterConfig:
             "is PEFT's alone: peft.PeftModel.from_pretrained(model, folder)"
         )
     _check_support(table)
-    fields = Fields(table)
-    init = table.get("init_lora_weights", True)
-    init = init.lower() if isinstance(init, str) else ""
-    return AdapterConfig(
-        r=as_rank("r", table.get("r", 8)),
-        lora_alpha=as_alpha("lora_alpha", table.get("lora_alpha", 8)),
-        lora_dropout=fields.dropout(),
-        use_rslora=fields.flag("use_rslora"),
-        lora_bias=fields.flag("lora_bias"),
-        init_lora_weights=init if init in ("pissa", "olora") else True,
-        bias=fields.bias(),
-        modules_to_save=fields.few_names("modules_to_save"),
-        rank_pattern=fields.patterns("rank_pattern", as_rank),
-        alpha_pattern=fields.patterns("alpha_pattern", as_alpha),
-        target_modules=fields.names_or_expression("target_modules"),
-        exclude_modules=fields.names_or_expression("exclude_modules"),
-        target_parameters=fields.few_names("target_parameters"),
-        peft_version=fields.text("peft_version"),
-        lora_b_layout=fields.one_of("lora_B_layout", _LAYOUTS),
-        is_of_unsloth=_is_of_unsloth(table),
-        layers_to_transform=fields.indices("layers_to_transform"),
-        base_model_name_or_path=fields.text("base_model_name_or_path"),
-        revision=fields.text("revision"),
-        task_type=fields.text("task_type"),
-    )
+    # null is the default, but r and lora_alpha have to be numbers.
+    values = {
+        name.lower(): read(name, table[name])
+        for name, read in _READ.items()
+        if table.get(name) is not None or (name in table and name in ("r", "lora_alpha"))
+    }
+    return AdapterConfig(**values, is_of_unsloth=_is_of_unsloth(table))
 
 
 def _is_of_unsloth(table: dict[str, Any]) -> bool:
@@ -193,40 +249,17 @@ def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
         config: with init_lora_weights True.
         fan_in_fan_out: whether there are Conv1D layers.
     """
-    table = {
-        "alpha_pattern": dict(config.alpha_pattern),
-        "auto_mapping": None,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "bias": config.bias,
-        "exclude_modules": _list_or_text(config.exclude_modules) or None,
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": config.lora_alpha,
-        "lora_bias": config.lora_bias,
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": list(config.modules_to_save) or None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": dict(config.rank_pattern),
-        "revision": config.revision,
-        "target_modules": _list_or_text(config.target_modules),
-        "task_type": config.task_type,
-        "use_dora": False,
-        "use_rslora": config.use_rslora,
-    }
+    of_parameters = {"peft_version", "target_parameters"}
+    names = _READ.keys() - of_parameters - {"lora_B_layout", "layers_to_transform"}
+    table = {name: getattr(config, name) for name in names}
+    table |= {name: table[name] or None for name in ("exclude_modules", "modules_to_save")}
+    table |= dict.fromkeys(("auto_mapping", "layers_pattern", "layers_to_transform"))
+    table |= {"peft_type": "LORA", "fan_in_fan_out": fan_in_fan_out}
+    table |= {"inference_mode": True, "use_dora": False}
+    table = dict(sorted(table.items()))
     if config.target_parameters:
-        table |= {
-            "peft_version": config.peft_version,
-            "target_parameters": list(config.target_parameters),
-        }
+        table |= {name: getattr(config, name) for name in sorted(of_parameters)}
     return (json.dumps(table, indent=2) + "\n").encode()
-
-
-def _list_or_text(names: str | tuple[str, ...]) -> str | list[str]:
-    return names if isinstance(names, str) else list(names)
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -252,7 +285,7 @@ def _check_support(table: dict[str, Any]) -> None:
             problems.append(f"{name}={shown(value)} ({_REFUSED[name]})")
     if problems:
         raise AdapterError(f"expected plain LoRA, but got {'; '.join(problems)}")
-    known = _APPLIED | _INFORMATION | _WITHOUT_EFFECT | set(_REFUSED)
+    known = {"peft_type", *_READ, *_WITHOUT_EFFECT, *_REFUSED}
     unknown = {n: v for n, v in table.items() if n not in known and not _is_off(n, v)}
     if unknown:
         warnings.warn(

@@ -167,15 +167,14 @@ class Placement:
         lora_a = entries.get(slots(path, layer, 0, depth=depth)[0].key)
         order = order_of(layer, lora_a, config)
         rank = lora_a.shape[0] // order.count if lora_a and lora_a.shape else 0
+        # PEFT initializes embeddings in the default way for any value of init_lora_weights.
+        init = True if isinstance(layer, LoRAEmbedding) else config.init_lora_weights
         spec = AdapterSpec(
             r=rank if rank in config.rank_pattern.values() else config.r,
             lora_alpha=alpha,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
-            # PEFT initializes embeddings in the default way for any value of init_lora_weights.
-            init_lora_weights=True
-            if isinstance(layer, LoRAEmbedding)
-            else config.init_lora_weights,
+            init_lora_weights=init,
             lora_bias=config.lora_bias,
         )
         if spec.lora_bias and isinstance(layer, LoRAEmbedding):

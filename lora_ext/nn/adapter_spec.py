@@ -21,7 +21,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -85,8 +85,8 @@ def check_rank(rank: Any, where: str) -> None:
 
 
 def check_dropout(p: Any, where: str, name: str = "lora_dropout") -> None:
-    expect(_is_finite(p) and 0.0 <= p < 1.0, where, f"{name} in [0, 1)", p)
+    expect(is_finite(p) and 0.0 <= p < 1.0, where, f"{name} in [0, 1)", p)
 
 
 def check_alpha(alpha: Any, where: str) -> None:
-    expect(_is_finite(alpha), where, "a finite number lora_alpha", alpha)
+    expect(is_finite(alpha), where, "a finite number lora_alpha", alpha)
