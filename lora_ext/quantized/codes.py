@@ -102,8 +102,7 @@ class FourBits(Codes):
     ) -> None:
         self.codes, self.scale, self.nested = codes, scale, nested
         self.kind, self.table, self.block, self.in_panels = kind, table, block, in_panels
-        self.shape, self.device, self.dtype = shape, codes.device, dtype
-        self.format = f"{kind} in panels" if in_panels else kind
+        self.shape, self.device, self.dtype, self.format = shape, codes.device, dtype, kind
 
     def tensors(self) -> list[Tensor]:
         # Without the offset and the tables, which never change.

@@ -53,7 +53,8 @@ class FourBitWeight(WrittenWeight):
         self.packed, self.state = packed, state
         rows, cols = state.shape
         self.shape, self.device, self.dtype = (rows, cols), packed.device, state.dtype
-        self.format = self.codes.format
+        in_panels = getattr(state, "packing_format_for_cpu", False)
+        self.format = f"{state.quant_type} in panels" if in_panels else state.quant_type
 
     @property
     def codes(self) -> FourBits:

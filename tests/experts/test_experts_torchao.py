@@ -323,11 +323,3 @@ def test_what_is_kept_of_a_stack():
     assert torch.equal(second.stored(1).dequantize(F32), module.down_proj.dequantize()[1])
     module.down_proj.qdata = module.down_proj.qdata.clone()
     assert stack_of(module, "down_proj").codes.codes is module.down_proj.qdata
-
-
-@needs("torchao")
-def test_a_stack_that_was_read_moves():
-    """torch refuses a parameter of a tensor subclass that has a weak reference."""
-    module = two_experts(form="int8")[0]
-    stack_of(module, "down_proj")
-    assert stack_of(module.to(BF16), "down_proj").dtype == BF16
