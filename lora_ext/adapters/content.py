@@ -83,7 +83,7 @@ class Content:
             return spec
         alpha = spec.lora_alpha * (rank / spec.r) ** (0.5 if spec.use_rslora else 1)
         with telling(f"{path!r} as a plain LoRA: "):
-            return replace(spec, r=rank, alpha=alpha, init=True)
+            return replace(spec, r=rank, lora_alpha=alpha, init_lora_weights=True)
 
     # ---- tensors ----
 

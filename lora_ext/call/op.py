@@ -26,6 +26,7 @@ def lora_linear(
     scaling: Scaling = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
+    seed: Tensor | None = None,
     *,
     index: Tensor | None = None,
     offs: Tensor | None = None,
@@ -59,9 +60,10 @@ def lora_linear(
         dropout_p: probability in [0, 1) that an element of x is zero in the update (not in the base
             product), as PEFT's lora_dropout. The keep probability is rounded to 1/65536 and the
             kept elements are divided by the rounded value. The mask is a function of (row, column)
-            and of a seed that each call draws from torch's generator; it is never stored. A dropped
-            element does not propagate NaN.
+            and of a seed; it is never stored. A dropped element does not propagate NaN.
         training: False turns dropout off.
+        seed: int64 tensor of one element on x's device, which fixes the mask (`dropout_mask`); None
+            draws one from torch's generator.
         index: int32, one element for each row of x (any shape), from -1 (the base alone) to
             adapters - 1. Then lora_a and lora_b are lists of matrices, whose ranks may differ, or
             pools ``[adapters, r, in_features]`` and ``[adapters, out_features, r]``.
@@ -98,8 +100,9 @@ def lora_linear(
     else:
         _check_scaling("lora_linear", scaling)
     if not training:
-        dropout_p = _turned_off(dropout_p)
-    seed = None if dropout_p == 0.0 else draw_seed(x.device)
+        dropout_p = _turned_off("lora_linear", dropout_p)
+    if seed is None and dropout_p != 0.0:
+        seed = draw_seed(x.device)
     packed = packed_t = None
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
@@ -123,6 +126,7 @@ def lora_update(
     lora_b: Factors,
     scaling: Scaling = 1.0,
     dropout_p: float = 0.0,
+    training: bool = True,
     seed: Tensor | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
@@ -148,8 +152,7 @@ def lora_update(
         lora_b: ``[out_features, r]`` in lora_a's dtype.
         scaling: factor of the update.
         dropout_p: probability in [0, 1) that an element of x is zero, as in `lora_linear`.
-        seed: int64 tensor of one element on x's device, which fixes the mask (`dropout_mask`); None
-            draws one from torch's generator.
+        training, seed: as in `lora_linear`.
         row_offset, col_offset: position of x in the whole mask, if x is a part of a larger tensor.
         index, offs, ranks: for many adapters, as in `lora_linear`.
 
@@ -177,7 +180,9 @@ def lora_update(
         lora_a, lora_b, scaling = operands("lora_update", x, lora_a, lora_b, scaling)
     else:
         _check_scaling("lora_update", scaling)
-    if seed is None and dropout_p > 0.0:
+    if not training:
+        dropout_p = _turned_off("lora_update", dropout_p)
+    if seed is None and dropout_p != 0.0:
         seed = draw_seed(x.device)
     dropout = (dropout_p, seed, row_offset, col_offset)
     if not many:
@@ -202,10 +207,10 @@ def _check_scaling(function: str, scaling: Scaling) -> None:
     check_no_gradient(function, scaling)
 
 
-def _turned_off(dropout_p: float) -> float:
+def _turned_off(function: str, dropout_p: float) -> float:
     if not 0.0 <= dropout_p < 1.0:
         raise RuntimeError(
-            f"lora_ext.lora_linear: expected dropout_p in [0, 1), but got {dropout_p}"
+            f"lora_ext.{function}: expected dropout_p in [0, 1), but got {dropout_p}"
         )
     return 0.0
 
