@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -16,6 +17,9 @@ from .nn import LoRALayer
 from .packing import packed_bytes
 from .peft.reasons import HOOKED, PEFT, has_hooks
 from .peft.report import peft_path
+
+# Paths on which our kernels, or torch's products arranged by us, compute the update.
+ACCELERATED = {"fused", "packed", "library", "added"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class LayerPath:
 
 
 class Explanation(list[LayerPath]):
-    """A list of `LayerPath`; str() is a table, with equal layers counted on one line.
+    """A list of `LayerPath`; str() is a line of how many layers are accelerated, then a table, with
+    equal layers counted on one line.
 
     Attributes:
         workspace_bytes: size of the largest dequantised weight. The layers with a quantised base
@@ -65,10 +70,16 @@ class Explanation(list[LayerPath]):
             short = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
             key = (short or "(itself)", layer.kind, layer.path, layer.reason)
             lines.setdefault(key, []).append(layer.name)
+        others = Counter(layer.path for layer in self if layer.path not in ACCELERATED)
+        left = ", ".join(f"{count} {path}" for path, count in others.items())
+        count = len(self) - others.total()
+        text = [
+            f"{count} of {len(self)} layers accelerated" + (f"; others: {left}" if left else "")
+        ]
         rows = [("layer", "count", "class", "path", "reason")]
         rows += [(k[0], str(len(names)), *k[1:]) for k, names in lines.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        text = [
+        text += [
             "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[4]])
             for row in rows
         ]

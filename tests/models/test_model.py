@@ -321,9 +321,10 @@ def test_printed_explanation():
     apply_lora(model, LoraConfig("h.*"))
     model.h[3].merge()
     lines = str(lora_ext.explain(model)).splitlines()
-    assert len(lines) == 3
-    assert lines[1].split()[:4] == ["h.*", "11", "LoRALinear", "fused"]
-    assert lines[2].split()[:4] == ["h.*", "1", "LoRALinear", "merged"]
+    assert len(lines) == 4
+    assert lines[0] == "11 of 12 layers accelerated; others: 1 merged"
+    assert lines[2].split()[:4] == ["h.*", "11", "LoRALinear", "fused"]
+    assert lines[3].split()[:4] == ["h.*", "1", "LoRALinear", "merged"]
     layer = LoRALinear(8, 8, r=0)
     layer.add_adapter("a", AdapterSpec(2, 1.0))
     assert "(itself)" in str(lora_ext.explain(layer))
