@@ -117,7 +117,8 @@ def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, ca
 
     def stale(x, weight, lora_a, lora_b, bias, scaling, **words):
         now = {"lora_a": lora_a, "lora_b": lora_b, "scaling": scaling, **words}
-        now[what] = kept.setdefault(weight.data_ptr(), now[what].clone())
+        # The weight, too: another one must not come to its address.
+        now[what] = kept.setdefault(weight.data_ptr(), (now[what].clone(), weight))[0]
         return linear(x, weight, bias=bias, **now)
 
     monkeypatch.setattr(pool_stress, "lora_linear", stale)
