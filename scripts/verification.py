@@ -53,14 +53,18 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def cpu_targets() -> str:
     document = read("xeon-amx-2-cores", "headline")
-    rows = []
+    rows, met = [], 0
     for target in document["targets"]:
+        if target["verdict"] == "pass":
+            met += 1
+            continue
         measured = target["measured"]
         value = "-" if measured is None else f"{measured:.2f}{target['unit']}"
         limit = f"{target['limit']:g}{target['unit']}"
         rows.append([target["name"], target["where"], limit, value, target["verdict"]])
     body = table(["claim", "where", "at most", "measured", "verdict"], rows)
-    return section("One layer on the CPU", document["machine"], "bench", body)
+    told = f"{met} of {len(document['targets'])} targets are met. The others:\n\n{body}"
+    return section("One layer on the CPU", document["machine"], "bench", told)
 
 
 MODELS = {
