@@ -58,6 +58,17 @@ def test_the_op_on_the_dequantised_weight(shape, pair, p):
     assert_same_bits(run(problem, weight, **words), run(problem, dense, **words))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_training_and_seed_are_as_on_the_dequantised_weight(training):
+    problem, *weights = operands((60,), 40, 24, 4, (BF16, F32))
+    words = (problem.lora_a, problem.lora_b, None, 0.5, 0.5, training)
+    seeded, dense, other = (
+        lora_ext.lora_linear(problem.x, weight, *words, torch.tensor(seed))
+        for weight, seed in zip((*weights, weights[0]), (5, 5, 6), strict=True)
+    )
+    assert torch.equal(seeded, dense) and torch.equal(seeded, other) == (not training)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
 def test_many_adapters(pair, p):
