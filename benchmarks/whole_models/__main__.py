@@ -16,7 +16,7 @@ from .cases import all_cases, mixed_cases, quantized_cases
 _PLAN = Plan(min_rounds=5, max_rounds=11, seconds=8.0)
 _OVERHEAD_PLAN = Plan(min_rounds=9, max_rounds=25, seconds=2.0)
 PARTS = ("runs", "models", "mixed", "quantized_layers", "packed", "generate", "experts", "overhead")
-_MODULES = {"runs": whole_run, "packed": packed, "generate": generate, "experts": experts}
+_MODULES = {"packed": packed, "generate": generate, "experts": experts}
 _HELP = "what is measured, all by default: %(choices)s"
 
 
@@ -26,6 +26,7 @@ def _measure(options: argparse.Namespace, document: results.Document, path: Path
 
     document["mixed"] = []
     for part, name, cases, module in (
+        ("runs", "runs", whole_run.RUNS, whole_run),
         ("models", "cases", (*all_cases(), *quantized_cases()), step),
         ("mixed", "mixed", mixed_cases(), mixed_batch),
     ):

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,20 @@ ROWS, LENGTH = 4, 512
 STEPS, STEPS_FOR_MEMORY = 30, 3
 RATE = 2e-3
 VARIANTS = ("peft_default", "peft_default_accelerated")
-# ID -> whether the model is the deep one, dropout.
-RUNS = {
-    f"{name}, dropout {dropout:g}": (name == "Llama 135M", dropout)
-    for name in ("Llama", "Llama 135M")
-    for dropout in (0.0, DROPOUT)
-}
+
+
+class Run(NamedTuple):
+    """One model, and the dropout of its adapters."""
+
+    model: str
+    dropout: float
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}, dropout {self.dropout:g}"
+
+
+RUNS = [Run(model, dropout) for model in ("Llama", "Llama 135M") for dropout in (0.0, DROPOUT)]
 
 
 def batches() -> list[Tensor]:
@@ -49,16 +57,15 @@ def batches() -> list[Tensor]:
     return list(ids[: len(ids) // (ROWS * LENGTH) * ROWS * LENGTH].view(-1, ROWS, LENGTH))
 
 
-def make(run: str, variant: str) -> Any:
+def make(run: Run, variant: str) -> Any:
     """A causal LM with PEFT's adapters on all linear layers of its blocks, in training mode."""
     import peft
     import transformers
 
-    is_deep, dropout = RUNS[run]
     torch.manual_seed(0)
-    config = llama_config(is_deep, vocab_size=30522)
+    config = llama_config(run.model != "Llama", vocab_size=30522)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    words = {"lora_dropout": dropout, "target_modules": "all-linear"}
+    words = {"lora_dropout": run.dropout, "target_modules": "all-linear"}
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **words))
     if variant.endswith("accelerated"):
         lora_ext.accelerate(model)
@@ -77,31 +84,29 @@ def training(model: Any, data: Sequence[Tensor]) -> Iterator[float]:
         yield loss.item()
 
 
-def peak_of_process(run: str, variant: str) -> int:
+def peak_of_process(run: Run, variant: str) -> int:
     """Bytes that a process which trains has in memory at most."""
-    command = [sys.executable, "-m", __name__, run, variant]
+    command = [sys.executable, "-m", __name__, run.id, variant]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def measure(plan: Plan, progress: Callable[[str], None], steps: int = STEPS) -> list[Row]:
-    """Times, peaks and losses of each run, as plain JSON."""
-    rows, data = [], batches()
-    for run in RUNS:
-        progress(f"{run}: peaks of memory")
-        memory = {variant: {"peak": peak_of_process(run, variant)} for variant in VARIANTS}
-        progress(f"{run}: trains")
-        losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        calls = {
-            variant: _step(training(make(run, variant), data), losses[variant])
-            for variant in VARIANTS
-        }
-        timing = compared(calls, plan)
-        for variant, call in calls.items():
-            while len(losses[variant]) < steps:
-                call()
-        row: Row = {"id": run, "tokens": ROWS * LENGTH, "timing": timing, "memory": memory}
-        rows.append({**row, "losses": {name: found[:steps] for name, found in losses.items()}})
-    return rows
+def measure(run: Run, plan: Plan, progress: Callable[[str], None], steps: int = STEPS) -> Row:
+    """Times, peaks and losses of a run, as plain JSON."""
+    progress(f"{run.id}: peaks of memory")
+    memory = {variant: {"peak": peak_of_process(run, variant)} for variant in VARIANTS}
+    progress(f"{run.id}: trains")
+    data = batches()
+    losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    calls = {
+        variant: _step(training(make(run, variant), data), losses[variant]) for variant in VARIANTS
+    }
+    timing = compared(calls, plan)
+    for variant, call in calls.items():
+        while len(losses[variant]) < steps:
+            call()
+    kept = {variant: found[:steps] for variant, found in losses.items()}
+    tokens = ROWS * LENGTH
+    return {"id": run.id, "tokens": tokens, "timing": timing, "memory": memory, "losses": kept}
 
 
 def _step(run: Iterator[float], losses: list[float]) -> Callable[[], None]:
@@ -130,6 +135,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    steps = training(make(*sys.argv[1:]), batches())
+    [asked] = [run for run in RUNS if run.id == sys.argv[1]]
+    steps = training(make(asked, sys.argv[2]), batches())
     list(itertools.islice(steps, STEPS_FOR_MEMORY))
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # Linux has it in KiB

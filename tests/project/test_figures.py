@@ -26,6 +26,7 @@ def test_the_page_on_experts_has_the_reports_ratios():
         ]
 
 
+HELPS = ROOT / "docs" / "does-it-help.md"
 PLACE = ROOT / "benchmarks" / "results"
 PEFT, OURS = "peft_default", "peft_default_accelerated"
 # The README's rows: file of results, its part, the row there.
@@ -64,15 +65,27 @@ def test_the_readme_has_the_times_and_peaks_that_were_measured():
             assert row[5] == " -> ".join(f"{peak:.0f}" for peak in peaks)
 
 
+def test_the_tokens_of_a_whole_run_are_those_measured():
+    heads = "dropout | PEFT, tokens/s | with lora_ext | faster | memory of the process, MiB"
+    shown = cells_of(HELPS, heads + " | loss after 30 steps")
+    runs = document("xeon-amx-2-cores/runs")["runs"]
+    for found, row in zip(runs, shown, strict=True):
+        speeds = [1000 * found["tokens"] / found["timing"][each]["ms"] for each in (PEFT, OURS)]
+        peaks = [found["memory"][each]["peak"] / 2**20 for each in (PEFT, OURS)]
+        faster = results.median_ratio(found, PEFT, OURS)
+        assert row[1:4] == [*(f"{speed:.0f}" for speed in speeds), f"{faster:.2f}x"]
+        assert row[4] == " -> ".join(f"{peak:.0f}" for peak in peaks)
+        assert row[5] == ", ".join(f"{found['losses'][each][-1]:.3f}" for each in (PEFT, OURS))
+    said = f"**{shown[-1][2]} tokens a second instead of {shown[-1][1]}**"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 def gain(name: str, **cell: object) -> str:
     """PEFT's time over ours."""
     [found] = [one for one in document(name)["cells"] if cell.items() <= one["cell"].items()]
     ratio = results.median_ratio(found, "peft", "ours")
     assert ratio is not None
     return f"{ratio:.2f}"
-
-
-HELPS = ROOT / "docs" / "does-it-help.md"
 
 
 def test_the_gains_of_training_are_those_measured():
