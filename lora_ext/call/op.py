@@ -99,10 +99,8 @@ def lora_linear(
         lora_a, lora_b, scaling = operands("lora_linear", x, lora_a, lora_b, scaling)
     else:
         _check_scaling("lora_linear", scaling)
-    if not training:
-        dropout_p = _turned_off("lora_linear", dropout_p)
-    if seed is None and dropout_p != 0.0:
-        seed = draw_seed(x.device)
+    if dropout_p != 0.0 or not training:
+        dropout_p, seed = _dropout("lora_linear", x, dropout_p, training, seed)
     packed = packed_t = None
     if isinstance(weight, PackedWeight):
         weight, packed, packed_t = weight.operands(x)
@@ -180,10 +178,8 @@ def lora_update(
         lora_a, lora_b, scaling = operands("lora_update", x, lora_a, lora_b, scaling)
     else:
         _check_scaling("lora_update", scaling)
-    if not training:
-        dropout_p = _turned_off("lora_update", dropout_p)
-    if seed is None and dropout_p != 0.0:
-        seed = draw_seed(x.device)
+    if dropout_p != 0.0 or not training:
+        dropout_p, seed = _dropout("lora_update", x, dropout_p, training, seed)
     dropout = (dropout_p, seed, row_offset, col_offset)
     if not many:
         return _lora(x, None, y, lora_a, lora_b, scaling, None, *dropout)
@@ -207,12 +203,17 @@ def _check_scaling(function: str, scaling: Scaling) -> None:
     check_no_gradient(function, scaling)
 
 
-def _turned_off(function: str, dropout_p: float) -> float:
+def _dropout(
+    function: str, x: Tensor, dropout_p: float, training: bool, seed: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """The probability and the seed of a call."""
+    if training:
+        return dropout_p, draw_seed(x.device) if seed is None else seed
     if not 0.0 <= dropout_p < 1.0:
         raise RuntimeError(
             f"lora_ext.{function}: expected dropout_p in [0, 1), but got {dropout_p}"
         )
-    return 0.0
+    return 0.0, seed
 
 
 def _not_dense(function: str, name: str, given: Tensor) -> TypeError:
