@@ -141,27 +141,3 @@ def _apart(ticks: Sequence[float], factor: float) -> list[float]:
         if tick * factor <= kept[0]:
             kept.insert(0, tick)
     return kept
-
-
-def grouped_bars(
-    axes: Any,
-    labels: Sequence[str],
-    lengths: Mapping[str, Sequence[float | None]],
-    names: Mapping[str, str],
-) -> None:
-    """For each label a bar of each variant, one above the other, and a line at 1, the floor.
-
-    lengths: variant -> one for each label; variants without any are left out
-    names: variant -> what the legend calls it
-    """
-    present = [name for name, found in lengths.items() if any(one is not None for one in found)]
-    width = 0.8 / max(1, len(present))
-    for place, name in enumerate(present):
-        middle = (place - (len(present) - 1) / 2) * width
-        found = [(i + middle, one) for i, one in enumerate(lengths[name]) if one is not None]
-        places, ends = zip(*found, strict=True)
-        bars = axes.barh(places, ends, 0.93 * width, color=COLOURS[name], label=names[name])
-        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
-    axes.axvline(1.0, color="black", linewidth=1.0)
-    axes.set_yticks(range(len(labels)), labels, fontsize=9)
-    axes.margins(x=0.12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from .results import Document, Ratio, Row, ratio
 
@@ -106,12 +105,6 @@ def peak_columns(labels: Mapping[str, str]) -> list[Column]:
         return mebibytes(found["peak"]) if found else NOTHING
 
     return [(label, lambda row, n=name: peak(row, n)) for name, label in labels.items()]
-
-
-def with_quartiles(found: dict[str, Any]) -> str:
-    """One of results.TIMES in ms, marked where it stands for nothing."""
-    disturbed = "!" if found["disturbed"] else ""
-    return f"{milliseconds(found['ms'])} ({found['p25']:.0f}-{found['p75']:.0f}){disturbed}"
 
 
 def present(rows: Iterable[Row], labels: Mapping[str, str], key: str = "timing") -> dict[str, str]:

@@ -9,7 +9,6 @@ memory, weights and all. `python -m benchmarks.whole_models.whole_run ID VARIANT
 from __future__ import annotations
 
 import itertools
-import json
 import resource
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def training(model: Any, data: Sequence[Tensor]) -> Iterator[float]:
 def peak_of_process(run: Run, variant: str) -> int:
     """Bytes that a process which trains has in memory at most."""
     command = [sys.executable, "-m", __name__, run.id, variant]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def measure(run: Run, plan: Plan, progress: Callable[[str], None], steps: int = STEPS) -> Row:

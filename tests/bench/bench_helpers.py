@@ -2,10 +2,8 @@
 
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 from benchmarks import results, shapes
 from benchmarks.gpu import cases, cells, measure
@@ -29,23 +27,6 @@ MACHINE = {
     "date": "2000-01-01T00:00:00+00:00",
     "disturbance_source": "none",
 }
-
-
-class TinyEncoder(nn.Module):
-    """The shape of a BERT, with layers of the names that the adapters look for."""
-
-    def __init__(self):
-        super().__init__()
-        self.embeddings = nn.Embedding(40, 16)
-        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
-        self.dense = nn.Linear(16, 16)
-
-    def forward(self, input_ids, attention_mask):
-        x = self.embeddings(input_ids)
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
-        scores = scores.masked_fill(attention_mask[:, None] == 0, float("-inf"))
-        x = x + self.dense(torch.tanh(scores.softmax(-1) @ self.value(x)))
-        return SimpleNamespace(last_hidden_state=x)
 
 
 def small(mode=shapes.STEP, dtype="float32", **fields):
