@@ -174,5 +174,5 @@ def _sharded(name: str, layer: nn.Module) -> LayerPath:
     kind = type(layer).__name__
     parts = [part for path, part in layer.named_modules() if path.startswith("lora_")]
     if isinstance(layer, LoRALayer) or not any(map(has_hooks, parts)):
-        return LayerPath(name, kind, "sharded", "sharded now; decided anew when it is gathered")
+        return LayerPath(name, kind, "sharded", "sharded; the layer chooses when it is gathered")
     return LayerPath(name, kind, PEFT, HOOKED)  # ZeRO-3's hooks, which remain when it is gathered

@@ -41,7 +41,7 @@ def kernel_path(
     if weight.device.type == "cpu":
         reason = _C.cpu_library_reason(weight.dtype, rank)
     else:
-        reason = f"{weight.device.type}: torch's products compute base and update"
+        reason = f"on {weight.device.type} torch's own matrix products compute the layer"
     if reason:
         return "library", f"{reason}{invariance_note()}"
     path, note = "fused", invariance_note()
@@ -50,8 +50,8 @@ def kernel_path(
         path, note = ("packed", f", {why}") if route == "packed" else ("fused", f"; {why}")
     if rank > _HIGH_RANK and all(u.lora_a.dtype == torch.bfloat16 for u in updates):
         note += (
-            "; its products are summed in float32: a processor with fast bfloat16 products may "
-            "multiply bfloat16 adapters of such a rank faster in PEFT"
+            "; sums are in float32: with bfloat16 adapters of so high a rank PEFT may be faster on "
+            "processors with fast bfloat16 products"
         )
     panels = None
     if is_on():
@@ -59,7 +59,7 @@ def kernel_path(
     elif path != "packed" and rows >= _C.cpu_panel_rows:
         out, within = weight.shape
         panels = _C.cpu_panels_of(weight.dtype, within, out, weight.stride(0) != 1, rows)
-    one_pass = "" if panels is None else f" in one pass by panels of {str(panels)[6:]}"
+    one_pass = "" if panels is None else f" in one pass, products in {str(panels)[6:]}"
     return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
 
 
@@ -71,6 +71,6 @@ def cuda_path(device: torch.device, problem: _C.Problem) -> tuple[str, str]:
         return "library", forward.reason
     if check not in ("passed", "not yet"):
         return "library", f"the CUDA kernels failed their check on {device}: {check}"
-    kernels = "around the library's base product" if forward.hybrid else f"{forward.tile} tiles"
+    kernels = "beside cuBLAS's x W^T" if forward.hybrid else f"{forward.tile} tiles"
     basis = "predicted" if forward.predicted_us else forward.reason
     return "fused", f"CUDA kernels, {kernels}, rank {problem.rank}: {basis}"

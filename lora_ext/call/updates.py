@@ -57,7 +57,7 @@ def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
     """Why updates on a base in this dtype cannot be one call of the op, or ""."""
     for update in updates:
         if update.bias is not None and update.bias.itemsize > dtype.itemsize:
-            return f"the lora_bias of {update.name!r} is wider than y, and the op would round it"
+            return f"the lora_bias of {update.name!r} has a wider dtype than the layer's output"
     first = updates[0]
     for update in updates[1:]:
         if update.lora_a.dtype != first.lora_a.dtype:
@@ -81,7 +81,7 @@ def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
         return ""
     if x.dtype == torch.float32 and adapter in HALVES:
         return ""
-    return "the adapters' dtype is not x's or float32"
+    return "the adapters have neither x's dtype nor float32"
 
 
 def updates_obstacle(
@@ -97,7 +97,7 @@ def updates_obstacle(
         return ""
     if rows is None and dtype in HALVES and any(update.bias is not None for update in updates):
         # The op would round the sum of both biases, and sum dy over a float32 copy of it.
-        return "a lora_bias on a half base"
+        return "a lora_bias beside a 16-bit base weight"
     dtypes = dict.fromkeys(update.lora_a.dtype for update in updates)
     reasons = () if x is None else (dtype_obstacle(x, dtype, each) for each in dtypes)
     return next(filter(None, reasons), "") or (obstacle(updates, dtype) if rows is None else "")

@@ -89,7 +89,7 @@ def workspace_bytes(module: Any) -> int:
 def obstacle(module: Any) -> str:
     """Why `lora_experts` cannot compute a decorated module for any input, or ""."""
     if is_parallel(module):
-        return "the experts are parallel"
+        return "the experts are split over processes"
     if getattr(module.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
         return "the experts' implementation is not one of transformers' own"
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
@@ -108,11 +108,11 @@ def _weight_obstacle(weight: Any, first: Any) -> str:
     if isinstance(weight, str):
         return weight
     if not (isinstance(weight, QuantizedStack) or _is_dense(weight)):
-        return "the experts' weights are computed, quantised or sharded"
+        return "the experts' weights are parametrized, quantised or sharded"
     if weight.dtype != first.dtype or weight.device != first.device:
         return "the experts' weights differ in dtype or device"
     if weight.device.type not in _DEVICES:
-        return "no kernels for this device"
+        return "the experts are on a device other than CPU and CUDA"
     return "the experts' weights are trained" if _is_trained(weight) else ""
 
 

@@ -181,7 +181,7 @@ class LoRALayer(NamedAdapters):
         if names:
             return self._decide_for(names, x, rows)
         if rows is not None:
-            reason = "none of the adapters that rows have is in this layer"
+            reason = "none of the batch's adapters is in this layer"
             return Decision(self.base_forward, "base", reason)
         if self.merged:
             return Decision(self.base_forward, "merged")
@@ -197,7 +197,7 @@ class LoRALayer(NamedAdapters):
 
     def _pool_path(self, rows: int | None) -> tuple[str, str]:
         used, capacity = len(self.pool.names), len(self.pool.ranks)
-        what = f"a pool of {capacity} adapters, {used} of them used, in blocks of use_adapters"
+        what = f"a pool with {used} of {capacity} slots used, only in blocks of use_adapters"
         return "base", what
 
     def workspace_bytes(self) -> int:

@@ -29,7 +29,7 @@ class FusedLoRALayer(Packable, LoRALayer):
     # The path of updates that are not one call with the weight.
     added_path = "library"
     # Why `packable` has none.
-    unpacked_reason = "the weight is no matrix"
+    unpacked_reason = "the weight is not a matrix"
 
     def _init_lora(self, base: nn.Module | None = None) -> None:
         super()._init_lora(base)
@@ -46,8 +46,8 @@ class FusedLoRALayer(Packable, LoRALayer):
             return super().decide(x, rows)
         if x.is_nested:
             raise TypeError(
-                "lora_ext.use_adapters: expected a dense x, but got a nested one; pad it, or call "
-                "the model without the block"
+                "lora_ext.use_adapters: expected a dense x, but got a nested tensor; pad it, or "
+                "call the model outside of the block"
             )
         pool = self.pool
         if rows.slots is None or pool is None or pool.needs_lists(self, x):
@@ -82,7 +82,7 @@ class FusedLoRALayer(Packable, LoRALayer):
         """
         if rows is None:
             if x is not None and not takes_op(x):
-                return "a nested x, ONNX or torch.func: added by torch"
+                return "a nested x, ONNX export or torch.func: added by torch"
             reason = obstacle(updates, self.weight.dtype)
             if reason:
                 return f"{reason}: added by torch"

@@ -120,8 +120,9 @@ class LoRAQuantizedLinear(Over, FromLinear):
         found = quantized_base(self, None, self.base_type)
         if not isinstance(found, QuantizedBase):
             raise ValueError(
-                f"lora_ext.nn.{type(self).__name__}: expected a weight whose values can be had, "
-                f"for an init that starts from them, but {found}; choose init_lora_weights=True"
+                f"lora_ext.nn.{type(self).__name__}: expected a weight that lora_ext can "
+                f"dequantise, for an init from its values, but {found}; choose "
+                "init_lora_weights=True"
             )
         with torch.no_grad():
             return found.weight.dequantize(torch.float32)
@@ -142,7 +143,7 @@ class LoRAQuantizedLinear(Over, FromLinear):
         self, x: Tensor | None, updates: Any, rows: RowAdapters | None
     ) -> QuantizedBase | str:
         if rows is None and x is not None and not (is_plain(x) and takes_op(x)):
-            return "a tensor subclass, ONNX or torch.func: added by torch"
+            return "a tensor subclass, ONNX export or torch.func: added by torch"
         found = quantized_base(self, x, self.base_type)
         if not isinstance(found, QuantizedBase):
             return found or "its weight is no longer quantised"

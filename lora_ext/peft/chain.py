@@ -80,7 +80,7 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
         if state is not None and state[0] == PEFT:
             return state
         if wrapper is not outermost and (has_hooks(wrapper) or "forward" in wrapper.__dict__):
-            return PEFT, "the wrapper of another parameter of the module has hooks"
+            return PEFT, "PEFT's wrapper of another parameter of the module has hooks"
     if not has_updates(chain):
         is_observed = _has_any_global_hook() or is_onnx_export()
         if is_observed or not stacks_of(chain.base):

@@ -47,7 +47,7 @@ def _module_reason(base: Any) -> str:
             or "the module is not one of transformers' use_experts_implementation"
         )
     if "forward" in base.__dict__:
-        return "the experts' forward is replaced on the instance"
+        return "the experts' forward was replaced, as by an offload hook"
     has_others = has_hooks(base) and not has_own_hooks_alone(base)
     return "the experts have hooks" if has_others else ""
 
@@ -56,17 +56,17 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     wrapper, name, adapters = target
     experts, *sides = decorated.weight_of(base, name).shape
     if experts == 1:
-        return "one expert, whose factors PEFT takes for a matrix's"
+        return "one expert, which PEFT adapts as a single matrix"
     in_features, out_features = sides if base.is_transposed else reversed(sides)
     if adapters and wrapper._did_swap_in_out_features == base.is_transposed:
-        return "the factors are of the weight's other side"
+        return "lora_A and lora_B have the shapes of the transposed weight"
     rank = 0
     for adapter in adapters:
         lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
         own = lora_a.shape[0] // experts
         rank = max(rank, own) if by_row else rank + own
         if (lora_a.shape[1], lora_b.shape[0]) != (in_features, out_features):
-            return "the factors are of the weight's other side"
+            return "lora_A and lora_B have the shapes of the transposed weight"
     if rank > MAX_RANK and by_row:
         return f"an adapter's rank is more than {MAX_RANK}"
     return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)

@@ -25,7 +25,7 @@ from .reasons import BASE, PEFT, adapters_state
 from .variants import row_reason
 
 NONE_ACTIVE = "none of the active adapters is in this layer"
-NONE_OF_ROWS = "none of the adapters that rows have is in this layer"
+NONE_OF_ROWS = "none of the batch's adapters is in this layer"
 
 
 class Call(NamedTuple):
@@ -115,14 +115,14 @@ def settled(layer: Any, call: Call, names: list[str]) -> Decision | None:
     if state is not None:
         return by_peft(layer, call, state[1], state[0])
     if call.args or call.kwargs:
-        return by_peft(layer, call, "the layer gets more than x")
+        return by_peft(layer, call, "the layer gets more arguments than x")
     if rows is None:
         return None if names else by_peft(layer, call, NONE_ACTIVE, BASE)
     reason = row_reason(layer, names, rows.is_pefts)
     if reason:
         return by_peft(layer, call, reason, is_refused=True)
     if rows.is_pefts and (call.x.dim() == 0 or len(call.x) != len(rows.index)):
-        return by_peft(layer, call, "the number of samples is another")
+        return by_peft(layer, call, "x has another number of samples than the batch")
     return None if names else Decision(layer._modules["base_layer"], BASE, NONE_OF_ROWS)
 
 

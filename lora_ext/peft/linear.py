@@ -47,7 +47,7 @@ class OverLinear(Accelerated):
         if reason:
             return by_peft(self, call, reason)
         if variant is not None:
-            what = base.note if isinstance(base, QuantizedBase) else "torch's base product"
+            what = base.note if isinstance(base, QuantizedBase) else "x W^T by torch"
             run = partial(_of_variant, self, variant.forward, updates[0], base)
             return Decision(run, ADDED, f"{variant.name}: added to {what}", None, base)
         if kept:
@@ -129,5 +129,5 @@ def _added(layer: Any, call: Call, updates: Sequence[Update], x: Tensor) -> Tens
     """The base's own forward, with the updates added onto its y."""
     y = layer._modules["base_layer"](x)
     if call.rows is not None and (not is_plain(y) or y.shape[:-1] != x.shape[:-1]):
-        return by_peft(layer, call, "the base's y is not plain").run(x)
+        return by_peft(layer, call, "the base layer's output has another shape or class").run(x)
     return apply(y, x, updates, call.rows)

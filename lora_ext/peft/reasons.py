@@ -27,7 +27,7 @@ from ..torch_state import is_onnx_export, is_plain, is_transformed
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
-HOOKED = "a factor or its dropout has hooks"
+HOOKED = "lora_A, lora_B or lora_dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
 # Attribute of a layer: the forward that replaced PEFT's on the instance before `accelerate`.
 REPLACED = "replaced_forward"
@@ -44,9 +44,9 @@ def adapters_state(layer: Any) -> tuple[str, str] | None:
     if layer.merged_adapters:
         return BASE, "merged into the base weight by PEFT"
     if _has_any_global_hook():
-        return PEFT, "hooks on all modules are registered"
+        return PEFT, "a global module hook is registered, as by a profiler"
     if is_onnx_export():
-        return PEFT, "ONNX has no such operator; PEFT's forward is exported"
+        return PEFT, "ONNX has no operator for the fused call; PEFT's forward is exported"
     return None
 
 
@@ -94,7 +94,7 @@ def update_of(layer: Any, name: str) -> Update | str:
     lora_a, lora_b = tables["lora_A"]._modules[name], tables["lora_B"]._modules[name]
     dropout = tables["lora_dropout"]._modules[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return "a factor is not a plain nn.Linear"
+        return "lora_A or lora_B is not a plain nn.Linear"
     if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return HOOKED
     first, second = _held(lora_a, "weight"), _held(lora_b, "weight")
@@ -102,20 +102,20 @@ def update_of(layer: Any, name: str) -> Update | str:
     if is_replaced(lora_a) or is_replaced(lora_b):
         if not are_plain:
             return "the adapters are sharded for tensor parallelism"
-        return "a factor's forward is replaced on the instance"
+        return "lora_A's or lora_B's forward was replaced, as by an offload hook"
     if _held(lora_a, "bias") is not None:
         return "lora_A has a bias"
     p = 0.0
     if type(dropout) is nn.Dropout:
         if dropout.p >= 1.0:
-            return "the dropout drops everything"
+            return "lora_dropout is 1, which drops everything"
         p = dropout.p if dropout.training else 0.0
     elif type(dropout) is not nn.Identity:
-        return "the dropout is not nn.Dropout"
+        return "lora_dropout is not nn.Dropout"
     if not are_plain:
-        return "a factor is a tensor subclass, such as a sharded one"
+        return "lora_A's or lora_B's weight is a tensor subclass, as a sharded one"
     if first.dtype != second.dtype or first.dtype not in FLOATS:
-        return "the factors' dtypes are not the same floating dtype"
+        return "lora_A and lora_B do not have the same floating dtype"
     return Update(name, first, second, _held(lora_b, "bias"), layer.scaling[name], p)
 
 
@@ -131,14 +131,14 @@ def embedding_reason(layer: Any, ids: Tensor | None, names: Sequence[str]) -> st
     if type(base) is not nn.Embedding:
         return "the base layer is not exactly nn.Embedding"
     if base.max_norm is not None or base.sparse:
-        return "the base layer has max_norm, which writes to tables, or sparse gradients"
+        return "the embedding has max_norm, which changes its weight, or sparse gradients"
     if any(name in layer.input_fns or name in layer.output_fns for name in names):
         return "the adapters are sharded for tensor parallelism"
     weight = base._parameters.get("weight")
     if weight is None or not (is_plain(weight) and weight.is_floating_point()):
-        return "the base weight is computed, quantised or sharded"
+        return "the base weight is parametrized, quantised or sharded"
     if ids is not None and not is_plain(ids):
-        return "the ids are a tensor subclass"
+        return "the token ids are a tensor subclass"
     return ""
 
 
@@ -149,27 +149,27 @@ def input_reason(layer: Any, x: Tensor, names: Sequence[str]) -> str:
     if x.dtype not in FLOATS:
         return "x is not of a floating dtype"
     if x.device.type not in _DEVICES:
-        return "no kernels for this device"
+        return "x is on a device other than CPU and CUDA"
     if is_transformed():
         return "a transform of torch.func or forward-mode AD is active"
     if not layer.cast_input_dtype_enabled:
         table = layer._modules["lora_A"]._modules
         if any(getattr(table[name], "weight", x).dtype != x.dtype for name in names):
-            return "casting the input is turned off (cast_input_dtype_enabled)"
+            return "x has another dtype than the adapter, and cast_input_dtype_enabled is off"
     return ""
 
 
 def base_obstacle(base: nn.Module) -> str:
     """Why the base module's own forward has to be called, or ""."""
     if type(base) is not nn.Linear and not is_conv1d(base):
-        return "the base layer is not exactly nn.Linear or Conv1D"
+        return "the base layer is not exactly nn.Linear or transformers' Conv1D"
     if has_hooks(base):
         return "the base layer has hooks"
     if is_replaced(base):
-        return "the base layer's forward is replaced on the instance"
+        return "the base layer's forward was replaced, as by an offload hook"
     weight = base._parameters.get("weight")
     if weight is None or not is_plain(weight):
-        return "the base weight is computed, quantised or sharded"
+        return "the base weight is parametrized, quantised or sharded"
     if weight.dtype not in FLOATS:
         return "the base weight is not of a floating dtype"
     return ""
@@ -180,5 +180,5 @@ def dequantized_base(base: nn.Module, x: Tensor | None) -> QuantizedBase | str |
     or None if the form of the base is unknown."""
     found = quantized_base(base, x)
     if found is not None and (has_hooks(base) or is_replaced(base)):
-        return "the base layer has hooks, or another forward on the instance"
+        return "the base layer has hooks, or its forward was replaced"
     return found

@@ -14,7 +14,7 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str, int]:
         decision = layer.decision()
         path, reason = decision.explained(rows)
         if path != BASE and is_passed_over(layer):
-            replaced = "the layer's forward was replaced on the instance before accelerate"
+            replaced = "the layer's forward was replaced, as by hooks, before lora_ext.accelerate"
             return PEFT, replaced, 0
         is_of_experts = path == FUSED and hasattr(layer, "workspace_bytes")
         nbytes = layer.workspace_bytes() if is_of_experts else workspace_bytes(decision.base)
@@ -26,4 +26,4 @@ def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str, int]:
         return *state, 0
     if type(layer) in classes():
         return PEFT, "not accelerated; call lora_ext.accelerate(model)", 0
-    return PEFT, f"no faster forward for peft's {type(layer).__name__}", 0
+    return PEFT, f"lora_ext has no forward for PEFT's {type(layer).__name__}", 0

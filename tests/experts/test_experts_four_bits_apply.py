@@ -129,7 +129,7 @@ def test_another_forward_dequantises_all():
                 module._is_expert_parallel = True
     torch.testing.assert_close(logits(packed), logits(dense))
     assert calls(packed) == 4
-    assert "the experts are parallel" in str(lora_ext.explain(packed))
+    assert "the experts are split over processes" in str(lora_ext.explain(packed))
 
 
 class Doubled(nn.Module):

@@ -183,11 +183,13 @@ class Doubled(nn.Module):
 
 REASONS = {
     "the module is not one of transformers' use_experts_implementation": to_overridden,
-    "the experts' forward is replaced on the instance": lambda experts: setattr(
+    "the experts' forward was replaced, as by an offload hook": lambda experts: setattr(
         experts, "forward", experts.forward
     ),
     "the experts have hooks": lambda experts: experts.register_forward_hook(lambda _, __, y: y + 1),
-    "the experts are parallel": lambda experts: setattr(experts, "_is_expert_parallel", True),
+    "the experts are split over processes": lambda experts: setattr(
+        experts, "_is_expert_parallel", True
+    ),
     "the experts' implementation is not one of transformers' own": lambda experts: setattr(
         experts.config, "_experts_implementation", "registered"
     ),
@@ -217,7 +219,7 @@ def test_experts_of_older_releases(release, kind):
     assert_close(run(fast, *operands), run(model, *operands), 1e-11)
     if release != "5.19":  # before 5.18 a plan of tensor parallelism alone tells of parallel ones
         experts_of(fast)._hf_tp_plan = "moe_tp_experts"
-        assert reasons(fast) == {("peft", "the experts are parallel")}
+        assert reasons(fast) == {("peft", "the experts are split over processes")}
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -261,7 +263,7 @@ def test_hooks_that_replace_the_forward_of_wrappers(monkeypatch):
     assert len(calls) == 2
     lora_ext.accelerate(hooks.remove_hook_from_module(fast, recurse=True))
     hooks.add_hook_to_module(inner, hooks.ModelHook())
-    why = "the wrapper of another parameter of the module has hooks"
+    why = "PEFT's wrapper of another parameter of the module has hooks"
     assert reasons(fast) == {("peft", why)}
     torch.testing.assert_close(fast(*operands), wanted)
     assert len(calls) == 4

@@ -254,7 +254,7 @@ def test_explained_path_is_the_one_that_runs(dtype, dropout, rows, packed):
 @pytest.mark.parametrize("rank, dtype, says", [(96, BF16, 0), (97, BF16, 1), (97, F32, 0)], ids=str)
 def test_explain_of_a_high_rank_says_which_sums_may_be_slower(rank, dtype, says):
     layer = LoRALinear(128, 128, r=rank, dtype=BF16).to(dtype)  # the adapters, too
-    assert ("summed in float32" in layer.path(200)[1]) == bool(says)
+    assert ("sums are in float32" in layer.path(200)[1]) == bool(says)
 
 
 def test_explain_names_every_path():
@@ -310,7 +310,7 @@ def test_the_weight_of_a_convolution_is_not_packed():
     x = torch.randn(2, 12, 8, 8)
     randomize(layer)
     y = layer(x)
-    assert "the weight is no matrix" in layer.pack_weight().reason
+    assert "the weight is not a matrix" in layer.pack_weight().reason
     assert torch.equal(layer(x), y)
     assert layer.path()[0] == "fused"
 

@@ -71,7 +71,7 @@ def test_a_hook_on_a_factor_is_called():
     index = torch.zeros(2, 3, dtype=torch.int32)
     with (
         lora_ext.use_adapters(model, ["a"], index),
-        pytest.raises(ValueError, match="a factor or its dropout has hooks"),
+        pytest.raises(ValueError, match="lora_A, lora_B or lora_dropout has hooks"),
     ):
         model(x.view(2, 3, -1))
 

@@ -53,7 +53,7 @@ def test_same_bits_with_a_wide_lora_bias(dtype):
     """The op would round a float32 bias: the base is called, the update added in float32."""
     model = layer_model("linear", "lora_bias", dtype)
     fast, x = accelerated(model), make_x("linear", dtype)
-    assert reasons(fast) == {("added", "a lora_bias on a half base")}
+    assert reasons(fast) == {("added", "a lora_bias beside a 16-bit base weight")}
     assert torch.equal(step(fast, x)["y"], step(model, x)["y"])
 
 

@@ -18,14 +18,16 @@ def parametrized(layer):
 
 
 REASONS = {
-    "a factor is not a plain nn.Linear": parametrized,
-    "the dropout is not nn.Dropout": lambda m: m.lora_dropout.update({"a": nn.AlphaDropout(0.0)}),
-    "the dropout drops everything": lambda m: m.lora_dropout.update({"a": nn.Dropout(1.0)}),
-    "the factors' dtypes are not the same floating dtype": lambda m: m.lora_A["a"].to(F32),
-    "a factor's forward is replaced on the instance": lambda m: setattr(
+    "lora_A or lora_B is not a plain nn.Linear": parametrized,
+    "lora_dropout is not nn.Dropout": lambda m: m.lora_dropout.update({"a": nn.AlphaDropout(0.0)}),
+    "lora_dropout is 1, which drops everything": lambda m: m.lora_dropout.update(
+        {"a": nn.Dropout(1.0)}
+    ),
+    "lora_A and lora_B do not have the same floating dtype": lambda m: m.lora_A["a"].to(F32),
+    "lora_A's or lora_B's forward was replaced, as by an offload hook": lambda m: setattr(
         m.lora_B["a"], "forward", m.lora_B["a"].forward
     ),
-    "casting the input is turned off (cast_input_dtype_enabled)": lambda m: setattr(
+    "x has another dtype than the adapter, and cast_input_dtype_enabled is off": lambda m: setattr(
         m, "cast_input_dtype_enabled", False
     ),
 }
@@ -38,7 +40,7 @@ def test_reasons_for_pefts_forward(reason):
     fast, x = accelerated(model), make_x("linear", F64)
     for one in (model, fast):
         REASONS[reason](one.base_model.model[0])
-    if "casting" not in reason:  # which holds for an x of another dtype too
+    if "cast_input" not in reason:  # which holds for an x of another dtype too
         assert reasons(fast) == {("peft", reason)}
     outcomes = []
     for one in (model, fast):
@@ -93,7 +95,7 @@ def test_a_variant_in_the_table_is_computed_here(monkeypatch):
     monkeypatch.setitem(variants.LINEAR, MiCALinearVariant, entry)
     model = layer_model("linear", "one", init_lora_weights="mica")
     fast, x = accelerated(model), make_x("linear")
-    assert reasons(fast) == {("added", "MiCA: added to torch's base product")}
+    assert reasons(fast) == {("added", "MiCA: added to x W^T by torch")}
     torch.testing.assert_close(fast(x), model(x))
 
 
@@ -121,7 +123,7 @@ def test_layers_without_a_faster_forward_are_listed():
     lora_ext.accelerate(model)
     assert next((layer.path, layer.reason) for layer in lora_ext.explain(model)) == (
         "peft",
-        "no faster forward for peft's Conv2d",
+        "lora_ext has no forward for PEFT's Conv2d",
     )
     assert "Conv2d" in str(lora_ext.explain(model))
 

@@ -65,7 +65,7 @@ def test_outside_of_a_block_nothing_is_added():
     pool = make_pool()
     assert torch.equal(pool.model(make_ids()), make_zoo(F32)(make_ids()))
     reasons = {layer.reason for layer in lora_ext.explain(pool.model)}
-    assert reasons == {"a pool of 4 adapters, 2 of them used, in blocks of use_adapters"}
+    assert reasons == {"a pool with 2 of 4 slots used, only in blocks of use_adapters"}
 
 
 def test_beside_adapters_of_the_model():

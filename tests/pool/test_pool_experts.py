@@ -124,7 +124,7 @@ def test_the_base_alone():
     assert torch.equal(mixed(pool.model, [None] * 2), base)
     assert torch.equal(pool.model(some_ids(shape=(2, 4))).logits, base)
     reasons = {each.reason for each in lora_ext.explain(pool.model)}
-    assert reasons == {"a pool of 4 adapters, 3 of them used, in blocks of use_adapters"}
+    assert reasons == {"a pool with 3 of 4 slots used, only in blocks of use_adapters"}
     with lora_ext.use_adapters(pool.model, ["a", "b"]):
         paths = {each.name.rpartition(".")[2]: each.path for each in lora_ext.explain(pool.model)}
     assert paths["down_proj"] == "fused" and paths["weight"] == "library"

@@ -188,7 +188,7 @@ def test_a_base_with_a_hook_is_called():
     model = lora_ext.accelerate(with_lora(layer))
     calls = []
     layer.register_forward_hook(lambda *given: calls.append(1))
-    reason = "the base layer has hooks, or another forward on the instance"
+    reason = "the base layer has hooks, or its forward was replaced"
     assert reasons(model) == {("added", reason)}
     model(torch.randn(4, K).to(BF16))
     assert calls == [1]
