@@ -23,12 +23,14 @@ def check_header(placement: Placement, header: Mapping[str, Entry]) -> None:
     missing = needed - set(header)
     unknown = {key for key in header if key not in needed and not placement.may_hold(key)}
     if (unknown and not missing) or any("lora_magnitude_vector" in key for key in unknown):
-        raise AdapterError(f"expected no other tensors, but got {_why_unknown(placement, unknown)}")
+        raise AdapterError(
+            f"expected LoRA tensors alone, but got {_why_unknown(placement, unknown)}"
+        )
     if missing:
         also = f"; there are {some(unknown, 2)} instead" if unknown else ""
         raise AdapterError(
             f"expected all tensors of an adapter of these layers, but {some(missing)} is missing"
-            f"{also}; without it another result would be served"
+            f"{also}; without it results would differ"
         )
     for target in placement.targets:
         sides = "{} in and {} out features".format(*features(target.layer))
@@ -108,8 +110,8 @@ def check_owners(placement: Placement) -> None:
             continue
         if address in claims:
             raise AdapterError(
-                f"expected {shown(first.key, 200)} to be free, but adapter {claims[address]!r} has "
-                "other values there; the model has room for one"
+                f"expected one adapter with {shown(first.key, 200)}, which the model has once, but "
+                f"{claims[address]!r} has loaded other values there; delete_adapter that one first"
             )
         writers = {id(stored.holder) for stored, _ in group}
         tied = [name for name, module in holders[address] if id(module) not in writers]

@@ -57,7 +57,7 @@ class Content:
                 f"expected one of the adapters {adapter_names(model)}, but got {adapter!r}"
             )
         if "" in self.layers or any("." not in name for name in self.parameters):
-            raise AdapterError("expected a model that holds layers, but got the layer itself")
+            raise AdapterError("expected a model with LoRA layers inside, but got a single layer")
         if bias not in (None, *BIASES):
             raise AdapterError(f"expected bias to be None or one of {BIASES}, but got {bias!r}")
         self.specs = {path: self._plain_spec(path, layer) for path, layer in self.by_name.items()}

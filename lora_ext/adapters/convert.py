@@ -32,10 +32,11 @@ def convert(source: str, target: str, layout: str, base: str | None = None) -> N
     config = read_adapter_config(source)
     base = base or config.base_model_name_or_path
     if base is None or config.init_lora_weights is not True:
-        missing = "the name of the base, --base" if base is None else "an adapter without its init"
+        init = f"init_lora_weights true, but got {config.init_lora_weights!r}"
+        expected = "the name of the base, --base, but got none" if base is None else init
         raise AdapterError(
-            f"lora_ext.adapters convert: {source}: expected {missing}, but got none; load_adapter "
-            "into the model with its weights, then save_adapter(layout=...), does without"
+            f"lora_ext.adapters convert: {source}: expected {expected}; or load_adapter it "
+            "into the model with its weights, then save_adapter(layout=...)"
         )
     with open_adapter(source) as files, open_tensors(files.weights) as file:
         dtypes = {entry.dtype for entry in file.entries.values()}

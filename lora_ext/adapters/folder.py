@@ -79,7 +79,9 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
             if _weights_name(folder) == name and all(_is_same(folder, *o) for o in opened.items()):
                 yield OpenAdapter(_read_config(opened[CONFIG]), opened[name], name)
                 return
-    raise AdapterError("expected files that stand still, but they are replaced all the time")
+    raise AdapterError(
+        "expected files that stay the same while they are read, but they changed in each attempt"
+    )
 
 
 def _weights_name(folder: str) -> str:
@@ -170,7 +172,7 @@ def _missing(folder: str, name: str) -> str:
             "pipe.load_lora_weights(folder) reads it, then lora_ext.accelerate(pipe.transformer), "
             "or pipe.unet, runs it"
         )
-    return f"expected {name}, but the folder has none; it is one of the two files of an adapter"
+    return f"expected {name}, but the folder has none; an adapter is {CONFIG} and {WEIGHTS}"
 
 
 def _kind(mode: int) -> str:
@@ -197,7 +199,9 @@ def replace_adapter(
     try:
         os.makedirs(folder, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise AdapterError("expected a folder, or none yet, but a file is in its way") from None
+        raise AdapterError(
+            "expected a folder, or nothing at this path yet, but there is a file"
+        ) from None
     for name in (WEIGHTS, CONFIG, NEW_WEIGHTS, _NEW_CONFIG, _NEW_CARD):
         path = os.path.join(folder, name)
         if os.path.lexists(path) and not stat.S_ISREG(mode := os.lstat(path).st_mode):
@@ -233,7 +237,7 @@ def _locked(folder: str) -> Iterator[int]:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AdapterError(
-                "expected to be alone, but another save to this folder is under way; save from one "
+                "expected no other save to this folder now, but one is under way; save from one "
                 "process, or to another folder"
             ) from None
         except OSError:

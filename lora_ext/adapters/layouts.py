@@ -67,7 +67,7 @@ def laid_out(
             if f"{PREFIX}{path}.lora_A.weight" not in own:
                 raise AdapterError(
                     f"expected layers, routers and experts for layout {layout!r}, but {name!r} is "
-                    "another parameter; layout='peft' has a place for it"
+                    "another parameter; save with layout='peft'"
                 )
         dense[path] = spec.r
         parts += [(spec.scaling, key.replace(*block), value) for key, value in own.items()]
@@ -189,8 +189,8 @@ def check_written(
             raise ValueError(f"tensors that nothing reads: {some(found)}")
     except (KeyError, RuntimeError, ValueError) as error:
         raise AdapterError(
-            f"expected a file of which its readers make the model's {name!r}, but got {error}; the "
-            "folder is as it was; another layout may do, and please report it"
+            f"expected a file that reads back as the model's {name!r}, but got {error}; the folder "
+            "is unchanged; try another layout, and please report this"
         ) from None
 
 

@@ -99,9 +99,9 @@ def _is_swapped_by_version(version: str | None, transposed: bool) -> bool:
     if not is_known:
         warnings.warn(
             f"lora_ext.load_adapter: peft_version {shown(version)} does not say which of the "
-            "factors of a stack of square matrices is lora_A; they are read as by PEFT "
+            "two matrices of square experts is lora_A; they are read as by PEFT "
             f"{'0.17' if found is None else '.'.join(map(str, numbers))}. If another wrote them, "
-            "put its version into adapter_config.json: 0.21.2 for ours",
+            "put its version into adapter_config.json: 0.21.2 for lora_ext",
             stacklevel=2,
         )
     if numbers >= _FIXED:
@@ -129,7 +129,7 @@ def check_wrappers(path: str, names: list[str], depth: int, config: AdapterConfi
     """Raises AdapterError if the keys of a module are not those of the named parameters."""
     if depth + 1 != len(names):
         raise AdapterError(
-            f"expected factors for each of the parameters {names} of {path!r}, which "
+            f"expected lora_A and lora_B for each of {names} of {path!r}, which "
             f"target_parameters {shown(list(config.target_parameters))} names, but the file has "
             f"{depth + 1} (one, and one for each 'base_layer' in a key)"
         )

@@ -223,8 +223,8 @@ def parse_config(data: bytes) -> AdapterConfig:
         raise AdapterError(f"expected an object, but got {shown(table)}")
     if table.get("peft_type") != "LORA":
         raise AdapterError(
-            f"expected peft_type 'LORA', but got {shown(table.get('peft_type'))}; what is no LoRA "
-            "is PEFT's alone: peft.PeftModel.from_pretrained(model, folder)"
+            f"expected peft_type 'LORA', but got {shown(table.get('peft_type'))}; load it "
+            "with PEFT: peft.PeftModel.from_pretrained(model, folder)"
         )
     _check_support(table)
     # null is the default, but r and lora_alpha have to be numbers.

@@ -129,7 +129,7 @@ class Placement:
             raise AdapterError(
                 f"expected tensors such as '{PREFIX}{example}.lora_A.weight', "
                 f"of layers of the {type(self.model).__name__}, but none matches; got "
-                f"{some(entries, 2) or 'no tensor'}; is it the adapter's base?"
+                f"{some(entries, 2) or 'no tensor'}; was the adapter trained on this model?"
             )
         own = self.config.target_parameters
         named = {p: named_parameters(p, self.modules[p], own) for p in paths}
@@ -182,8 +182,8 @@ class Placement:
         if spec.subtracts_init and isinstance(layer, LoRAQuantizedLinear):
             raise AdapterError(
                 f"expected plain LoRA for {path!r}, which is quantised, but got init_lora_weights "
-                f"{spec.init_lora_weights!r}: its factors are taken out of the weight as it was "
-                "before; load it into that model, and save_adapter writes it as plain LoRA"
+                f"{spec.init_lora_weights!r}: its start values were subtracted from the weight "
+                "before quantising; load it into that model, and save_adapter writes plain LoRA"
             )
         if spec.subtracts_init and not _can_subtract(spec, layer, module):
             raise AdapterError(
@@ -236,8 +236,8 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
     """The layer that replaces a module which gets an adapter; AdapterError if it cannot."""
     if isinstance(module, LoRAMergedLinear):
         raise AdapterError(
-            f"expected a layer with plain factors at {path!r}, but it is a LoRAMergedLinear, which "
-            "keeps them by groups"
+            f"expected a layer with one lora_a and lora_b at {path!r}, but it is a "
+            "LoRAMergedLinear, which has them for each of its groups"
         )
     if isinstance(module, LoRALayer):
         layer = module
@@ -252,7 +252,7 @@ def _layer_for(path: str, module: nn.Module) -> LoRALayer:
         if kind is None:
             raise AdapterError(
                 "expected nn.Linear, nn.Embedding, Conv1D, a 1x1 nn.Conv2d or a quantised linear "
-                f"layer that is known at {path!r}, but the adapter is for a "
+                f"layer that lora_ext supports at {path!r}, but the adapter is for a "
                 f"{type(module).__module__}.{type(module).__qualname__}"
             )
         layer = _around(kind, path, module)

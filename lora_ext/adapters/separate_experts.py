@@ -103,7 +103,7 @@ class Stack:
                 more += [entry.name for entry in left.values()]
         if more:
             raise AdapterError(
-                f"expected factors of the {self.count} experts of {self.name!r}, but got "
+                f"expected tensors of the {self.count} experts of {self.name!r}, but got "
                 f"{some(more)}"
             )
 
@@ -196,8 +196,7 @@ def with_stacks(
             f"expected lora_dropout 0 beside an adapter on the router {names[0]!r}, which is a "
             "parameter since transformers 5 and is computed as W + B A, but got "
             f"{config.lora_dropout}; it matters in training alone: to load the adapter without, "
-            "put "
-            '"lora_dropout": 0 into adapter_config.json'
+            'put "lora_dropout": 0 into adapter_config.json'
         )
     keys: dict[str, tuple[Stack, str]] = {}
     every: list[Stack] = []
@@ -213,8 +212,8 @@ def with_stacks(
     apart_count = sum(len(own) for factors in apart.values() for own in factors.values())
     if len(others | keys) + apart_count != len(file.entries) + len(keys):
         raise AdapterError(
-            "expected each tensor once, but the file has one by two of its names, such as those in "
-            "transformers 4 and 5"
+            "expected each tensor once, but the file has one under two names, such as those of "
+            "transformers 4 and of 5"
         )
     config = replace(
         config,
@@ -242,7 +241,7 @@ def _stacks(path: str, module: Any, factors: Factors, config: AdapterConfig) -> 
     known, given = [*of_up, "down_proj"], {part for part, _ in factors}
     if others := given.difference(known):
         raise AdapterError(
-            f"expected factors of {known} of {path!r}, which has no other projections, but got "
+            f"expected tensors of {known} of {path!r}, which has no other projections, but got "
             f"{sorted(others)}"
         )
     found = []

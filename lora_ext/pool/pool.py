@@ -225,9 +225,11 @@ class AdapterPool:
         """
         with naming("add_adapter", adapter_name):
             if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-                raise AdapterError("expected a name that is a string without dots, not empty")
+                raise AdapterError("expected a name as a string, not empty and without dots")
             if adapter_name in self._names or adapter_name in adapter_names(self.model):
-                raise AdapterError("expected a new name; replace or remove the adapter that has it")
+                raise AdapterError(
+                    "expected a new name, but an adapter has it; replace or remove that one"
+                )
             taken = set(self._names.values())
             if len(taken) == self.capacity:
                 raise AdapterError(

@@ -88,7 +88,7 @@ def _random(
         if spec.subtracts_init:
             raise AdapterError(
                 "expected init_lora_weights True or 'gaussian', but got "
-                f"{spec.init_lora_weights!r}, which subtracts factors of the weight"
+                f"{spec.init_lora_weights!r}, which also changes the weight"
             )
         like = {"dtype": dtype, "device": layer.stored_weight.device}
         shape_a, shape_b = layer.factor_shapes(spec.r)
@@ -129,7 +129,7 @@ def _of_tensors(
     if wanted != set(tensors) or not tensors:
         odd = sorted(wanted.symmetric_difference(tensors))[:4]
         raise AdapterError(
-            f"expected pairs of keys '<path>.lora_a' and '<path>.lora_b', but see {odd}"
+            f"expected '<path>.lora_a' and '<path>.lora_b' for each layer, but see {odd}"
         )
     plain, specs = config.spec_for(""), {}
     has_patterns = bool(config.rank_pattern or config.alpha_pattern)
@@ -171,14 +171,14 @@ def _of_folder(
     def check(placement: Placement) -> None:
         if any(stored.written for stored in placement.stored.values()):
             raise AdapterError(
-                "expected factors alone, but the adapter stores biases or modules to save, which "
-                "the model has once for all adapters of a pool; load_adapter takes it"
+                "expected lora_A and lora_B alone, but the adapter has biases or modules_to_save, "
+                "which all adapters of a pool share; use lora_ext.load_adapter for it"
             )
         for target in placement.targets:
             if target.spec.subtracts_init:
                 raise AdapterError(
                     f"expected plain LoRA, but got init {target.spec.init_lora_weights!r}; "
-                    "save_adapter after load_adapter writes it as such"
+                    "load_adapter it, and save_adapter writes it as plain LoRA"
                 )
             _known(_name_of(target), layers)
         _check_parameters(placement, layers)
@@ -200,8 +200,8 @@ def _check_parameters(placement: Placement, layers: Mapping[str, LoRALayer]) -> 
     missing = [name for name in wanted if name not in found]
     if missing:
         raise AdapterError(
-            f"expected factors of all that target_parameters names, but the file has none of "
-            f"{some(missing)}; without them another result would be served"
+            f"expected lora_A and lora_B of all that target_parameters names, but the file lacks "
+            f"{some(missing)}; results would differ"
         )
 
 
@@ -246,7 +246,9 @@ def _check_values(path: str, spec: AdapterSpec, layer: LoRALayer, values: Sequen
             )
         # A sum of finite values is finite except for an overflow, and takes a third of the time.
         if not (math.isfinite(value.sum()) or torch.isfinite(value).all()):
-            raise AdapterError(f"{path!r}: expected finite values in {name}, but got others")
+            raise AdapterError(
+                f"{path!r}: expected finite values in {name}, but got NaN or infinity"
+            )
 
 
 @contextmanager

@@ -262,7 +262,9 @@ def test_a_second_save_at_the_same_time_is_refused(tmp_path):
     put(tmp_path, OLD)
 
     def weights():
-        with pytest.raises(AdapterError, match="another save to this folder is under way"):
+        with pytest.raises(
+            AdapterError, match="no other save to this folder now, but one is under way"
+        ):
             put(tmp_path, SAME_CONFIG)
         yield b"new"
 

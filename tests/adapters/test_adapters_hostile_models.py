@@ -48,7 +48,7 @@ def hooked_linear():
         (integer_linear, r"'layers.1.q_proj': .*expected a floating weight, but got torch.int8"),
         (hooked_linear, r"'layers.1.q_proj' cannot be adapted: .*its forward is replaced"),
         (lambda: nn.Linear(16, 8), r"layers.1.q_proj.lora_B.weight': expected shape \[8, 2\]"),
-        (lambda: nn.Linear(16, 16, bias=False), "no other tensors, .*1.q_proj.base_layer.bias"),
+        (lambda: nn.Linear(16, 16, bias=False), "LoRA tensors alone, .*1.q_proj.base_layer.bias"),
         (lambda: nn.Identity(), "is for a torch.nn.modules.linear.Identity"),
         (lambda: nn.Conv2d(16, 16, 3), "is for a torch.nn.modules.conv.Conv2d"),
     ],
@@ -75,7 +75,7 @@ def test_a_model_with_more_layers(folder):
 def test_a_model_with_fewer_layers(folder):
     base = make_zoo(torch.float32)
     del base.layers[2]
-    assert_refused(folder, r"no other tensors, but got 'base_model.model.layers.2.q_proj", base)
+    assert_refused(folder, r"LoRA tensors alone, but got 'base_model.model.layers.2.q_proj", base)
 
 
 # ---- all or nothing ----

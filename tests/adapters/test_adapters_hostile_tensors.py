@@ -52,10 +52,10 @@ BAD_TENSORS = {
     "no bias": (lambda t: t.pop(Q0 + "base_layer.bias"), "base_layer.bias' is missing"),
     "no norm": (lambda t: t.pop(NORM), "norm.weight' is missing"),
     "nothing": (lambda t: t.clear(), "expected tensors such as 'base_model.*none matches; got no"),
-    "one more": (put("base_model.model.extra", torch.ones(1)), "no other tensors.*model.extra'"),
+    "one more": (put("base_model.model.extra", torch.ones(1)), "LoRA tensors alone.*model.extra'"),
     "one of no module": (
         put("base_model.model.layers.9.q_proj.lora_A.weight", torch.ones(2, 16)),
-        "no other tensors, but got 'base_model.model.layers.9",
+        "LoRA tensors alone, but got 'base_model.model.layers.9",
     ),
     "one of another module": (
         put("base_model.model.c_attn.lora_A.weight", torch.ones(2, 16)),
@@ -86,13 +86,13 @@ BAD_TENSORS = {
         rename(A, A.replace("layers.0", "layers..0")),
         "lora_A.weight' is missing",
     ),
-    "a leading dot": (put(f".{A}", torch.ones(2, 16)), "no other tensors"),
+    "a leading dot": (put(f".{A}", torch.ones(2, 16)), "LoRA tensors alone"),
     "traversal": (
         put("base_model.model.../../x.lora_A.weight", torch.ones(2, 16)),
-        "no other tensors",
+        "LoRA tensors alone",
     ),
     "an embedding's key": (rename(A, Q0 + "lora_embedding_A"), "lora_A.weight' is missing"),
-    "an empty name": (put("", torch.ones(1)), "no other tensors, but got ''"),
+    "an empty name": (put("", torch.ones(1)), "LoRA tensors alone, but got ''"),
     # shapes
     "rank": (change(A, lambda a: a.repeat(2, 1)), r"\[2, 16\] \(rank 2 by .*but got \[4, 16\]"),
     "rank of B": (change(B, lambda b: b[:, :1]), r"lora_B.weight': expected shape \[16, 2\]"),

@@ -310,7 +310,7 @@ def test_a_fault_is_not_put_in_place(name, square, tmp_path, monkeypatch):
         return config, tensors
 
     monkeypatch.setattr(lora_ext.adapters.save, "laid_out", faulty)
-    with pytest.raises(AdapterError, match=r"of which its readers .* folder is as it was"):
+    with pytest.raises(AdapterError, match=r"that reads back as .* folder is unchanged"):
         save(square, tmp_path, layout)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -49,7 +49,7 @@ def test_one_adapter_does_not_overwrite_what_another_stored(config, tmp_path):
     model = load_adapter(base, tmp_path / "one", "one")
     load_adapter(model, tmp_path / "one", "equal")
     before = state_of(model)
-    with pytest.raises(AdapterError, match="adapter 'one' has other values there"):
+    with pytest.raises(AdapterError, match="'one' has loaded other values there"):
         load_adapter(model, tmp_path / "two", "two")
     assert_unchanged(model, before)
 

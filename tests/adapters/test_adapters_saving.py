@@ -239,7 +239,7 @@ def test_errors_of_saving_leave_the_folder_alone(change, arguments, message, tmp
 
 def test_a_layer_alone_has_no_path(tmp_path):
     layer = apply_lora(nn.Sequential(nn.Linear(2, 2)), LoraConfig("0"))[0]
-    with pytest.raises(AdapterError, match="but got the layer itself"):
+    with pytest.raises(AdapterError, match="but got a single layer"):
         save_adapter(layer, tmp_path)
 
 
@@ -247,6 +247,6 @@ def test_a_layer_alone_has_no_path(tmp_path):
 def test_a_file_in_the_place_of_the_folder(tmp_path, inside):
     (tmp_path / "file").write_text("mine")
     model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig("0", r=2))
-    with pytest.raises(AdapterError, match=r"expected a folder.* but a file is in its way"):
+    with pytest.raises(AdapterError, match=r"expected a folder.* but there is a file"):
         save_adapter(model, tmp_path / "file" / inside)
     assert (tmp_path / "file").read_text() == "mine"

@@ -173,7 +173,7 @@ HOSTILE = {
     "a third wrapper": (
         put(EXPERTS + "base_layer.base_layer.lora_A.weight", 10, 16),
         {},
-        r"each of the parameters \['gate_up_proj', 'down_proj'\].*but the file has 3",
+        r"lora_B for each of \['gate_up_proj', 'down_proj'\].*but the file has 3",
     ),
     "an outer one renamed": (rename_outer, {}, "but the file has 3"),
     "a parameter more": (None, {"target_parameters": ["experts.down_proj"]}, "the file has 2"),

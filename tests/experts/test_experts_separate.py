@@ -113,7 +113,7 @@ HOSTILE = {
     "no dimension": (put(EXPERTS + "0.gate_proj.lora_A.weight"), {}, r"but got \[\]"),
     "another name": (put(EXPERTS + "0.w1.lora_A.weight", 3, 16), {}, "each tensor once"),
     "today's, too": (put(EXPERTS + "base_layer.lora_A.weight", 30, 16), {}, "each tensor once"),
-    "a second zero": (put(EXPERTS + "00.up_proj.lora_A.weight", 3, 16), {}, "no other tensors"),
+    "a second zero": (put(EXPERTS + "00.up_proj.lora_A.weight", 3, 16), {}, "LoRA tensors alone"),
     "dropout": (None, {"lora_dropout": 0.1}, 'put "lora_dropout": 0 into adapter_config.json'),
     "several alphas": (None, {"alpha_pattern": {"0.up_proj": 1}}, "one lora_alpha .*'1', '6'"),
 }

@@ -147,7 +147,7 @@ def test_errors_leave_the_pool_as_it_was(tmp_path):
             ("finite", ("x", good | {key: good[key] * float("nan")}, config)),
             (r"lora_b of shape \[16, 4\]", ("x", good | {key: good[key][1:]}, config)),
             ("two matrices", ("x", good | {key: good[key][0]}, config)),
-            ("pairs of keys", ("x", {k: v for k, v in good.items() if k != key}, config)),
+            ("lora_b' for each layer", ("x", {k: v for k, v in good.items() if k != key}, config)),
             ("pool's layers", ("x", {"q.lora_a": good[key], "q.lora_b": good[key]}, config)),
             ("a folder with", ("x", tmp_path / "none")),
         ],
@@ -292,8 +292,8 @@ def test_folders_that_are_more_than_plain_lora(tmp_path):
     before = slots(pool)
     for words, message in (
         ({"target_modules": [*LINEAR, "conv"]}, "pool's layers.*'conv'"),
-        ({"target_modules": LINEAR, "modules_to_save": ["head"]}, "biases or modules to save"),
-        ({"target_modules": LINEAR, "bias": "all"}, "biases or modules to save"),
+        ({"target_modules": LINEAR, "modules_to_save": ["head"]}, "biases or modules_to_save"),
+        ({"target_modules": LINEAR, "bias": "all"}, "biases or modules_to_save"),
         ({"target_modules": LINEAR, "lora_bias": True}, "no lora_bias"),
         ({"target_modules": LINEAR, "use_dora": True}, "DoRA"),
         ({"target_modules": LINEAR, "r": 12}, "max_rank, but got 12"),

@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     before, names = slots(pool), pool.names
     folders = {
         r"1.mlp.experts.lora_B.weight' is missing": without("1.mlp.experts.lora_B"),
-        r"factors of all that .* has none of .*1.mlp.experts.down_proj'.*1.mlp.experts.gate_up": (
+        r"lora_B of all that .* lacks .*1.mlp.experts.down_proj'.*1.mlp.experts.gate_up": (
             without("1.mlp.experts")
         ),
         r"0.mlp.experts.base_layer.lora_A.weight.*: expected shape \[15, 16\]": cut,
