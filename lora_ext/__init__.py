@@ -40,18 +40,17 @@ from .adapters import load_adapter, save_adapter
 from .autotune import load_cached, warmup
 from .functional import lora_linear, lora_update, pack_weight
 from .invariance import batch_invariant
-from .models import (
-    LoraConfig,
-    apply_lora,
+from .models.apply import apply_lora
+from .models.config import LoraConfig
+from .models.mixed import use_adapters
+from .models.model import (
     delete_adapter,
     disable_adapter,
     merge_adapter,
-    merge_and_unload,
     set_adapter,
-    unload,
     unmerge_adapter,
-    use_adapters,
 )
+from .models.unload import merge_and_unload, unload
 from .nn import LoRALinear
 from .peft import accelerate, decelerate
 from .pool import AdapterPool

@@ -1,8 +1,12 @@
-"""Which device an argument refers to."""
+"""Which device an argument refers to, and whether this build has kernels for it."""
 
 from __future__ import annotations
 
 import torch
+
+import lora_ext._C as _C
+
+NO_KERNELS = "this build has no CUDA kernels; lora_ext.build_info() says why"
 
 
 def indexed(device: torch.device | str | None = None) -> torch.device:
@@ -19,3 +23,10 @@ def indexed(device: torch.device | str | None = None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def need_kernels(function: str) -> None:
+    """Raises RuntimeError, which names the function that was called, in a build without CUDA
+    kernels."""
+    if not _C.with_cuda:
+        raise RuntimeError(f"lora_ext.{function}: {NO_KERNELS}")

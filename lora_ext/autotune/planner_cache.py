@@ -13,7 +13,7 @@ import torch
 import lora_ext._C as _C
 
 from ..build_info import build_id, version
-from ..device import indexed
+from ..device import indexed, need_kernels
 from .cache_file import Cache, CacheError, read_cache
 
 # The pinned files by card; no other file is used for such a card.
@@ -102,11 +102,7 @@ def pin_cache(path: str | Path | None, device: torch.device | str | None = None)
         if _C.with_cuda:
             load_cached()
         return
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.autotune.pin_cache: this build has no CUDA kernels to choose from;"
-            " lora_ext.build_info() says why"
-        )
+    need_kernels("autotune.pin_cache")
     path = Path(path)
     pin(checked_cache(path, _C.cuda_card(indexed(device)).name), path)
 

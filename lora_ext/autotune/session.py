@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_ext._C as _C
 
-from ..device import indexed
+from ..device import NO_KERNELS, indexed
 from ..dtypes import HALVES
 from ..kernels.kernel_checks import check_kernels
 from ..packing import DECODE_AND_TRAINING, Packing, pack_weights
@@ -210,7 +210,7 @@ def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
 def _card_of(device: torch.device | None) -> _C.Card | str:
     """The card of a device, None: of the current one; or why nothing can be warmed up."""
     if not _C.with_cuda:
-        return "this build has no CUDA kernels; lora_ext.build_info() says why"
+        return NO_KERNELS
     if device is None and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     card = _C.cuda_card(indexed(device))

@@ -16,7 +16,7 @@ import torch
 
 import lora_ext._C as _C
 
-from ..device import indexed
+from ..device import indexed, need_kernels
 from .isolated import CannotStart, ChildLost, answers
 
 TIMEOUT_S = 10.0
@@ -66,11 +66,7 @@ def check_kernels(
         RuntimeError: the build has no CUDA kernels, or there is no such device; or, if this process
             checks them, kernels have not ended in time or have left the device unusable.
     """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.kernels.kernel_checks: this build has no CUDA kernels; lora_ext.build_info() "
-            "says why"
-        )
+    need_kernels("kernels.kernel_checks")
     device = indexed(device)
     if kernels is None:
         kernels = every_kernel(device)
@@ -103,11 +99,7 @@ def set_check_timeout(seconds: float | None) -> None:
         RuntimeError: the build has no CUDA kernels.
         ValueError: not above 0.
     """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.kernels.set_check_timeout: this build has no CUDA kernels;"
-            " lora_ext.build_info() says why"
-        )
+    need_kernels("kernels.set_check_timeout")
     if seconds is not None and not seconds > 0:
         raise ValueError(
             f"lora_ext.kernels.set_check_timeout: expected seconds > 0, but got {seconds}"

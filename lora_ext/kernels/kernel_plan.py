@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lora_ext._C as _C
 
-from ..device import indexed
+from ..device import indexed, need_kernels
 from ..invariance import invariance_note
 
 # Compute capability times 10, number of SMs, bytes of shared memory of an SM and, at most, of a
@@ -167,11 +167,7 @@ def set_pdl(enabled: bool) -> None:
     Raises:
         RuntimeError: the build has no CUDA kernels.
     """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.kernels.set_pdl: this build has no CUDA kernels;"
-            " lora_ext.build_info() says why"
-        )
+    need_kernels("kernels.set_pdl")
     _C.set_pdl(enabled)
 
 
@@ -192,11 +188,7 @@ def set_reserved_sms(count: int) -> None:
         raise ValueError(
             f"lora_ext.kernels.set_reserved_sms: expected a count of SMs, but got {count}"
         )
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.kernels.set_reserved_sms: this build has no CUDA kernels;"
-            " lora_ext.build_info() says why"
-        )
+    need_kernels("kernels.set_reserved_sms")
     _C.set_reserved_sms(count)
 
 
@@ -213,9 +205,5 @@ def set_cuda_route(name: str) -> None:
         ValueError: the name is not one of these.
         RuntimeError: the build has no CUDA kernels.
     """
-    if not _C.with_cuda:
-        raise RuntimeError(
-            "lora_ext.kernels.set_cuda_route: this build has no CUDA kernels;"
-            " lora_ext.build_info() says why"
-        )
+    need_kernels("kernels.set_cuda_route")
     _C.set_cuda_route(name)

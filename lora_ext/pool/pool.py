@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ..adapters import AdapterError, save_adapter
-from ..models import LoraConfig
 from ..models.apply import in_place_of, install, layers_of
-from ..models.config import ALL_LINEAR, AnyConfig
+from ..models.config import ALL_LINEAR, AnyConfig, LoraConfig
 from ..models.find import find_targets
 from ..models.mixtures import warn_of_other_experts
 from ..models.model import adapter_names, check_not_peft, lora_layers

@@ -16,9 +16,8 @@ from ..adapters.errors import AdapterError, some
 from ..adapters.load import read_placement
 from ..adapters.placement import Placement, Target
 from ..adapters.targets import named
-from ..models import LoraConfig
 from ..models.apply import layers_of
-from ..models.config import AnyConfig, as_config
+from ..models.config import AnyConfig, LoraConfig, as_config
 from ..models.find import find_targets
 from ..nn import LoRALayer, LoRAModule, LoRAParameter, initialize
 from ..nn.adapter_spec import AdapterSpec

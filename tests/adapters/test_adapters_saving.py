@@ -20,9 +20,9 @@ from adapter_helpers import (
 )
 from torch import nn
 
-from lora_ext import LoraConfig, apply_lora
+from lora_ext import LoraConfig, apply_lora, merge_adapter
 from lora_ext.adapters import AdapterError, load_adapter, read_adapter_config, save_adapter
-from lora_ext.models import lora_layers, merge_adapter
+from lora_ext.models import lora_layers
 from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
 # ---- what a saved config says ----

@@ -6,8 +6,8 @@ import pytest
 import torch
 from adapter_helpers import assert_unchanged, make_zoo, output, peft_model, save_peft, state_of
 
+from lora_ext import delete_adapter, set_adapter
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
-from lora_ext.models import delete_adapter, set_adapter
 
 
 @pytest.fixture

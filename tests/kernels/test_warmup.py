@@ -238,7 +238,7 @@ def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
 def test_without_kernels_no_file_can_be_pinned(tmp_path):
-    with pytest.raises(RuntimeError, match="no CUDA kernels to choose from"):
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
         autotune.pin_cache(tmp_path / "none.json")
     autotune.pin_cache(None)
 

@@ -9,8 +9,7 @@ from layer_helpers import make_input, make_layer, randomize
 from torch import nn
 
 import lora_ext
-from lora_ext import LoRALinear
-from lora_ext.models import set_adapter
+from lora_ext import LoRALinear, set_adapter
 from lora_ext.nn import AdapterSpec, LoRAConv2d, LoRAEmbedding
 
 NAMES = ["a", None, "b", "a"]

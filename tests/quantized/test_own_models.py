@@ -10,17 +10,17 @@ from own_helpers import FEW, HEIGHT, KINDS, WIDTH, Net, adapted, base, gradients
 from torch import nn
 
 import lora_ext
-from lora_ext import LoraConfig, autotune
-from lora_ext.models import (
+from lora_ext import (
+    LoraConfig,
+    autotune,
     delete_adapter,
     disable_adapter,
-    mark_only_lora_as_trainable,
     merge_adapter,
     merge_and_unload,
     set_adapter,
-    trainable_parameters,
     unload,
 )
+from lora_ext.models import mark_only_lora_as_trainable, trainable_parameters
 from lora_ext.nn import LoRALinear, LoRAQuantizedLinear
 
 

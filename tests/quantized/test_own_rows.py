@@ -8,8 +8,7 @@ from own_helpers import FEW, Net, adapted, base, make_x
 from torch import nn
 
 import lora_ext
-from lora_ext import AdapterPool, LoraConfig
-from lora_ext.models import set_adapter, unload
+from lora_ext import AdapterPool, LoraConfig, set_adapter, unload
 from lora_ext.nn import LoRAQuantizedLinear
 
 NAMES = ["a", None, "b", "a", "b", None]
