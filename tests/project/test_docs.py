@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 import textwrap
+import unicodedata
+from html.parser import HTMLParser
 from pathlib import Path
+from posixpath import dirname, join, normpath
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -17,7 +21,14 @@ import lora_ext
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "emulator" / "README.md", *PAGES]
+BESIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "csrc/README.md",
+    "emulator/README.md",
+    "examples/README.md",
+)
+FILES = [*(ROOT / name for name in BESIDE), *PAGES]
 # Pages whose code runs as it stands, block after block.
 GUIDES = ("README", "index", "peft", "distributed", "troubleshooting", "many_adapters", "serving")
 GUIDES += ("reinforcement-learning",)
@@ -25,8 +36,13 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
+spec = importlib.util.spec_from_file_location("site_links", ROOT / "scripts" / "site_links.py")
+site_links = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site_links)
+
+
 def name_of(path):
-    return path.name
+    return path.relative_to(ROOT).as_posix()
 
 
 def prose(text):
@@ -51,9 +67,53 @@ def test_links(path):
             continue
         file, _, anchor = target.partition("#")
         linked = (path.parent / file).resolve() if file else path
-        assert linked.exists(), f"{path.name}: {target}"
+        assert linked.exists(), f"{name_of(path)}: {target}"
         if anchor:
-            assert anchor in anchors(linked.read_text()), f"{path.name}: {target}"
+            assert anchor in anchors(linked.read_text()), f"{name_of(path)}: {target}"
+
+
+def site_anchors(text):
+    """The same on the site, where Python-Markdown's rule holds."""
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.M):
+        plain = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        found.append(f"{anchor}_{found.count(anchor)}" if anchor in found else anchor)
+    return found
+
+
+def texts_of_the_site():
+    """The text of each page as the site has it, by its place there; "" is what has no links."""
+    return {
+        place: site_links.rewritten((ROOT / name).read_text(), place) if name.endswith("md") else ""
+        for name, place in site_links.places().items()
+    }
+
+
+def dead_links(texts):
+    """Links that lead to no page or no heading of the site."""
+    dead = []
+    for place, text in texts.items():
+        for target in LINK.findall(prose(text)):
+            file, _, anchor = target.partition("#")
+            to = normpath(join(dirname(place), file)) if file else place
+            lost = to not in texts or (anchor and anchor not in site_anchors(texts[to]))
+            if lost and not re.match(r"https?:", target):
+                dead.append(f"{place}: {target}")
+    return dead
+
+
+def test_no_link_of_the_site_is_dead():
+    assert dead_links(texts_of_the_site()) == []
+
+
+@pytest.mark.parametrize(
+    "target", ["gone.md", "peft.md#gone", "#gone", "/peft.md", "../README.md", "../csrc/gone.md"]
+)
+def test_a_dead_link_of_the_site_is_seen(target):
+    texts = texts_of_the_site()
+    texts["layers.md"] += f"\n[words](peft.md), [words]({target})\n"
+    assert dead_links(texts) == [f"layers.md: {target}"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -120,6 +180,37 @@ def test_the_site_has_every_page():
     assert sorted(listed) == [path.name for path in PAGES]
 
 
+class Page(HTMLParser):
+    """What a page of the built site links to or shows, and its anchors."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors = set(), set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.anchors.add(attrs.get("id"))
+        self.links |= {attrs[key] for key in ("href", "src") if attrs.get(key)}
+
+
+def dead_in(site):
+    """Links of the built pages to files or anchors that are not in its folder."""
+    pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            to = path if not parts.path else (path.parent / unquote(parts.path)).resolve()
+            to = to / "index.html" if to.is_dir() else to
+            lost = not to.exists() or (
+                to in pages and parts.fragment not in pages[to].anchors | {""}
+            )
+            if lost and not parts.scheme and not parts.netloc:
+                dead.append(f"{path.relative_to(site)}: {link}")
+    return dead
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
 @pytest.mark.skipif(
@@ -130,3 +221,4 @@ def test_the_site_builds(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "lora_ext.accelerate" in (tmp_path / "api" / "index.html").read_text()
+    assert dead_in(tmp_path) == []
