@@ -153,7 +153,7 @@ def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:
     spec = layer.adapters[adapter]
     reason = ""
     if not isinstance(layer, (LoRALinear, LoRAEmbedding)):
-        reason = f"is a {type(layer).__name__}, whose factors loralib stores otherwise"
+        reason = f"is a {type(layer).__name__}, whose lora_a and lora_b loralib stores otherwise"
     elif spec.subtracts_init:
         reason = f"has init {spec.init_lora_weights!r}, which loralib has not"
     elif spec.lora_bias:
@@ -197,8 +197,8 @@ def load_loralib_state_dict(
     missing, unknown = sorted(needed - set(state)), sorted(set(state) - set(targets))
     if missing or unknown or not needed:
         raise ValueError(
-            f"{where}: expected the keys of adapter {adapter_name!r} and none that the model has "
-            f"not, but missing are {missing[:4]} and unknown {unknown[:4]} (of {len(missing)} and "
+            f"{where}: expected the keys of adapter {adapter_name!r} and no unknown ones, "
+            f"but missing are {missing[:4]} and unknown {unknown[:4]} (of {len(missing)} and "
             f"{len(unknown)}); add layers with apply_lora, or load the model that was saved"
         )
     for key, tensor in state.items():

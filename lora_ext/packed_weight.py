@@ -18,7 +18,7 @@ _LAYOUT_ROWS = 512
 # A single float32 row is a GEMV, where MKL was 1.3 to 1.6 times faster than oneDNN's blocks.
 _MIN_PACKED_ROWS = {torch.float32: 2, torch.bfloat16: 1}
 _PACKABLE = (torch.float32, torch.bfloat16)
-_CHANGED = "the weight was written to, replaced, moved or cast since it was packed"
+_CHANGED = "the weight was changed, replaced, moved or cast since it was packed"
 
 
 # A pack is used if its product takes at most this fraction of the plain product's time.
@@ -143,9 +143,8 @@ class PackedWeight:
             return "packed", size
         ratio = near(rows, self.wins.forward)
         if ratio > MOST_TIME:
-            of = f"{ratio:.2f} of its time"
-            return "unpacked", f"packed, the product takes {of} with so many rows"
-        return "packed", f"{size}, measured at {ratio:.2f} of the plain product's time"
+            return "unpacked", f"packed, {ratio:.2f} of the time without at so many rows"
+        return "packed", f"{size}, {ratio:.2f} of the time without as measured"
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(weight, packed, packed transposed) for a call on x; None if the plain weight is used."""
@@ -315,7 +314,7 @@ def unpackable_reason(weight: Tensor) -> str:
         return "empty"
     if weight.is_inference():
         return (
-            "made under torch.inference_mode, where writes are not counted: make the weight outside"
+            "a tensor of torch.inference_mode, whose changes go unnoticed: make the weight outside"
         )
     return ""
 

@@ -86,7 +86,7 @@ class Explanation(list[LayerPath]):
         sharing = sum(layer.workspace_bytes > 0 for layer in self)
         if sharing:
             mib = self.workspace_bytes / 2**20
-            text.append(f"workspace: {mib:.3g} MiB, shared by {sharing} layers, one at a time")
+            text.append(f"memory to dequantise: {mib:.3g} MiB, shared by {sharing} layers")
         if self.packed_bytes:
             text.append(f"packed weights: {self.packed_bytes / 2**20:.3g} MiB")
         return "\n".join(text)

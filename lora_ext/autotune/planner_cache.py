@@ -144,7 +144,7 @@ def install(caches: Iterable[Cache]) -> None:
     a pinned file have that instead."""
     by_card: dict[str, dict[Any, _C.AutotuneEntry]] = {}
     for cache in caches:
-        where = f"on this card with torch {cache.torch}"
+        where = f"on this GPU with torch {cache.torch}"
         known = {entry.key: entry.for_planner(where) for entry in cache.entries}
         by_card.setdefault(cache.card, {}).update(known)
     for card, known in by_card.items():
@@ -165,7 +165,7 @@ def _caches_in(folder: Path) -> Iterator[Cache]:
     for path in paths:
         cache = _read(path)
         if cache and file_of(cache, folder) != path:
-            _ignored(path, f"it says it is of {cache.card}, torch {cache.torch}")
+            _ignored(path, f"it was measured on {cache.card}, torch {cache.torch}")
         elif cache and cache.origin == empty_cache(cache.card).origin:
             yield cache
 

@@ -157,7 +157,7 @@ def warmup(
     elif torch.are_deterministic_algorithms_enabled():
         note = "nothing is timed under torch.use_deterministic_algorithms"
     kernels = kernels_for(card, shapes, session.dtype)
-    failed = check_kernels(device, kernels, begins=lambda name: say(f"checks {name}"))
+    failed = check_kernels(device, kernels, begins=lambda name: say(f"checking {name}"))
     for name, why in failed.items():
         say(f"{name} failed: {why}")
     try:
@@ -174,7 +174,7 @@ def warmup(
         if cache is not None:
             raise session.unwritten
         warnings.warn(
-            f"lora_ext.warmup: the new entries are in use, but not kept: {session.unwritten}",
+            f"lora_ext.warmup: the new entries are in use, but not saved: {session.unwritten}",
             stacklevel=2,
         )
     wanted = set(shapes)
@@ -216,7 +216,7 @@ def _card_of(device: torch.device | None) -> _C.Card | str:
     card = _C.cuda_card(indexed(device))
     if card.error:
         return f"CUDA cannot use the device: {card.error}"
-    return card if card.arch >= 80 else "the kernels need compute capability 8.0 or later"
+    return card if card.arch >= 80 else "the kernels need a GPU of compute capability 8.0 or later"
 
 
 @dataclass
@@ -248,6 +248,6 @@ class _Session:
                     self.timed += len(entries)
                     write_cache(self.cache, self.path)
                 except torch.OutOfMemoryError:
-                    self.left_out.append(f"{shape} does not fit into the memory that is free")
+                    self.left_out.append(f"{shape} does not fit into the free memory")
                 except OSError as error:
                     self.unwritten = error

@@ -119,7 +119,7 @@ def problem_of(
 def _card(card: str | torch.device) -> _C.Card:
     if isinstance(card, torch.device):
         if not _C.with_cuda:
-            raise ValueError("lora_ext.kernels.plan: this build has no CUDA kernels; name a card")
+            raise ValueError("lora_ext.kernels.plan: this build has no CUDA kernels; name a GPU")
         return _C.cuda_card(indexed(card))
     if card not in CARDS:
         raise ValueError(

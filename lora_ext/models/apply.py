@@ -173,8 +173,8 @@ def _check_saved(adapted: list, saved: list[nn.Module]) -> None:
         for path, layer in adapted:
             if id(layer) in inside or id(getattr(layer, "weight", None)) in inside:
                 raise ValueError(
-                    f"lora_ext.apply_lora: expected modules_to_save to hold no adapted weight, but "
-                    f"a {type(root).__name__} that it names holds or shares that of {path!r}"
+                    f"lora_ext.apply_lora: expected modules_to_save without adapted layers, but a "
+                    f"{type(root).__name__} that it names holds {path!r} or shares its weight"
                 )
 
 

@@ -132,7 +132,7 @@ def as_config(given: Any, prefix: str = "", others: str = "") -> LoraConfig:
     unknown = [f"{name}={value!r}" for name, value in words.items() if name not in known]
     if unknown:
         raise ValueError(
-            f"{prefix}expected a LoraConfig of what these layers have, but PEFT's has "
+            f"{prefix}expected a LoraConfig without what lora_ext's own layers lack, but got "
             f"{', '.join(unknown)}; "
             "lora_ext.accelerate(peft.get_peft_model(model, config)) takes it"
         )

@@ -167,13 +167,13 @@ def _matched(
             f"lora_ext.apply_lora: target_modules {pattern!r} names {path!r}, a "
             f"{type(module).__module__}.{type(module).__qualname__}; expected nn.Linear, "
             "nn.Embedding, transformers' Conv1D, a 1x1 nn.Conv2d without groups and padding or a "
-            "quantised linear layer that is known, exactly of these classes, or experts or a "
+            "quantised linear layer that lora_ext supports (subclasses are not), or experts or a "
             "router of transformers"
         )
     if any(matches(pattern, path) for path, _ in modules):
         raise ValueError(
             f"lora_ext.apply_lora: expected target_modules {pattern!r} to match a layer, but "
-            "exclude_modules, modules_to_save or layers_to_transform take away all that it matches"
+            "exclude_modules, modules_to_save or layers_to_transform leave out all that it matches"
         )
     adaptable = [path for path, module in modules if _is_adaptable(module)]
     raise ValueError(_nothing("target_modules", pattern, adaptable))
@@ -183,9 +183,9 @@ def _nothing(field: str, pattern: str, paths: list[str]) -> str:
     """The message for a pattern that matches none of the paths, with the nearest names."""
     ends = {".".join(path.split(".")[-n:]) for path in paths for n in (1, 2)} | set(paths)
     near = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
-    hint = f"near it: {', '.join(map(repr, near))}" if near else f"there are: {_some(paths)}"
+    hint = f"similar names: {', '.join(map(repr, near))}" if near else f"layers are: {_some(paths)}"
     if not pattern.startswith("re:") and _EXPRESSION.search(pattern):
-        hint = f"an expression begins with 're:', as in {'re:' + pattern!r}; {hint}"
+        hint = f"a regular expression begins with 're:', as in {'re:' + pattern!r}; {hint}"
     return (
         f"lora_ext.apply_lora: expected {field} {pattern!r} to match a module, but it matches none "
         f"of {len(paths)}; {hint}"

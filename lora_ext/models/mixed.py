@@ -89,8 +89,8 @@ def _checked(
     """(distinct names, int32 index)."""
     if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(
-            "lora_ext.use_adapters: expected names as a sequence of strings, or None for the base, "
-            f"but got {names!r}"
+            "lora_ext.use_adapters: expected names as a sequence of strings, or None for the base "
+            f"model, but got {names!r}"
         )
     is_count = isinstance(repeats, int) and repeats >= 1
     expect(is_count, "use_adapters", "repeats of 1 or more", repeats)
@@ -103,7 +103,7 @@ def _checked(
     expect(
         len(distinct) == len(set(distinct)) == len(names),
         "use_adapters",
-        "distinct names beside an index, which is -1 for the base",
+        "distinct names, without None, beside an index (-1 is the base model)",
         list(names),
     )
     if not isinstance(index, Tensor) or index.dtype != torch.int32:

@@ -74,6 +74,6 @@ def _modules(model: nn.Module) -> list[LoRAModule]:
 def _check_not_layer(model: nn.Module, function: str) -> None:
     if isinstance(model, (LoRALayer, LoRAModule)):
         raise ValueError(
-            f"lora_ext.{function}: expected a model that holds the layers, but got the layer "
-            f"itself, a {type(model).__name__}, which cannot be replaced in place"
+            f"lora_ext.{function}: expected a model with LoRA layers inside, but got a single "
+            f"{type(model).__name__}, which cannot be replaced in place"
         )

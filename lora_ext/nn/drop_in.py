@@ -59,9 +59,9 @@ class DropIn(nn.Module):
         cls._check_base(base)
         where = f"lora_ext.nn.{cls.__name__}: expected a plain {type(base).__name__}, but"
         if "weight" not in base._parameters:
-            raise TypeError(f"{where} its weight is computed from others; remove that first")
+            raise TypeError(f"{where} its weight is computed, as by pruning; remove that first")
         if "forward" in base.__dict__:
-            raise TypeError(f"{where} its forward is replaced on the instance; remove that first")
+            raise TypeError(f"{where} its forward was replaced, as by hooks; remove them first")
         others = [*(set(base._parameters) - {"weight", "bias"}), *base._buffers, *base._modules]
         if others:
             raise TypeError(f"{where} it holds {sorted(others)} too, which would be lost")

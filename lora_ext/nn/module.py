@@ -129,7 +129,7 @@ class LoRAModule(Over):
         """
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():
-            self._refuse_rows("gets more than one plain x, or is under a transform of torch.func")
+            self._refuse_rows("gets more than one tensor x, or is under a transform of torch.func")
         index = rows.index_for(x, names)
 
         def call(place: int, own: Tensor) -> Any:
@@ -165,7 +165,7 @@ class LoRAModule(Over):
 
     def adapted_path(self, rows: int | None) -> tuple[str, str]:
         """(path, reason) of a forward with adapters."""
-        return "library", "the module's own forward with W + scaling B A"
+        return "library", "the module's own forward with a full weight W + scaling B A"
 
 
 def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:

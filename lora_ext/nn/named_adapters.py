@@ -187,8 +187,8 @@ class NamedAdapters(DropIn):
             limit = min(*self.matrix_shape, MAX_RANK // 2)
             if spec.r > limit:
                 raise ValueError(
-                    f"{where}: init {spec.init_lora_weights!r} takes r columns of the weight's "
-                    f"factors and needs rank 2 r: expected r of at most {limit}, but got {spec.r}"
+                    f"{where}: init {spec.init_lora_weights!r} takes r columns of a decomposition "
+                    f"of the weight: expected r of at most {limit}, but got {spec.r}"
                 )
             if self.stored_weight.is_meta:
                 raise ValueError(

@@ -84,7 +84,7 @@ def check_own_forward(where: str, base: nn.Module) -> None:
     """Raises TypeError for a module whose forward is replaced on the instance."""
     if "forward" in base.__dict__:
         raise TypeError(
-            f"{where}: expected a plain {type(base).__name__}, but its forward is replaced on the "
-            "instance; remove that first (of accelerate's hooks: "
+            f"{where}: expected a plain {type(base).__name__}, but its forward was replaced, as "
+            "by hooks; remove them first (those of Hugging Face's accelerate: "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True))"
         )

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     bias: bool
 
     def __str__(self) -> str:
-        kept = ", kept as [in, out]" if self.transposed else ""
+        kept = ", stored as [in, out]" if self.transposed else ""
         return f"{self.in_features}x{self.out_features} {str(self.dtype)[6:]}{kept}"
 
     def matrix(self, backward: bool) -> tuple[torch.dtype, int, int, bool]:
@@ -68,7 +68,7 @@ def weights_of(model: nn.Module) -> tuple[list[Weight], list[str]]:
         if base is None:
             continue
         weight = base.weight
-        reason = "it is trained" if weight.requires_grad else unpackable_reason(weight)
+        reason = "the weight is trained" if weight.requires_grad else unpackable_reason(weight)
         if reason:
             reasons[reason] = None
             continue

@@ -75,7 +75,7 @@ def pack_weights(
     products = []
     for kind, group in groups.items():
         for backward in (False, True)[: 1 + training]:
-            say(f"times {kind}, {'backward' if backward else 'forward'}")
+            say(f"timing {kind}, {'backward' if backward else 'forward'}")
             products.append(_measured(kind, group, counts, backward))
     left, wins = budget, {}
     # First what saves the most time for each byte.

@@ -30,8 +30,8 @@ class Found(NamedTuple):
     ratio: float
 
     def __str__(self) -> str:
-        text = "torch" if self.panels is None else f"panels of {str(self.panels)[6:]}"
-        gained = f" ({self.gain:.2f} of what is taken without measurement)"
+        text = "torch" if self.panels is None else f"lora_ext in {str(self.panels)[6:]}"
+        gained = f" ({self.gain:.2f} of the time without warmup)"
         return f"{text} at {self.rows} rows" + gained * (self.gain < 1.0)
 
 
@@ -79,19 +79,19 @@ class Products:
     @property
     def of_plain(self) -> str:
         """How plain products are computed, as text."""
-        wrong = "; not taken, since values differ from torch's: " + ", ".join(
-            name if name == "pack" else f"panels of {name}" for name in self.wrong
+        wrong = "; not used, since values differ from torch's: " + ", ".join(
+            "packed" if name == "pack" else f"lora_ext in {name}" for name in self.wrong
         )
         fastest = f"{self.name}: fastest is {', '.join(map(str, self.found))}"
         return fastest + wrong * bool(self.wrong)
 
     def __str__(self) -> str:
         if "pack" in self.wrong:
-            return f"{self.name}: left as they are: a pack's values differ"
+            return f"{self.name}: not packed: values of packed weights differ"
         ratios = ", ".join(f"{ratio:.2f} at {rows} rows" for rows, ratio in self.ratios)
-        done = f"{self.packed} of {self.count} packed" if self.packed else "left as they are"
+        done = f"{self.packed} of {self.count} packed" if self.packed else "not packed"
         size = f", {self.nbytes / 2**20:.3g} MiB" if self.nbytes else ""
-        return f"{self.name}: {ratios} of the plain product; {done}{size}"
+        return f"{self.name}: packed {ratios} of the time without; {done}{size}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -75,8 +75,8 @@ def accelerate(
     if not any(type(layer) in classes().values() for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         warnings.warn(
-            "lora_ext.accelerate: none of the model's layers is of a kind that has a fast forward: "
-            f"{kinds}; PEFT computes them as before, and lora_ext.explain(model) lists them",
+            "lora_ext.accelerate: nothing was accelerated, since lora_ext has no forward for the "
+            f"model's layers ({kinds}); PEFT computes them as before",
             stacklevel=2,
         )
     pack_for(model, pack)
@@ -124,7 +124,7 @@ def _import_peft(function: str) -> None:
         import peft
     except ImportError as error:
         raise ImportError(
-            f"lora_ext.{function}: expected peft to be installed; pip install peft"
+            f"lora_ext.{function}: expected PEFT, but it is not installed; pip install peft"
         ) from error
     # An older one lacks attributes of layers, which would fail only in a forward.
     if old := refusal("peft", peft.__version__):
@@ -133,7 +133,6 @@ def _import_peft(function: str) -> None:
         from . import swap  # noqa: F401
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"lora_ext.{function}: expected a peft whose LoRA layers are those of "
-            f"{SUPPORTED['peft'][1]}, but got {peft.__version__}, in which something is missing: "
-            f"{error}"
+            f"lora_ext.{function}: expected PEFT as tested, up to {SUPPORTED['peft'][1]}, but got "
+            f"{peft.__version__}, which lacks something: {error}; install the tested version"
         ) from error

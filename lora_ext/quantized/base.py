@@ -38,7 +38,7 @@ class QuantizedBase(NamedTuple):
     def note(self) -> str:
         """The note for `lora_ext.explain`."""
         mib = self.weight.workspace_bytes(self.dtype) / 2**20
-        return f"{self.weight.format} through a workspace of {mib:.3g} MiB"
+        return f"{self.weight.format}, dequantised into {mib:.3g} MiB"
 
 
 def workspace_bytes(found: QuantizedBase | str | None) -> int:

@@ -16,7 +16,7 @@ from ..invariance import is_on
 from ..measure import Measured, near
 from .weight import QuantizedWeight
 
-FEW_ROWS = "few rows, for which the library has a product of its own"
+FEW_ROWS = "few rows, for which the quantising package has a product of its own"
 
 
 class Kind(NamedTuple):

@@ -77,7 +77,7 @@ def four_bit_stack(codes: Tensor, state: Any) -> QuantizedStack | str:
     if not is_plain(codes) or 2 * codes.nbytes != math.prod(shape):
         return "the codes of a quantised parameter are sharded"
     if state.quant_type not in KINDS or state.dtype not in (torch.float32, *HALVES):
-        return "a quantised parameter has a form that is not known"
+        return "a quantised parameter has a form that lora_ext does not know"
     found = codes_of(codes.detach().view(torch.uint8).view(-1), state)
     if any(tensor.device != codes.device for tensor in found.flat()[0]):
         return "the codes of a quantised parameter are on another device than their scales"
@@ -136,7 +136,7 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     return QuantizedBase(found, layer.bias, dtype, x.dtype)
 
 
-_STRADDLE = "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way"
+_STRADDLE = "a block of 4-bit codes spans two rows, which bitsandbytes on CPUs reads otherwise"
 _ROUNDS_X = "in eval bitsandbytes' kernel rounds x and y to bfloat16"
 
 # In eval mode on a CPU with AVX512_BF16 bitsandbytes multiplies without dequantising. At 4096 x

@@ -85,7 +85,7 @@ def _found(tensor: Any) -> Any:
         ones = (1,) * tensor.dim()
         scale, zero = scale.view(ones), None if zero is None else zero.view(ones)
     if is_stack and not _fit(codes, scale, zero, tensor.dtype):
-        return "a quantised parameter has a form that is not known"
+        return "a quantised parameter has a form that lora_ext does not know"
     if not (torch.compiler.is_compiling() or is_captured(codes) or has_zero_points(zero)):
         zero = None
     stored = str(getattr(tensor, "target_dtype", codes.dtype)).removeprefix("torch.")

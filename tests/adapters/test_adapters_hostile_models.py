@@ -46,7 +46,7 @@ def hooked_linear():
         (lambda: OwnLinear(16, 16), r"'layers.1.q_proj', but the adapter is for a .*\.OwnLinear"),
         (lambda: nn.Bilinear(4, 4, 4), r"is for a torch.nn.modules.linear.Bilinear"),
         (integer_linear, r"'layers.1.q_proj': .*expected a floating weight, but got torch.int8"),
-        (hooked_linear, r"'layers.1.q_proj' cannot be adapted: .*its forward is replaced"),
+        (hooked_linear, r"'layers.1.q_proj' cannot be adapted: .*its forward was replaced"),
         (lambda: nn.Linear(16, 8), r"layers.1.q_proj.lora_B.weight': expected shape \[8, 2\]"),
         (lambda: nn.Linear(16, 16, bias=False), "LoRA tensors alone, .*1.q_proj.base_layer.bias"),
         (lambda: nn.Identity(), "is for a torch.nn.modules.linear.Identity"),

@@ -235,7 +235,7 @@ for entry in (forward, backward):
 assert (forward.route, forward.tile) == ("kernel", "128 x 128") and not found.failed, found
 _, plan = call()
 for each in (plan.forward, plan.backward):
-    assert "fastest as measured on this card" in each.reason and not each.predicted_us, plan
+    assert "fastest as measured on this GPU" in each.reason and not each.predicted_us, plan
     assert each.tile == "128 x 128" and not each.hybrid, plan
 asked.clear()
 assert lora_ext.warmup([shape], device="cpu").timed == 0 and not asked
@@ -255,7 +255,7 @@ print(found)
         """
 from lora_ext.autotune import Shape
 _, plan = call()
-assert "fastest as measured on this card" in plan.forward.reason, plan
+assert "fastest as measured on this GPU" in plan.forward.reason, plan
 found = lora_ext.warmup([Shape(70, 96, 136, 16, True, True)], device="cpu")
 assert found.timed == 0 and len(found.entries) == 2, found
 """,

@@ -116,7 +116,7 @@ def test_what_is_not_supported_says_what_to_do(words, message):
     [
         (lambda e: setattr(e, "_is_expert_parallel", True), "expert parallel; exclude_modules"),
         (lambda e: e.to(torch.float8_e4m3fn), "that are not quantised, but got"),
-        (lambda e: setattr(e, "forward", e.forward), "its forward is replaced on the instance"),
+        (lambda e: setattr(e, "forward", e.forward), "its forward was replaced"),
         (
             lambda e: nn.utils.parametrize.register_parametrization(e, "down_proj", nn.Identity()),
             "are computed; leave the module out by exclude_modules",

@@ -301,10 +301,10 @@ def register_doubled(experts):
 
 REASONS = {
     "experts of 64 x 96 do not begin with a block of 4096 codes each": set_state(blocksize=4096),
-    "bitsandbytes' kernels on the CPU read blocks that straddle rows in their own way": set_state(
+    "a block of 4-bit codes spans two rows, which bitsandbytes on CPUs reads otherwise": set_state(
         blocksize=64
     ),
-    "a quantised parameter has a form that is not known": set_state(quant_type="int3"),
+    "a quantised parameter has a form that lora_ext does not know": set_state(quant_type="int3"),
     "a quantised parameter is not a stack of matrices": set_state(shape=(6 * 64, 96)),
     "the codes of a quantised parameter are sharded": set_state(shape=(12, 64, 96)),
     "the scales of a quantised parameter are not in float32": set_state(

@@ -243,7 +243,7 @@ def of_rows_with_points(experts):
     experts.down_proj = stand_in(weight, weight.shape[2], 7)
 
 
-UNKNOWN = "a quantised parameter has a form that is not known"
+UNKNOWN = "a quantised parameter has a form that lora_ext does not know"
 REASONS = {
     of_torchao.QUANTISES_X: changed(act_quant_kwargs=SimpleNamespace()),
     of_torchao.SCALES_X: changed(act_pre_scale=torch.ones(INNER)),

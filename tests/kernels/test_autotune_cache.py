@@ -56,7 +56,7 @@ def test_the_planner_takes_the_fastest_route_and_says_so():
     planner_cache.install([cache(entry())])
     plan = planned()
     assert plan.kernel and not plan.hybrid and plan.tile == "128 x 128"
-    assert plan.reason == f"fastest as measured on this card with torch {torch.__version__}"
+    assert plan.reason == f"fastest as measured on this GPU with torch {torch.__version__}"
     planner_cache.install([cache(entry(route="hybrid", tile=""))])
     assert planned().hybrid
     planner_cache.install([cache(entry(SHAPE, True, "library", ""))])
@@ -254,7 +254,7 @@ def test_caches_are_read_and_those_of_other_versions_are_not(tmp_path):
 def test_a_cache_under_another_s_name_is_ignored_with_a_word(tmp_path):
     other = cache(entry(), card="Another card")
     autotune.write_cache(other, planner_cache.file_of(cache(), tmp_path))
-    with pytest.warns(UserWarning, match="it says it is of Another card"):
+    with pytest.warns(UserWarning, match="it was measured on Another card"):
         assert autotune.load_cached(tmp_path) == []
 
 

@@ -111,7 +111,7 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     assert before.predicted_us and "measured" not in before.reason
     assert repr(found) == "Warmup(6 entries, 6 new, 0 failed checks)"
     plan = planned()
-    assert plan.tile == "128 x 128" and plan.reason.startswith("fastest as measured on this card")
+    assert plan.tile == "128 x 128" and plan.reason.startswith("fastest as measured on this GPU")
     assert _C.cuda_route() == "auto"
 
 
@@ -248,7 +248,7 @@ def test_entries_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(session, "write_cache", full)
-    with pytest.warns(UserWarning, match="in use, but not kept: .*No space left"):
+    with pytest.warns(UserWarning, match="in use, but not saved: .*No space left"):
         warmed(rows=(64, 512))
     assert len(card.timed) == 4 and planned(64).tile == planned(512).tile == "128 x 128"
     with pytest.raises(OSError, match="No space left"):
@@ -271,7 +271,7 @@ def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
 def test_a_shape_that_does_not_fit_is_left_out(card):
     card.out_of_memory = {Shape(512, 4096, 1024, 16)}
     found = warmed(rows=(64, 512))
-    assert found.timed == 2 and "M=512 does not fit into the memory" in found.note
+    assert found.timed == 2 and "M=512 does not fit into the free memory" in found.note
 
 
 def test_kernels_that_fail_their_check_are_listed(card):

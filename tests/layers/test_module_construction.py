@@ -160,11 +160,11 @@ def not_plain():
     yield nn.Bilinear(4, 4, 4), "expected exactly"
     yield nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "expected exactly"
     yield nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), "expected exactly"
-    yield nn.utils.spectral_norm(nn.Linear(4, 4)), "computed from others"
-    yield nn.utils.prune.identity(nn.Linear(4, 4), "weight"), "computed from others"
+    yield nn.utils.spectral_norm(nn.Linear(4, 4)), "its weight is computed"
+    yield nn.utils.prune.identity(nn.Linear(4, 4), "weight"), "its weight is computed"
     replaced = nn.Linear(4, 4)
     replaced.forward = lambda x: x
-    yield replaced, "forward is replaced"
+    yield replaced, "forward was replaced"
     for add in ("parameter", "buffer"):
         more = nn.Linear(4, 4)
         value = nn.Parameter(torch.ones(4)) if add == "parameter" else torch.ones(4)

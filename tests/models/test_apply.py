@@ -53,19 +53,19 @@ def test_all_linear():
 @pytest.mark.parametrize(
     ("patterns", "words", "message"),
     [
-        (["q_prj"], {}, r"'q_prj' to match a module.*near it: 'q_proj'"),
-        (["layers.0.q_pro"], {}, r"near it: 'layers.0.q_proj'"),
-        (["zzz"], {}, r"matches none of \d+; there are: 'c_attn', 'conv', 'emb', 'mlp', 'q_proj'"),
-        ([r".*\.(q|v)_prj"], {}, r"; an expression begins with 're:', .*; (near it|there are): "),
+        (["q_prj"], {}, r"'q_prj' to match a module.*similar names: 'q_proj'"),
+        (["layers.0.q_pro"], {}, r"similar names: 'layers.0.q_proj'"),
+        (["zzz"], {}, r"matches none of \d+; layers are: 'c_attn', 'conv', 'emb', 'mlp', 'q_proj'"),
+        ([r".*\.(q|v)_prj"], {}, r"; a regular expression begins .*; (similar names|layers are): "),
         (
             ["q_proj", "norm"],
             {},
             r"'norm' names 'norm', a torch.nn.modules.normalization.LayerNorm",
         ),
         (["layers"], {}, r"names 'layers', a torch.nn.modules.container.ModuleList"),
-        (["q_proj"], {"exclude_modules": "*q_proj"}, "take away all that it matches"),
-        (["head.0"], {"modules_to_save": "head"}, "take away all that it matches"),
-        (["q_proj"], {"modules_to_save": "haed"}, r"modules_to_save 'haed'.*near it: 'head'"),
+        (["q_proj"], {"exclude_modules": "*q_proj"}, "leave out all that it matches"),
+        (["head.0"], {"modules_to_save": "head"}, "leave out all that it matches"),
+        (["q_proj"], {"modules_to_save": "haed"}, r"modules_to_save 'haed'.*similar names: 'head'"),
         (["re:(a+)+b|norm.*"], {}, "names 'norm'"),
         (["emb", "q_proj"], {"lora_bias": True}, r"lora_bias is for linear.*\(at 'emb'\)"),
         (
@@ -99,7 +99,7 @@ REFUSED = {
     ),
     "spectral_norm": (
         lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
-        r"computed from.*\(at 'odd'\)",
+        r"its weight is computed.*\(at 'odd'\)",
     ),
     "conv3x3": (lambda: nn.Conv2d(4, 4, 3), "Conv2d; expected .* 1x1 nn.Conv2d without groups"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), r"without max_norm.*\(at 'odd'\)"),
@@ -274,7 +274,7 @@ def test_an_adapted_layer_cannot_be_trained_whole(saved):
     """Its weight would be trained under the adapter, or its forward would raise."""
     model = apply_lora(make_zoo(), LoraConfig(["q_proj"]), "a")
     before = state_of(model)
-    with pytest.raises(ValueError, match="modules_to_save to hold no adapted weight, but a"):
+    with pytest.raises(ValueError, match="modules_to_save without adapted layers, but a"):
         apply_lora(model, LoraConfig(["emb"], modules_to_save=saved), "b")
     assert_unchanged(model, before)
 
@@ -282,7 +282,7 @@ def test_an_adapted_layer_cannot_be_trained_whole(saved):
 def test_a_tied_weight_cannot_be_frozen_and_trained():
     model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
     model.head.weight = model.emb.weight
-    with pytest.raises(ValueError, match="a Linear that it names holds or shares that of 'emb'"):
+    with pytest.raises(ValueError, match="a Linear that it names holds 'emb' or shares its weight"):
         apply_lora(model, LoraConfig("emb", modules_to_save="head"))
     assert type(model.emb) is nn.Embedding
 

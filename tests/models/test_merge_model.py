@@ -169,7 +169,7 @@ def test_merge_and_unload_of_some():
     lora_ext.merge_adapter(model)
     lora_ext.merge_and_unload(model, "a")  # active or not
     assert torch.allclose(model(ids), wanted, rtol=1e-10)
-    with pytest.raises(ValueError, match=r"merge_and_unload: expected a model that holds"):
+    with pytest.raises(ValueError, match=r"merge_and_unload: expected a model with LoRA layers"):
         lora_ext.merge_and_unload(make_layer("linear"))
     with pytest.raises(ValueError, match=r"merge_and_unload: expected distinct names"):
         lora_ext.merge_and_unload(zoo_with_adapters(), "z")

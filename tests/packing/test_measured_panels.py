@@ -30,7 +30,7 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, monkeypatch, req
     model = LoRALinear(1000, 1040, r=4, fan_in_fan_out=transposed)
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
     packing = pack_weights(model, (4, 64))
-    assert "panels of float32 at 4 rows (0.50 of what" in str(packing)
+    assert "lora_ext in float32 at 4 rows (0.50 of the time" in str(packing)
     forward, backward = (F32, 1000, 1040, not transposed), (F32, 1040, 1000, transposed)
     for rows, panels in ((4, "float32"), (3, "float32"), (64, "none"), (20, "none")):
         for kind in (forward, backward):
@@ -208,11 +208,11 @@ def test_a_product_with_other_values_is_not_taken_and_named(wrong, fault, quick,
     assert (forward.wrong, backward.wrong) == ((wrong,), ())
     text = str(packing)
     if wrong == "pack":
-        assert "left as they are: a pack's values differ" in text and "torch's: pack" in text
+        assert "not packed: values of packed weights differ" in text and "torch's: packed" in text
         assert model.packed.copies[0] is None and model.packed.copies[1] is not None
     else:
         assert {each.panels for each in forward.found} == {None}
-        assert "values differ from torch's: panels of float32" in text
+        assert "values differ from torch's: lora_ext in float32" in text
         assert _C.cpu_panels_of(F32, 24, 40, True, 9) is None
         assert model.packed.copies[0] is not None
 

@@ -270,7 +270,7 @@ def test_gguf(pefts_calls, name, dtype, monkeypatch):
     close(output(fast, given), wanted, 1e-4 if dtype == torch.float32 else 3e-2)
     assert not pefts_calls
     assert {reason[0] for reason in reasons(fast)} == {"fused"}
-    assert all("Q8_0 through a workspace" in reason for _, reason in reasons(fast))
+    assert all("Q8_0, dequantised into" in reason for _, reason in reasons(fast))
     with lora_ext.use_adapters(fast, ["a", "b"]):
         mixed = output(fast, given)
     for i, adapter in enumerate("ab"):

@@ -77,7 +77,7 @@ def test_eight_bits(dtype):
 def test_blocks_that_straddle_rows_are_called():
     """bitsandbytes 0.50 reads them wrongly on the CPU; as the base is, so is ours."""
     layer = four_bit_layer(k=96)
-    assert "straddle" in quantized_base(layer, torch.zeros(1, 96, dtype=BF16))
+    assert "spans two rows" in quantized_base(layer, torch.zeros(1, 96, dtype=BF16))
     model, x = lora_ext.accelerate(with_lora(layer)), torch.randn(8, 96).to(BF16)
     assert torch.equal(model(x), layer(x))
 
@@ -155,7 +155,7 @@ def test_the_order_to_which_saving_switches_back(dtype, nested):
 def test_few_rows_in_eval_take_its_own_kernel():
     layer = four_bit_layer(bias=False)
     model, x = lora_ext.accelerate(randomize(with_lora(layer))).eval(), torch.randn(200, K).to(BF16)
-    reason = "few rows, for which the library has a product of its own"
+    reason = "few rows, for which the quantising package has a product of its own"
     with torch.no_grad():
         assert isinstance(quantized_base(layer, x), QuantizedBase)
         many = model(x)

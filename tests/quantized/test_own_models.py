@@ -66,7 +66,7 @@ def test_a_layer_that_cannot_be_adapted_leaves_the_model_alone():
     pytest.importorskip("bitsandbytes")
     model = Net("nf4")
     model.other.forward = model.other.forward
-    with pytest.raises(ValueError, match=r"replaced on the instance.*at 'other'"):
+    with pytest.raises(ValueError, match=r"forward was replaced.*at 'other'"):
         lora_ext.apply_lora(model, LoraConfig("all-linear"))
     assert type(model.up) is type(base("nf4"))
     model.odd = type("Other", (type(model.up),), {})(WIDTH, WIDTH)  # which may compute otherwise
@@ -144,9 +144,9 @@ def test_explain(kind):
         "Linear" if kind == "torchao" else type(base(kind)).__name__
     )
     mib = f"{size / 2**20:.3g} MiB"
-    assert f"through a workspace of {mib}" in by_name["up"].reason
-    assert str(found).endswith(f"workspace: {mib}, shared by 2 layers, one at a time")
-    assert "workspace" not in str(lora_ext.explain(adapted(Net("dense"))))
+    assert f"dequantised into {mib}" in by_name["up"].reason
+    assert str(found).endswith(f"memory to dequantise: {mib}, shared by 2 layers")
+    assert "dequantise" not in str(lora_ext.explain(adapted(Net("dense"))))
 
 
 @pytest.mark.parametrize("kind", FEW)
