@@ -20,6 +20,7 @@ from .peft.report import peft_path
 
 # Paths on which our kernels, or torch's products arranged by us, compute the update.
 ACCELERATED = {"fused", "packed", "library", "added"}
+_OTHERS = {"peft": "by PEFT's own forward", "base": "without an adapter now"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Explanation(list[LayerPath]):
             key = (short or "(itself)", layer.kind, layer.path, layer.reason)
             lines.setdefault(key, []).append(layer.name)
         others = Counter(layer.path for layer in self if layer.path not in ACCELERATED)
-        left = ", ".join(f"{count} {path}" for path, count in others.items())
+        left = ", ".join(f"{count} {_OTHERS.get(path, path)}" for path, count in others.items())
         count = len(self) - others.total()
         text = [
             f"{count} of {len(self)} layers accelerated" + (f"; others: {left}" if left else "")

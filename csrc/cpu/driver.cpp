@@ -93,10 +93,10 @@ void wgrad(const SkinnyKernels& kernels, const at::Tensor& p, const at::Tensor& 
 // Why the library computes a call, or "". Passes over bfloat16 cannot read float16 adapters, which
 // occur with them only if x and y have different half types.
 std::string reason_for_library(at::ScalarType x, at::ScalarType y, int64_t rank) {
-  if (x == at::kDouble || y == at::kDouble) return "float64 takes the library route";
-  if (kernels_for(dtype_of(x)) == nullptr) return "the library route was asked for";
+  if (x == at::kDouble || y == at::kDouble) return "torch's products compute float64";
+  if (kernels_for(dtype_of(x)) == nullptr) return "torch's products were asked for";
   if (rank > kMaxRank) return "rank above " + std::to_string(kMaxRank);
-  return is_half(y) && is_half(x) && x != y ? "x and y of two half types" : "";
+  return is_half(y) && is_half(x) && x != y ? "x and y of two 16-bit dtypes" : "";
 }
 
 // A batch-invariant call has the passes of many rows.
