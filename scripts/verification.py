@@ -29,7 +29,7 @@ Written by `python scripts/verification.py` from the result files; a test compar
 - **emulator-verified**: kernels run by the execution layer on a CPU ([emulation.md](emulation.md));
 - **compiled**: seen in what nvcc and ptxas made of the source.
 
-What the planner predicts of a card ([predictions.md](predictions.md)) is no claim:
+What the planner predicts of a GPU ([predictions.md](predictions.md)) is no claim:
 `make gpu` puts it beside what it measures.
 """
 
@@ -67,9 +67,20 @@ def cpu_targets() -> str:
     return section("One layer on the CPU", document["machine"], "bench", told)
 
 
-MODELS = {
-    "ours": "ours",
-    "ours_fp32": "ours fp32",
+# Machine, run, what its models are, the part of its results, the end of its rows' names.
+RUNS = [
+    ("xeon-amx-2-cores", "models", "steps of bfloat16 models", "cases", ""),
+    ("xeon-avx512-2-cores", "whole_models", "steps of bfloat16 models", "cases", ""),
+    ("xeon-avx512-2-cores", "models_135m", "step of a Llama of 135M's shape", "cases", ""),
+    ("xeon-avx512-2-cores", "nf4", "steps of NF4 models", "cases", ""),
+    ("epyc-avx512-2-cores", "quantized_and_packed", "steps of NF4 models", "cases", ""),
+    ("xeon-avx512-2-cores", "int8", "steps of int8 models", "cases", ""),
+    ("xeon-amx-2-cores", "int8", "steps of int8 models", "cases", ""),
+    ("xeon-avx512-2-cores", "experts", "experts, 1 token", "experts", ", 1 token"),
+    ("xeon-avx512-2-cores", "experts", "experts, a forward", "experts", "forward, 1024 tokens"),
+    ("xeon-avx512-2-cores", "experts", "experts, a step", "experts", "step, 1024 tokens"),
+]
+VARIANTS = {
     "peft": "PEFT bf16",
     "peft_accelerated": "accelerated",
     "peft_default": "PEFT default",
@@ -77,15 +88,39 @@ MODELS = {
 }
 
 
+def span(cases: list[dict], variant: str) -> str:
+    """The least and the most of a variant's times over frozen."""
+    found = [quotient(results.ratio(case, variant, "frozen")) for case in cases]
+    return " to ".join(sorted({min(found, key=float), max(found, key=float)}, key=float))
+
+
 def models() -> str:
-    document = read("xeon-amx-2-cores", "models")
     rows = []
-    for case in document["cases"]:
-        cells = [quotient(results.ratio(case, name, "frozen")) for name in MODELS]
-        rows.append([case["id"], *cells])
-    header = ["step over the frozen model's", *MODELS.values()]
-    body = table(header, rows)
-    return section("Whole models on the CPU", document["machine"], "bench-models", body)
+    for machine, name, what, part, end in RUNS:
+        document = read(machine, name)
+        cases = [case for case in document[part] if case["id"].endswith(end)]
+        link = f"[{what}](../benchmarks/results/{machine}/{name}/report.md)"
+        where = f"{machine}, {document['machine']['date'][:10]}"
+        rows.append([link, where, *(span(cases, variant) for variant in VARIANTS)])
+    body = table(["time over the frozen model's", "measured on", *VARIANTS.values()], rows)
+    intro = (
+        "Measured by `make bench-models`, torch 2.13; from the least to the most of a run's models."
+    )
+    return f"## Whole models on the CPU\n\n{intro}\n\n{body}"
+
+
+def fine_tuning() -> str:
+    document = read("xeon-amx-2-cores", "runs")
+    variants = ("peft_default", "peft_default_accelerated")
+    rows = [
+        [
+            run["id"],
+            *(f"{1000 * run['tokens'] / run['timing'][each]['ms']:.0f}" for each in variants),
+        ]
+        for run in document["runs"]
+    ]
+    body = table(["tokens a second", "PEFT default", "accelerated"], rows)
+    return section("Fine-tuning on the CPU", document["machine"], "bench-models", body)
 
 
 def gpu_runs() -> list[tuple[Path, dict]]:
@@ -145,11 +180,16 @@ def peft() -> str:
     assert found is not None
     where = re.search(r"^PEFT .*CPU", suite, re.MULTILINE)
     assert where is not None
+    anew = re.search(
+        r"Of its cases (\d+) pass as they are.*?\*\*(\d+) pass accelerated", suite, re.S
+    )
     cases, forwards = f"{found[1]} of {found[2]}", f"{found[3]} of {found[4]}"
     rows = [
-        ["PEFT's own LoRA tests pass accelerated", cases],
+        [f"PEFT's own LoRA tests pass accelerated{', before experts were' if anew else ''}", cases],
         ["those of them in which a fast path computes a forward", forwards],
     ]
+    if anew:
+        rows += [["test_target_parameters, since experts are", f"{anew[2]} of {anew[1]}"]]
     intro = (
         f"Measured: {where[0]}; `python scripts/peft_suite.py`, [files](compatibility-suite.md)."
     )
@@ -173,7 +213,7 @@ def gpus() -> list[str]:
 
 
 def page() -> str:
-    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), peft()]
+    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), fine_tuning(), peft()]
     return "\n\n".join(sections) + "\n"
 
 
