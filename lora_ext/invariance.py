@@ -11,9 +11,9 @@ import asyncio
 import threading
 from contextvars import ContextVar
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor
 
 # Fewer rows cost as much as this number, and the weight is read once for each block of this number
 # of rows: a larger block would be slow for a single token, a smaller one for a long text.
@@ -148,12 +148,12 @@ def is_on() -> bool:
     return _Process.mode if mode is None else mode
 
 
-def row_block(x: Tensor) -> int:
-    """The op's row_block for a call; 0 if the mode is off."""
+def row_block(weight: Any) -> int:
+    """The op's row_block for a call on this weight; 0 if the mode is off."""
     if not is_on():
         return 0
-    if x.device.type not in ("cpu", "meta"):
-        refuse(f"a tensor on {x.device}")
+    if weight.device.type not in ("cpu", "meta"):
+        refuse(f"a tensor on {weight.device}")
     return ROW_BLOCK
 
 

@@ -63,7 +63,7 @@ FLOORS = [
     ["experts", "flops"],
     ["quantized", "packing", "kernels"],
     ["packed_weight"],
-    ["measure", "dropout", "grouped", "invariance", "reference", "model_layers"],
+    ["measure", "dropout", "invariance", "reference", "model_layers"],
     ["torch_state", "device", "dtypes", "versions", "build_info"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.

@@ -10,6 +10,7 @@ rows with adapters of other dropout or dtype take one more `lora_update` for eac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,44 @@ from ..quantized.base import QuantizedBase
 from ..torch_state import compute_dtype, is_autocast, is_onnx_export, is_plain, is_transformed
 from .op import base_linear, lora_linear, lora_update
 from .row_index import RowIndex
-from .updates import Slots, Update, obstacle
+
+MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
+
+
+class Update(NamedTuple):
+    """scaling * ((drop(x) lora_a^T) lora_b^T + bias), the update of one active adapter.
+
+    Attributes:
+        name: of the adapter, for messages.
+        lora_a: ``[r, in]``.
+        lora_b: ``[out, r]``.
+        bias: ``[out]``, PEFT's lora_bias.
+        scaling: a float, or a tensor of one element, which can change without a new graph.
+        dropout: the probability for this call, 0 outside training.
+    """
+
+    name: str
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    scaling: float | Tensor
+    dropout: float
+
+
+class Slots(NamedTuple):
+    """The updates of all slots of a pool, of which each row has one, or none.
+
+    Attributes:
+        lora_a: ``[capacity, max_rank, in]``.
+        lora_b: ``[capacity, out, max_rank]``.
+        scaling: float32 ``[capacity]``.
+        ranks: int32 ``[capacity]``.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: Tensor
+    ranks: Tensor
 
 
 class Dense(NamedTuple):
@@ -62,46 +100,63 @@ def apply(
     """
     y: Any = None
     weight: Any = None
-    bias = dtype = None
+    bias = dtype = product = index_of = None
+    has_bias = not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
+    if rows is not None:
+        index_of = partial(rows.index_of, x.shape[:-1], x.device)
     if isinstance(base, Tensor):
-        if rows is None and _needs_torch(base, x, updates):
+        if rows is None and (has_bias or _needs_torch(base, x, updates)):
             return _by_torch(base, x, updates)
         y, dtype = base, base.dtype
     elif isinstance(base, Dense):
         weight, bias = base
     else:
         weight, bias, dtype, x = base.weight, base.call_bias, base.y_dtype, x.to(base.dtype)
-    if not isinstance(updates, Slots) and any(update.bias is not None for update in updates):
-        if rows is None:
-            bias = _with_biases(bias, updates)
-        elif y is None:
-            y = apply(base_linear(x, weight, bias), x, updates, rows)
-            return y if dtype is None else y.to(dtype)
-        else:
-            y = _with_biases_of_rows(y, x.shape[:-1], updates, rows)
-    for lora_a, lora_b, scaling, p, groups in _calls(x, updates, rows):
+    if has_bias and index_of is None:
+        bias = _with_biases(bias, updates)
+    elif has_bias:
+        y = base_linear(x, weight, bias) if y is None else y
+        product = y.dtype
+        y = _with_biases_of_rows(y, updates, index_of)
+    for lora_a, lora_b, scaling, p, groups in _calls(updates, compute_dtype(x), rows, index_of):
         if y is None:
             y = lora_linear(x, weight, lora_a, lora_b, bias, scaling, p, **groups)
             continue
         given = (lora_a if isinstance(lora_a, Tensor) else lora_a[0]).dtype
         is_fit = is_autocast(x) or (x.dtype in HALVES and given == torch.float32)
         y = lora_update(y, x if is_fit else x.to(given), lora_a, lora_b, scaling, p, **groups)
+    y = y if product is None else y.to(product)
     return y if dtype is None else y.to(dtype)
 
 
 def _calls(
-    x: Tensor, updates: Any, rows: RowIndex | None
+    updates: Any, dtype: torch.dtype, rows: RowIndex | None, index_of: Any
 ) -> list[tuple[Any, Any, Any, float, dict[str, Any]]]:
-    """(lora_a, lora_b, scaling, dropout_p, index and ranks) of each call of the op."""
+    """(lora_a, lora_b, scaling, dropout_p, index and ranks) of each call of the op.
+
+    Args:
+        dtype: in which the op has x.
+        index_of: names of adapters -> the index of x's rows into them; None: into slots.
+    """
     if rows is None:
-        return [(*stacked(updates, x), updates[0].dropout, {})]
+        return [(*stacked(updates, dtype), updates[0].dropout, {})]
     if isinstance(updates, Slots):
-        groups = {"index": rows.index_of(x.shape[:-1], x.device, None), "ranks": updates.ranks}
-        return [(*updates[:3], 0.0, groups)]
-    return [_call_of_rows(part, x, rows) for part in _by_call(updates, x)]
+        return [(*updates[:3], 0.0, {"index": index_of(None), "ranks": updates.ranks})]
+    calls = []
+    for part in _by_call(updates, dtype):
+        lora_a = [update.lora_a for update in part]
+        lora_b = [update.lora_b for update in part]
+        scalings = tuple([update.scaling for update in part])
+        if lora_b[0].dtype is torch.float64:  # a float32 scaling would be too coarse
+            lora_b = [b * s for b, s in zip(lora_b, scalings, strict=True)]
+            scalings = (1.0,) * len(part)
+        index = index_of([update.name for update in part])
+        scaling = rows.scaling_of(scalings, index.device)
+        calls.append((lora_a, lora_b, scaling, part[0].dropout, {"index": index}))
+    return calls
 
 
-def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float]:
+def stacked(updates: Sequence[Update], x_dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """(A ``[R, in]``, B ``[out, R]``, scaling) whose product is the sum of the updates.
 
     Half adapters become float32 if their dtype differs from that of x in the op.
@@ -113,7 +168,7 @@ def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float
     factors = [(update.lora_a, update.lora_b) for update in updates]
     dtype = first.lora_a.dtype
     # A half B times a scaling would be rounded again.
-    if dtype in HALVES and not (one_scaling and dtype == compute_dtype(x)):
+    if dtype in HALVES and not (one_scaling and dtype == x_dtype):
         factors = [(a.float(), b.float()) for a, b in factors]
     if not one_scaling:
         pairs = zip(factors, scalings, strict=True)
@@ -124,7 +179,7 @@ def stacked(updates: Sequence[Update], x: Tensor) -> tuple[Tensor, Tensor, float
     return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1), scaling
 
 
-def _with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | None:
+def _with_biases(bias: Tensor | None, updates: Any) -> Tensor | None:
     """The base's bias plus those of the updates, summed in float32: the op rounds it once."""
     for update in updates:
         if update.bias is not None:
@@ -135,51 +190,36 @@ def _with_biases(bias: Tensor | None, updates: Sequence[Update]) -> Tensor | Non
     return bias
 
 
-def _by_call(updates: Sequence[Update], x: Tensor) -> list[list[Update]]:
+def _by_call(updates: Sequence[Update], x_dtype: torch.dtype) -> list[list[Update]]:
     """The updates, grouped into lists that can be one call each, with factors for the op."""
     first = updates[0]
     dtype, dropout = first.lora_a.dtype, first.dropout
     alike = all(u.lora_a.dtype is dtype and u.dropout == dropout for u in updates)
-    if alike and (dtype not in HALVES or dtype is compute_dtype(x)):
+    if alike and (dtype not in HALVES or dtype is x_dtype):
         return [list(updates)]
     parts: dict[Any, list[Update]] = {}
     for update in updates:
         dtype = update.lora_a.dtype
-        if dtype in HALVES and dtype is not compute_dtype(x):
+        if dtype in HALVES and dtype is not x_dtype:
             update = update._replace(lora_a=update.lora_a.float(), lora_b=update.lora_b.float())
             dtype = torch.float32
         parts.setdefault((dtype, update.dropout), []).append(update)
     return list(parts.values())
 
 
-def _call_of_rows(part: Sequence[Update], x: Tensor, rows: RowIndex) -> Any:
-    lora_a = [update.lora_a for update in part]
-    lora_b = [update.lora_b for update in part]
-    scalings = tuple([update.scaling for update in part])
-    if part[0].lora_b.dtype is torch.float64:  # a float32 scaling would be too coarse
-        lora_b = [b * s for b, s in zip(lora_b, scalings, strict=True)]
-        scalings = (1.0,) * len(part)
-    scaling = rows.scaling_of(scalings, x.device)
-    index = rows.index_of(x.shape[:-1], x.device, [update.name for update in part])
-    return lora_a, lora_b, scaling, part[0].dropout, {"index": index}
-
-
-def _with_biases_of_rows(
-    y: Tensor, lead: torch.Size, updates: Sequence[Update], rows: RowIndex
-) -> Tensor:
+def _with_biases_of_rows(y: Tensor, updates: Any, index_of: Any) -> Tensor:
     """y plus each row's scaled lora_bias, in at least float32."""
     biased = [update for update in updates if update.bias is not None]
     wide = torch.promote_types(y.dtype, torch.float32)
-    table = [update.bias.to(wide) * update.scaling for update in biased if update.bias is not None]
+    table = [update.bias.to(wide) * update.scaling for update in biased]
     table = torch.stack([torch.zeros_like(table[0]), *table])
-    index = rows.index_of(lead, y.device, [update.name for update in biased])
-    return y + F.embedding(index + 1, table).view(*lead, -1)
+    index = index_of([update.name for update in biased])
+    return y + F.embedding(index + 1, table).view(y.shape)
 
 
 def _needs_torch(y: Tensor, x: Tensor, updates: Any) -> bool:
     """Whether `lora_update` cannot add the updates: a transform or an exporter that does not know
-    it, y has a shape or kind that torch has to resolve, there is a bias, which is added in the
-    widest dtype, or they cannot be one call."""
+    it, y has a shape or kind that torch has to resolve, or they cannot be one call."""
     lora_a, lora_b = updates[0].lora_a, updates[0].lora_b
     if not (takes_op(x) and is_plain(x) and is_plain(y)):
         return True
@@ -187,9 +227,7 @@ def _needs_torch(y: Tensor, x: Tensor, updates: Any) -> bool:
         return True
     if y.shape != (*x.shape[:-1], lora_b.shape[0]) or obstacle(updates, y.dtype):
         return True
-    if is_autocast(x) and torch.float64 in (x.dtype, lora_a.dtype):
-        return True
-    return any(update.bias is not None for update in updates)
+    return is_autocast(x) and torch.float64 in (x.dtype, lora_a.dtype)
 
 
 def takes_op(x: Tensor) -> bool:
@@ -198,7 +236,8 @@ def takes_op(x: Tensor) -> bool:
 
 
 def _by_torch(base: Tensor, x: Tensor, updates: Any) -> Tensor:
-    """The updates added to the base's y in PEFT's order: in the widest dtype, rounded once."""
+    """The updates, some with a bias, added to the base's y in PEFT's order: in the widest dtype,
+    rounded once."""
     refuse("updates that torch adds")
     total = base
     for update in updates:
@@ -250,3 +289,53 @@ def mixed_lookup(
     lora_b = [update.lora_b.to(wide) * update.scaling for update in updates]
     with torch.autocast(y.device.type, enabled=False):
         return lora_update(y, part, lora_a, lora_b, index=index)
+
+
+def obstacle(updates: Sequence[Update], dtype: torch.dtype) -> str:
+    """Why updates on a base in this dtype cannot be one call of the op, or ""."""
+    for update in updates:
+        if update.bias is not None and update.bias.itemsize > dtype.itemsize:
+            return f"the lora_bias of {update.name!r} has a wider dtype than the layer's output"
+    first = updates[0]
+    for update in updates[1:]:
+        if update.lora_a.dtype != first.lora_a.dtype:
+            return f"adapters {first.name!r} and {update.name!r} differ in dtype"
+        if update.dropout != first.dropout:
+            return f"adapters {first.name!r} and {update.name!r} differ in dropout"
+    if sum(update.lora_a.shape[0] for update in updates) > MAX_RANK:
+        return f"the ranks of the active adapters sum to more than {MAX_RANK}"
+    return ""
+
+
+def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
+    """Why these dtypes cannot be in one call of the op, or ""."""
+    if is_autocast(x):
+        if torch.float64 in (x.dtype, weight, adapter):
+            return "float64 under autocast"
+        return ""
+    if x.dtype != weight:
+        return "x and the base weight differ in dtype"
+    if adapter == x.dtype or (x.dtype in HALVES and adapter in (torch.float32, *HALVES)):
+        return ""
+    if x.dtype == torch.float32 and adapter in HALVES:
+        return ""
+    return "the adapters have neither x's dtype nor float32"
+
+
+def updates_obstacle(
+    dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update] | Slots, rows: Any = None
+) -> str:
+    """Why updates on a base that multiplies in `dtype` cannot be one call of the op, or "".
+
+    Args:
+        x: None: the dtypes of x are not looked at.
+        rows: None if all rows have all updates; else only dtypes can be an obstacle.
+    """
+    if isinstance(updates, Slots):
+        return ""
+    if rows is None and dtype in HALVES and any(update.bias is not None for update in updates):
+        # The op would round the sum of both biases, and sum dy over a float32 copy of it.
+        return "a lora_bias beside a 16-bit base weight"
+    dtypes = dict.fromkeys(update.lora_a.dtype for update in updates)
+    reasons = () if x is None else (dtype_obstacle(x, dtype, each) for each in dtypes)
+    return next(filter(None, reasons), "") or (obstacle(updates, dtype) if rows is None else "")

@@ -1,17 +1,24 @@
-"""The fused LoRA linear, and its update alone: from arguments to the operands of the op."""
+"""The fused LoRA linear, and its update alone: from arguments to the operands of the op.
 
-from typing import Any
+The factors of many adapters are lists of matrices, whose ranks may differ, or a pool: two tensors
+with one slot for each adapter. None is copied for each row or padded to the largest rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout import draw_seed
-from ..grouped import Factors, Scaling, check_no_gradient, operands
 from ..invariance import refuse, row_block
 from ..packed_weight import PackedWeight
 from ..quantized.linear import Call, quantized_linear, quantized_product
 from ..quantized.weight import QuantizedWeight
+
+Factors: TypeAlias = Tensor | Sequence[Tensor]
+Scaling: TypeAlias = float | Sequence[float] | Tensor
 
 _lora = torch.ops.lora_ext.lora.default
 _grouped = torch.ops.lora_ext.lora_grouped.default
@@ -96,7 +103,7 @@ def lora_linear(
     if x.is_nested or x.layout is not torch.strided:
         raise _not_dense("lora_linear", "x", x)
     if many:
-        lora_a, lora_b, scaling = operands("lora_linear", x, lora_a, lora_b, scaling)
+        lora_a, lora_b, scaling = _operands("lora_linear", x, lora_a, lora_b, scaling)
     else:
         _check_scaling("lora_linear", scaling)
     if dropout_p != 0.0 or not training:
@@ -107,10 +114,10 @@ def lora_linear(
     elif not isinstance(weight, Tensor):
         if not isinstance(weight, QuantizedWeight):
             raise _not_a_tensor("lora_linear", weight=weight)
-        call = Call(weight, scaling, dropout_p, seed, (index, offs, ranks), row_block(x))
+        call = Call(weight, scaling, dropout_p, seed, (index, offs, ranks), row_block(weight))
         factors: Any = (*lora_a, *lora_b) if many else (lora_a, lora_b)
         return quantized_linear(call, x, bias, factors)
-    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(x))
+    rest = (dropout_p, seed, 0, 0, False, packed, packed_t, row_block(weight))
     if many:
         groups = (index, offs, ranks)
         return _grouped(x, weight, None, lora_a, lora_b, scaling, *groups, bias, *rest)
@@ -175,7 +182,7 @@ def lora_update(
         if tensor.is_nested or tensor.layout is not torch.strided:
             raise _not_dense("lora_update", name, tensor)
     if many:
-        lora_a, lora_b, scaling = operands("lora_update", x, lora_a, lora_b, scaling)
+        lora_a, lora_b, scaling = _operands("lora_update", x, lora_a, lora_b, scaling)
     else:
         _check_scaling("lora_update", scaling)
     if dropout_p != 0.0 or not training:
@@ -200,7 +207,7 @@ def _check_scaling(function: str, scaling: Scaling) -> None:
         return
     if scaling is None or isinstance(scaling, str | list | tuple):
         raise TypeError(f"lora_ext.{function}: expected a number scaling, but got {scaling!r}")
-    check_no_gradient(function, scaling)
+    _check_no_gradient(function, scaling)
 
 
 def _dropout(
@@ -234,3 +241,71 @@ def _not_a_tensor(function: str, **operands: object) -> TypeError:
     return TypeError(
         f"lora_ext.{function}: expected {name} to be a tensor, but got {type(got).__name__}{many}"
     )
+
+
+def _operands(
+    function: str, x: Tensor, lora_a: Factors, lora_b: Factors, scaling: Scaling
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The factors and the scaling as the op takes them.
+
+    Raises:
+        TypeError: a factor is not a tensor, or scaling is not a number.
+    """
+    first, second = _listed(function, "lora_a", lora_a), _listed(function, "lora_b", lora_b)
+    adapters = len(first[0]) if len(first) == 1 and first[0].dim() == 3 else len(first)
+    _check_no_gradient(function, scaling)
+    return first, second, _scaling(function, scaling, adapters, x)
+
+
+def _check_no_gradient(function: str, scaling: Scaling) -> None:
+    """Raises RuntimeError for a scaling that requires grad, since it gets no gradient."""
+    each = scaling if isinstance(scaling, list | tuple) else (scaling,)
+    if torch.is_grad_enabled() and any(isinstance(s, Tensor) and s.requires_grad for s in each):
+        raise RuntimeError(
+            f"lora_ext.{function}: expected a scaling without gradient, but got a tensor that "
+            "requires grad; to train it, multiply lora_b by it and leave scaling at 1"
+        )
+
+
+def _listed(function: str, name: str, factors: Factors) -> list[Tensor]:
+    if isinstance(factors, Tensor):
+        if factors.dim() != 3:
+            raise RuntimeError(
+                f"lora_ext.{function}: expected {name} of many adapters as a list of matrices or a "
+                f"pool of 3 dimensions, but got a tensor of shape {list(factors.shape)}"
+            )
+        return [factors]
+    listed = list(factors)
+    for i, factor in enumerate(listed):
+        if not isinstance(factor, Tensor):
+            raise TypeError(
+                f"lora_ext.{function}: expected {name}[{i}] to be a tensor, but got "
+                f"{type(factor).__name__}"
+            )
+    return listed
+
+
+def _scaling(function: str, scaling: Scaling, adapters: int, x: Tensor) -> Tensor:
+    if isinstance(scaling, Tensor) and scaling.dim() > 0:
+        return scaling
+    kind = {
+        "dtype": torch.float64 if x.dtype is torch.float64 else torch.float32,
+        "device": x.device,
+    }
+    try:
+        if isinstance(scaling, Sequence):
+            if torch.compiler.is_compiling() or not (x.is_cuda and torch.cuda.is_initialized()):
+                return torch.tensor(scaling, **kind)
+            # Without waiting for the device: from pinned memory. A graph that is captured would
+            # read that again in each replay, so there torch refuses the copy, as it does from
+            # other memory.
+            pinned = not torch.cuda.is_current_stream_capturing()
+            # The host by its name: torch.set_default_device may name another, without pages.
+            host = torch.tensor(scaling, dtype=kind["dtype"], device="cpu", pin_memory=pinned)
+            return host.to(x.device, non_blocking=pinned)
+        return torch.full((adapters,), float(scaling), **kind)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"lora_ext.{function}: expected scaling to be a number, a sequence of numbers or a "
+            f"float32 tensor, one for each adapter, but got {scaling!r}"
+        ) from error

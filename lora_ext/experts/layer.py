@@ -63,7 +63,7 @@ def lora_experts(
         ValueError: adapters of one projection differ in dropout, or it is not in [0, 1);
             adapter_index has another shape or dtype, or up and down have other numbers of adapters.
     """
-    block = row_block(x)
+    block = row_block(experts.up)
     if block and not torch.compiler.is_compiling():
         experts = experts._replace(gate=partial(in_equal_blocks, experts.gate))
     count = experts.up.shape[0]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..call.updates import MAX_RANK
+from ..call.apply import MAX_RANK
 
 DEFAULT_ADAPTER = "default"  # name of an adapter that is given none
 INITS = (True, "gaussian", "pissa", "olora")

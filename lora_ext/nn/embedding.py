@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..call import Decision
-from ..call.apply import mixed_lookup
+from ..call.apply import Update, mixed_lookup
 from ..call.decision import of_rows
-from ..call.updates import Update
 from . import initialize
 from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
 from .base import LoRALayer

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..call import Decision
-from ..call.apply import Dense, takes_op
+from ..call.apply import Dense, Slots, Update, obstacle, takes_op
 from ..call.decision import added, fused
-from ..call.updates import Slots, Update, obstacle
 from ..packed_weight import Base, Packable, PackedWeight, pack_weight
 from ..quantized.base import QuantizedBase
 from ..torch_state import is_plain

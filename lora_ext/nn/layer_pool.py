@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..call.updates import Slots
+from ..call.apply import Slots
 from ..dtypes import HALVES
 from ..torch_state import compute_dtype
 from .adapter_spec import MAX_RANK, AdapterSpec

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..call.op import lora_linear
+from ..dtypes import HALVES
 from ..packed_weight import Base
+from ..torch_state import is_autocast, is_traced, is_transformed
 from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
-from .fast_path import fast_path_operands
 from .fused import FusedLoRALayer
 
+_Parameter = nn.Parameter
 _Layer = TypeVar("_Layer", bound="FromLinear")
 
 
@@ -148,3 +150,43 @@ def is_conv1d(module: nn.Module) -> bool:
     transformers."""
     kind = type(module)
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
+    """(weight, lora_a, lora_b, bias, scaling, dropout_p) of one plain adapter, the most common
+    forward, for `lora_linear`; or None.
+
+    `FusedLoRALayer.decide` handles all cases; with one row its checks would take as long as the
+    product. If the conditions here hold, it would call the op with the same operands (tested).
+    """
+    state = layer.__dict__
+    names = state["active_adapters"]
+    if (
+        len(names) != 1
+        or state["merged_adapters"]
+        or state["_disabled"]
+        or state["fan_in_fan_out"]
+        or type(x) is not Tensor
+        or x.is_nested
+        or is_traced()
+        or is_transformed()
+    ):
+        return None
+    name, tables, own = names[0], state["_modules"], state["_parameters"]
+    if name in tables["lora_a_init"]._parameters or name in tables["lora_bias"]._parameters:
+        return None
+    weight = own.get("weight")
+    lora_a = tables["lora_a"]._parameters.get(name)
+    lora_b = tables["lora_b"]._parameters.get(name)
+    if type(weight) is not _Parameter or lora_a is None or lora_b is None:
+        return None  # parametrized, or quantised in the meantime
+    if lora_a.dtype in HALVES and (lora_a.dtype is not x.dtype or is_autocast(x)):
+        return None
+    packed = state["packed"]
+    if packed is not None:
+        if packed.weight is not weight or not packed.is_packed:
+            return None
+        weight = packed
+    spec = state["adapters"][name]
+    dropout_p = spec.lora_dropout if state["training"] else 0.0
+    return weight, lora_a, lora_b, own.get("bias"), spec.scaling, dropout_p

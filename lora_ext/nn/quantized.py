@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..call.apply import takes_op
-from ..call.updates import updates_obstacle
+from ..call.apply import takes_op, updates_obstacle
 from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_plain

@@ -18,11 +18,11 @@ import torch
 from peft.tuners.lora import dora as peft_dora
 from torch import Tensor
 
-from ..call.apply import stacked
+from ..call.apply import Update, stacked
 from ..call.op import base_linear, lora_linear
-from ..call.updates import Update
 from ..dropout import draw_seed
 from ..quantized.weight import QuantizedWeight, dense
+from ..torch_state import compute_dtype
 from .reasons import has_hooks
 from .row_blocks import combine, drop, shrink, without_autocast
 
@@ -80,7 +80,7 @@ def _scaled(
     factor: Tensor,
 ) -> Tensor:
     """y as g times one call of the op, the fastest way if the norm is known."""
-    lora_a, lora_b, scaling = stacked([update], x)
+    lora_a, lora_b, scaling = stacked([update], compute_dtype(x))
     y = lora_linear(x, weight, lora_a, lora_b, None, scaling)
     scaled = y * factor if bias is None else torch.addcmul(bias, y, factor)
     return scaled.to(y.dtype)

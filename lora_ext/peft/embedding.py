@@ -11,8 +11,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
 from ..call import Decision
-from ..call.apply import mixed_lookup
-from ..call.updates import Update
+from ..call.apply import Update, mixed_lookup
 from ..nn.row_adapters import RowAdapters
 from ..packed_weight import writes_weight
 from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
@@ -76,15 +75,10 @@ def _added(
         by_count = base.scale_grad_by_freq
         return F.embedding(ids, columns, base.padding_idx, scale_grad_by_freq=by_count)
 
-    if rows is not None:
+    if variant is None and (rows is not None or len(updates) > 1):
         return mixed_lookup(base(ids), ids, updates, rows, look_up)
-    parts = [look_up(update.lora_a.t()) for update in updates]
     y, first = base(ids), updates[0]
+    part = look_up(first.lora_a.t())
     if variant is not None:
-        return variant.forward(layer, y, parts[0], first)
-    if len(parts) == 1:
-        return combine(y, None, None, parts[0], first.lora_b, first.scaling)
-    total = y
-    for part, update in zip(parts, updates, strict=True):
-        total = total + (part @ update.lora_b.t()) * update.scaling
-    return total.to(y.dtype)
+        return variant.forward(layer, y, part, first)
+    return combine(y, None, None, part, first.lora_b, first.scaling)

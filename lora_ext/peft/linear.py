@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..call import Decision
-from ..call.apply import Dense, apply
+from ..call.apply import Dense, Update, apply, updates_obstacle
 from ..call.decision import fused
-from ..call.updates import Update, updates_obstacle
-from ..dtypes import FLOATS
+from ..call.op import lora_linear
+from ..dtypes import FLOATS, HALVES
+from ..nn.adapter_spec import MAX_RANK
 from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.base import QuantizedBase
-from ..torch_state import is_plain
-from .fast_path import fast_path_forward
+from ..torch_state import is_plain, is_traced
 from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
 from .reasons import ADDED, base_obstacle, dequantized_base, input_reason, update_of
 from .variants import LINEAR, variant_of
+
+_Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
+_is_autocast_enabled = torch.is_autocast_enabled
+_transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
 class OverLinear(Accelerated):
@@ -82,9 +88,9 @@ class Linear(Packable, OverLinear, peft_layers.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_ours = not (args or kwargs) and type(self) is not peft_layers.Linear
         if is_ours and (self.row_adapters is None or current_row_adapters(self) is None):
-            y = fast_path_forward(self, x)
-            if y is not None:
-                return y
+            operands = fast_path_operands(self, x)
+            if operands is not None:
+                return lora_linear(x, *operands)
         return _forward(self, x, *args, **kwargs)
 
     def packable(self) -> Base | None:
@@ -131,3 +137,77 @@ def _added(layer: Any, call: Call, updates: Sequence[Update], x: Tensor) -> Tens
     if call.rows is not None and (not is_plain(y) or y.shape[:-1] != x.shape[:-1]):
         return by_peft(layer, call, "the base layer's output has another shape or class").run(x)
     return apply(y, x, updates, call.rows)
+
+
+def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
+    """(weight, lora_a, lora_b, bias, scaling, dropout_p) of one plain adapter on a plain nn.Linear,
+    the most common forward, for `lora_linear`; or None.
+
+    `OverLinear.decide` handles all cases and gives the reason; with small inputs it would take as
+    long as the products. Here the decision takes a few microseconds; the conditions imply that it
+    would be "fused" with the same operands (tested).
+    """
+    state = layer.__dict__
+    name = state["_active_adapter"]
+    if type(name) is list and len(name) == 1:
+        name = name[0]
+    scaling = state["scaling"].get(name) if type(name) is str else None
+    if (
+        type(scaling) is not float
+        or state["_disable_adapters"]
+        or state["merged_adapters"]
+        or state["lora_variant"]
+        or not state["cast_input_dtype_enabled"]
+        or type(x) is not Tensor
+        or not (x.is_cpu or x.is_cuda)
+        or is_traced()
+        or _has_any_global_hook()
+        or _transforms() is not None
+        or _forward_ad._current_level >= 0
+    ):
+        return None
+    tables = state["_modules"]
+    base = tables["base_layer"]
+    first, second = tables["lora_A"]._modules[name], tables["lora_B"]._modules[name]
+    dropout = tables["lora_dropout"]._modules[name]
+    if not (type(base) is type(first) is type(second) is _Linear) or "forward" in base.__dict__:
+        return None
+    for module in (base, first, second, dropout):
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return None
+    kept = base._parameters
+    weight, a, b = kept.get("weight"), first._parameters, second._parameters
+    lora_a, lora_b = a.get("weight"), b.get("weight")
+    if not (type(weight) is type(lora_a) is type(lora_b) is _Parameter):
+        return None
+    if type(dropout) is _Identity:
+        p = 0.0
+    elif type(dropout) is _Dropout and dropout.p < 1.0:
+        p = dropout.p if dropout.training else 0.0
+    else:
+        return None
+    dtype, adapter_dtype = x.dtype, lora_a.dtype
+    if (
+        a.get("bias") is not None
+        or b.get("bias") is not None
+        or weight.requires_grad
+        or dtype is not weight.dtype
+        or adapter_dtype is not lora_b.dtype
+        or dtype not in FLOATS
+        or not (adapter_dtype is dtype or (adapter_dtype is torch.float32 and dtype in HALVES))
+        or lora_a.size(0) > MAX_RANK
+        or x.is_nested
+        or x.dim() == 0
+        or _is_autocast_enabled("cpu" if x.is_cpu else "cuda")
+        or "forward" in first.__dict__
+        or "forward" in second.__dict__
+    ):
+        return None
+    if state.get("packed") is not None:
+        weight = layer.pack_of(weight) or weight
+    return weight, lora_a, lora_b, kept.get("bias"), scaling, p

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..call.updates import Update
+from ..call.apply import Update
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
 from ..quantized.layers import QuantizedBase, quantized_base

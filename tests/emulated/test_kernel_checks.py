@@ -156,7 +156,7 @@ def test_explain_of_layers_shows_a_failed_check():
     python(
         """
 from lora_ext.kernels.kernel_plan import problem_of
-from lora_ext.call.kernel_path import cuda_path
+from lora_ext.call.decision import cuda_path
 warnings.simplefilter("ignore")
 problem = problem_of(70, 96, 136, 16, torch.bfloat16, torch.float32, False)
 assert cuda_path(cpu, problem)[0] == "fused"

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lora_ext import pack_weight
 from lora_ext.nn import AdapterSpec
-from lora_ext.nn.fast_path import fast_path_operands
+from lora_ext.nn.linear import fast_path_operands
 
 SPECS = {"a": AdapterSpec(4, 6.0, lora_dropout=0.25), "b": AdapterSpec(3, 3.0)}
 

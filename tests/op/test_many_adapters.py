@@ -21,7 +21,8 @@ from many_helpers import (
 from torch.autograd import gradcheck
 
 import lora_ext
-from lora_ext import _C, grouped, reference
+from lora_ext import _C, reference
+from lora_ext.call import op
 
 # Segments of few rows, of many, of more than a piece; columns that are no multiple of anything.
 SHAPES = [(1, 40, 24), (9, 129, 95), (67, 64, 257), (450, 130, 70)]
@@ -232,7 +233,7 @@ def test_a_sequence_of_scalings_is_copied_to_a_card_without_waiting(capturing, m
         torch, "tensor", lambda numbers, **words: asked.append((numbers, words)) or copied
     )
     x = SimpleNamespace(is_cuda=True, device="cuda:1", dtype=torch.bfloat16)
-    grouped._scaling("lora_linear", [1.0, 2.0], 2, x)
+    op._scaling("lora_linear", [1.0, 2.0], 2, x)
     assert asked == [
         ([1.0, 2.0], {"dtype": torch.float32, "device": "cpu", "pin_memory": not capturing}),
         ("cuda:1", {"non_blocking": not capturing}),

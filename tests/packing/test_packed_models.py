@@ -176,7 +176,7 @@ def test_a_pack_does_not_outlive_a_change_of_an_accelerated_model(
         CHANGES[change](model)
     plain = plain_copy(model)
     if not fast:
-        monkeypatch.setattr("lora_ext.peft.linear.fast_path_forward", lambda layer, x: None)
+        monkeypatch.setattr("lora_ext.peft.linear.fast_path_operands", lambda layer, x: None)
     x = torch.randn(54, WIDTH)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), plain.base_model.model.up(x))
