@@ -13,9 +13,10 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import check_dropout
 from . import experts
-from .chain import EXPERT_DROPOUT, Chain, chain_of, chain_state
+from .chain import EXPERT_DROPOUT, Chain, chain_of, chain_state, has_updates
 from .reasons import PEFT
 
 
@@ -76,7 +77,7 @@ def remove(model: nn.Module) -> None:
 def refuse_pefts_forward(chain: Chain) -> None:
     """Raises RuntimeError if PEFT's own forward is about to leave out the dropout of an update."""
     p = chain.dropout
-    if p == 0.0 or not any(target.adapters for target in chain.targets):
+    if p == 0.0 or not has_updates(chain):
         return
     reason = _obstacle(chain) or "these arguments, or a transform of torch.func, are not supported"
     raise RuntimeError(
@@ -88,13 +89,8 @@ def refuse_pefts_forward(chain: Chain) -> None:
 
 def _chains(model: nn.Module) -> dict[str, Chain]:
     """The chains around modules of experts, by the path of the outermost wrapper."""
-    wrappers = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, peft_layers.ParamWrapper)
-    }
-    inner = {id(wrapper.base_layer) for wrapper in wrappers.values()}
-    chains = {p: chain_of(wrapper) for p, wrapper in wrappers.items() if id(wrapper) not in inner}
+    wrappers = (pair for pair in layers_of(model) if isinstance(pair[1], peft_layers.ParamWrapper))
+    chains = {path: chain_of(wrapper) for path, wrapper in wrappers}
     return {
         path: chain
         for path, chain in chains.items()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from ..call.decision import Decision
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..nn.adapter_spec import MAX_RANK
 from ..nn.row_adapters import RowAdapters
@@ -72,35 +71,20 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)
 
 
-def decided(
-    chain: Chain,
-    theirs: Callable[..., Any],
-    path: str,
-    note: str,
-    names: Sequence[str] | None = None,
-    rows: RowAdapters | None = None,
-) -> Decision:
-    """What a forward does whose experts are computed here.
-
-    Args:
-        theirs: what is called with arguments that `lora_experts` does not support.
-        note: what is said before the updates.
-        names: the adapters that rows have; None: they all have the chain's.
-        rows: the block that says which row has which.
-    """
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        operands = None
-        if not is_transformed():
-            operands = decorated.operands(chain.base, type(chain.base), args, kwargs)
-        if operands is None:
-            return theirs(*args, **kwargs)
-        index = None if rows is None else rows.index_for(operands[0], names or ())
-        p = chain.dropout  # read once, so that it is one number for a compiler
-        up, down = (_adapters(target, names, p) for target in _pair(chain))
-        return lora_experts(Experts.of(chain.base), *operands, up, down, index)
-
-    return Decision(run, path, detail=lambda _: (path, f"{note}{rows_of_experts(chain)}"))
+def forward(
+    chain: Chain, args: tuple, kwargs: Any, names: Sequence[str], rows: RowAdapters | None
+) -> Any:
+    """The experts' output, or NotImplemented: as of `matrices.forward`."""
+    found = None
+    if not is_transformed():
+        found = decorated.operands(chain.base, type(chain.base), args, kwargs)
+    if found is None:
+        return NotImplemented
+    index = None if rows is None else rows.index_for(found[0], names)
+    p = chain.dropout  # read once, so that it is one number for a compiler
+    given = None if rows is None else names
+    up, down = (_adapters(target, given, p) for target in _pair(chain))
+    return lora_experts(Experts.of(chain.base), *found, up, down, index)
 
 
 def _pair(chain: Chain) -> tuple[Target | None, Target | None]:
@@ -128,7 +112,7 @@ def _adapters(
     ]
 
 
-def rows_of_experts(chain: Chain) -> str:
+def note(chain: Chain, by_row: bool) -> str:
     """What is computed, as text."""
     names = ", ".join(sorted(target.name for target in chain.targets if target.adapters))
     updates = f", updates of {names}" if names else ""

@@ -8,7 +8,7 @@ here the module is called with W' instead of W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ..dtypes import FLOATS
+from ..nn.row_adapters import RowAdapters
+from ..nn.rows_apart import by_adapter
 from ..quantized.stacks import stack_of
 from ..torch_state import is_plain, is_transformed
 from .chain import Chain
-
-SUM = "the module is called with W + B A, as PEFT makes it"
 
 
 def are_all(chain: Chain) -> bool:
@@ -37,25 +37,52 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     return "the model is exported or traced" if is_exported else ""
 
 
-def operands(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> tuple | None:
-    """The arguments of the module, or None if they need PEFT's own forward."""
-    return None if is_transformed() or kwargs.get("adapter_names") else (args, kwargs)
+def note(chain: Chain, by_row: bool) -> str:
+    """What is computed, as text."""
+    each = ", for the rows of each" if by_row else ""
+    return f"the module is called with W + B A, as PEFT makes it{each}"
 
 
-def has_rows(operands: tuple) -> bool:
-    """Whether the arguments are one plain x, whose rows can be called apart."""
-    (x, *others), named = operands
-    return not (others or named) and is_plain(x) and x.dim() >= 2
+def forward(
+    chain: Chain,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    rows: RowAdapters | None,
+) -> Any:
+    """The module's output with W + B A instead of each W; NotImplemented for arguments that need
+    PEFT's own forward.
+
+    Args:
+        names: the adapters that rows have, if they have different ones.
+        rows: the block that says which row has which; None: they all have the chain's.
+    """
+    if is_transformed() or kwargs.get("adapter_names"):
+        return NotImplemented
+    if rows is None:
+        return _called(chain, args, kwargs)
+    x, *others = args
+    if others or kwargs or not is_plain(x) or x.dim() < 2:
+        return NotImplemented
+
+    def call(place: int, own: Tensor) -> Any:
+        here = names[place : place + 1] if place >= 0 else ()
+        targets = [
+            target._replace(adapters=[name for name in here if name in target.adapters])
+            for target in chain.targets
+        ]
+        return _called(chain._replace(targets=targets), (own,), {})
+
+    return by_adapter(call, x, rows.index_for(x, names), len(names))
 
 
-def forward(chain: Chain, operands: tuple) -> Any:
-    """The module's output with W + B A instead of each W."""
+def _called(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     sums = {
         name: _with_updates(chain.base._parameters[name], wrapper, adapters)
         for wrapper, name, adapters in chain.targets
         if adapters
     }
-    return functional_call(chain.base, sums, *operands, tie_weights=False)
+    return functional_call(chain.base, sums, args, dict(kwargs), tie_weights=False)
 
 
 def _with_updates(parameter: Tensor, wrapper: Any, adapters: list[str]) -> Tensor:

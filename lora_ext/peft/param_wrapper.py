@@ -2,21 +2,26 @@
 
 PEFT nests one wrapper in another for each parameter of a module, and each registers a
 parametrization, W + B A, during the module's forward. Here the outermost wrapper processes the
-whole chain: for experts it computes the layer without computing W + B A; for matrices, such as a
-router's weight, it computes this sum and passes it to the module.
+whole chain, also for rows with different adapters, which PEFT refuses:
+
+    experts     `lora_experts`, with the adapters of all tokens or of each
+    matrices    the module is called with W + B A; for rows, once for each adapter
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from peft.tuners.lora import layer as peft_layers
 
 from ..call import Decision
+from ..call.decision import of_rows
 from ..experts import decorated
-from . import wrappers
-from .chain import chain_of
-from .layer import Accelerated, Call, forward_over
+from ..nn.row_adapters import RowAdapters
+from . import expert_dropout, experts, matrices
+from .chain import Chain, base_state, chain_of, chain_state, has_updates
+from .layer import NONE_OF_ROWS, Accelerated, Call, forward_over
+from .reasons import ADDED, BASE, FUSED, PEFT
 
 
 class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
@@ -27,7 +32,7 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
         forward(...)     for any other module, with W + B A for each W of the chain
 
     Within a block of `lora_ext.use_adapters`, and with PEFT's adapter_names, rows have different
-    adapters: `wrappers`.
+    adapters.
 
     Parameters, state dict, merging and switching are PEFT's. `lora_ext.accelerate` sets this class
     on a wrapper, `lora_ext.decelerate` restores PEFT's.
@@ -39,7 +44,39 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
     forward = forward_over(peft_layers.ParamWrapper)
 
     def decide(self, call: Call) -> Decision:
-        return wrappers.decide(self, call)
+        """That for arguments that suit the module: others are checked as it runs."""
+        rows, args, kwargs = call[1:]
+        chain = chain_of(self, rows)
+        state = chain_state(chain)
+        kind: Any = matrices if state is None and matrices.are_all(chain) else experts
+        merged = [each.wrapper.merged_adapters for each in chain.targets]
+        if rows is not None and any(merged):
+            names = next(filter(None, merged))
+            state = PEFT, f"{names} are merged into the weight; call unmerge_adapter first"
+        reason = "" if state is not None else kind.reason(chain, by_row=rows is not None)
+        if reason:
+            state = (PEFT, reason) if has_updates(chain) else base_state(chain)
+        if state is not None:
+            return _of_others(self, chain, call, *state)
+        reason = "these arguments, or a transform of torch.func, are not supported"
+        others = _of_others(self, chain, call, PEFT if has_updates(chain) else BASE, reason)
+        path, names, note = FUSED if kind is experts else ADDED, [], ""
+        if not has_updates(chain):  # quantised
+            path, note = base_state(chain) if rows is None else (BASE, NONE_OF_ROWS)
+            rows = None
+        elif rows is not None:
+            here = {name for target in chain.targets for name in target.adapters}
+            names = [name for name in rows.names if name in here]
+            note = of_rows(names)
+
+        def run(x: Any) -> Any:
+            found = kind.forward(chain, (x, *args), kwargs, names, rows)
+            return others.run(x) if found is NotImplemented else found
+
+        def detail(_: int | None) -> tuple[str, str]:
+            return path, (note and f"{note}: ") + kind.note(chain, by_row=rows is not None)
+
+        return Decision(run, path, detail=detail)
 
     def example(self, rows: Any) -> Any:
         return None
@@ -47,3 +84,33 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
     def workspace_bytes(self) -> int:
         """Bytes of one dequantised expert."""
         return decorated.workspace_bytes(chain_of(self).base)
+
+
+def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> Decision:
+    """The decision for PEFT's own forward; for rows the module alone, or an error."""
+    _, rows, args, kwargs = call
+
+    def run(x: Any) -> Any:
+        expert_dropout.refuse_pefts_forward(chain)
+        return layer.pefts_forward(x, *args, **kwargs)
+
+    if rows is None:
+        return Decision(run, path, reason)
+    if path == BASE:
+        return Decision(lambda x: chain.base(x, *args, **kwargs), BASE, NONE_OF_ROWS)
+    why = f"each row its own adapter, which PEFT refuses: {reason}"
+    return Decision(lambda _: _refuse(chain, rows, reason), PEFT, why)
+
+
+def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:
+    where = "lora_ext.use_adapters: expected"
+    if rows.is_pefts:  # PEFT's own words, too, on which its callers may rely
+        where = (
+            "lora.ParamWrapper does not support mixed adapter batches yet. lora_ext.accelerate "
+            "expected"
+        )
+    raise ValueError(
+        f"{where} a layer whose rows can have different adapters, but in a "
+        f"{type(chain.base).__name__} {reason}; choose one adapter for the whole batch by "
+        "model.set_adapter, or leave the module out of target_parameters"
+    )

@@ -11,6 +11,7 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
+from ..model_layers import peft_layers as layers_of
 from ..packing.layers import packable_layers
 from ..quantized.panels import put_back_for_training
 from . import expert_dropout, mixed_batch
@@ -75,15 +76,13 @@ def swap(model: nn.Module, back: bool = False) -> int:
     backward = {ours: theirs for theirs, ours in classes().items()}
     table = backward if back else classes()
     forwards = {kind.forward for pair in classes().items() for kind in pair}
-    inner = {
-        id(module.base_layer)
-        for module in model.modules()
-        if isinstance(module, peft_layers.ParamWrapper)
-    }
+    outermost = {id(layer) for _, layer in layers_of(model)}
     count = 0
     for module in model.modules():
         state = module.__dict__
-        other = (backward if id(module) in inner else table).get(type(module))
+        is_layer = isinstance(module, peft_layers.LoraLayer)
+        is_inner = is_layer and id(module) not in outermost
+        other = (backward if is_inner else table).get(type(module))
         if getattr(state.get("forward"), "__func__", None) in forwards:
             del state["forward"]  # accelerate's remove_hook_from_module leaves the bound method
         if other is not None:
@@ -92,6 +91,6 @@ def swap(model: nn.Module, back: bool = False) -> int:
                 state.pop(name, None)
             if "forward" in state and not back:
                 state[REPLACED] = state["forward"]
-            count += isinstance(module, peft_layers.LoraLayer)
+            count += is_layer
     put_back_for_training(model, remove=back)
     return count
