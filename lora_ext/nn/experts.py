@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..call.decision import Decision
+from ..call.decision import Decision, of_rows
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from ..experts.decorated import (
@@ -56,7 +56,6 @@ class LoRAExperts(LoRAModule):
     """
 
     has_dropout = True
-    path_of_rows = "fused"
 
     @classmethod
     def _check_stored(cls, name: str, base: nn.Module) -> None:
@@ -95,25 +94,9 @@ class LoRAExperts(LoRAModule):
         layers: Any = self._modules["lora"]
         return layers[up_name(self)], layers["down_proj"]
 
-    def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not (any(map(_adds, self._pair())) or stacks_of(self)):
-            return super()._of_all_rows(args, kwargs)
-        return self._decided().run(args, kwargs)
-
-    def _mixed(
-        self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        return self._decided(names, rows).run(args, kwargs)
-
-    def _decided(
-        self, names: Sequence[str] | None = None, rows: RowAdapters | None = None
-    ) -> Decision:
-        """What a forward that adds an update does with its arguments.
-
-        Args:
-            names: the adapters that rows have; None: all rows have the active ones.
-            rows: the block that says which row has which.
-        """
+    def decide(self, names: Sequence[str], rows: RowAdapters | None) -> Decision:
+        if rows is None and not (any(map(_adds, self._pair())) or stacks_of(self)):
+            return super().decide(names, rows)
         reason = self._obstacle() if rows is None else obstacle(self)
         if not reason and is_transformed():
             reason = "a transform of torch.func or forward-mode AD is active"
@@ -121,19 +104,22 @@ class LoRAExperts(LoRAModule):
             why = f"{reason}: transformers' forward with W + scaling B A"
             return Decision(partial(self._by_others, rows, reason), "library", why)
 
-        def run(args: tuple, kwargs: dict[str, Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             found = operands(self, self.base_type, args, kwargs)
             if found is None:
                 reason = "these arguments are not those of experts"
-                return self._by_others(rows, reason, args, kwargs)
+                return self._by_others(rows, reason, *args, **kwargs)
             experts, layers = Experts.of(self, self.lora), self._pair()
             if rows is None:
                 up, down = map(_weight, layers, (experts.up, experts.down))
                 experts = experts._replace(up=up, down=down)
-            index = None if rows is None else rows.index_for(found[0], names or ())
-            adapters = (self._adapters(layer, names) for layer in layers)
+            index = None if rows is None else rows.index_for(found[0], names)
+            given = None if rows is None else names
+            adapters = (self._adapters(layer, given) for layer in layers)
             return lora_experts(experts, *found, *adapters, adapter_index=index)
 
+        if rows is not None:
+            return Decision(run, "fused", of_rows(names))
         what = "rows sorted by expert, base and update of each"
         return Decision(run, "fused", detail=lambda _: ("fused", what + quantised_note(self)))
 
@@ -153,17 +139,11 @@ class LoRAExperts(LoRAModule):
             for name, spec in zip(names, specs, strict=True)
         ]
 
-    def _by_others(
-        self, rows: RowAdapters | None, reason: str, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        """A forward that `lora_experts` cannot compute."""
+    def _by_others(self, rows: RowAdapters | None, reason: str, *args: Any, **kwargs: Any) -> Any:
+        """A forward that `lora_experts` cannot compute; RuntimeError where W + scaling B A would
+        leave out the dropout of an update."""
         if rows is not None:
             self._refuse_rows(f"needs transformers' own forward: {reason}")
-        self._refuse_dropout(reason)
-        return super()._of_all_rows(args, kwargs)
-
-    def _refuse_dropout(self, reason: str) -> None:
-        """Raises RuntimeError where W + scaling B A would leave out the dropout of an update."""
         found = [each for layer in self._pair() for each in self._adapters(layer, None)]
         most = max((each.dropout for each in found if each is not None), default=0.0)
         if most > 0.0:
@@ -172,6 +152,7 @@ class LoRAExperts(LoRAModule):
                 f"{most} in training, but got a forward with W + scaling B A, which has none: "
                 f"{reason}; call model.eval(), or train with lora_dropout=0"
             )
+        return self._of_all_rows(*args, **kwargs)
 
     def _obstacle(self) -> str:
         """Why `lora_experts` cannot compute the layer for any x, or ""."""
@@ -179,9 +160,6 @@ class LoRAExperts(LoRAModule):
             if sum(map(layer.rank, layer.added_adapters)) > MAX_RANK:
                 return f"the ranks of the active adapters sum to more than {MAX_RANK}"
         return obstacle(self)
-
-    def adapted_path(self, rows: int | None) -> tuple[str, str]:
-        return self._decided().explained(rows)
 
 
 def _weight(layer: LoRAParameter, own: Tensor | QuantizedStack) -> Tensor | QuantizedStack:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from ..call.decision import Decision, of_rows
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import parameter_names, parametrized, stack_of
 from ..torch_state import is_plain, is_transformed
@@ -35,14 +37,12 @@ class LoRAModule(Over):
             from.
         has_dropout: whether adapters on its parameters may have dropout, which W + scaling * B A
             has no place for.
-        path_of_rows: the path of a forward whose rows have different adapters.
         base_type: the class of the module that it replaces.
     """
 
     lora: nn.ModuleDict
     own_names = Over.own_names | {_LAYERS}
     has_dropout = False
-    path_of_rows = "library"
 
     @classmethod
     def around(cls, base: nn.Module, parameters: Iterable[str] | None = None) -> Any:
@@ -89,12 +89,21 @@ class LoRAModule(Over):
         return list(self._modules[_LAYERS]._modules.values())  # type: ignore[union-attr,return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows, names = self._rows()
-        if rows is not None and names:
-            return self._mixed(names, rows, args, kwargs)
-        return self._of_all_rows(args, kwargs)
+        return self.decide(*self._names_and_rows()).run(*args, **kwargs)
 
-    def _of_all_rows(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def decide(self, names: Sequence[str], rows: RowAdapters | None) -> Decision:
+        """How a forward that gets the module's arguments is computed.
+
+        Args:
+            names: the adapters that rows have; not read where all rows have the active ones.
+            rows: the block that says which row has which; None: all have the active ones.
+        """
+        if rows is not None:
+            return Decision(partial(self._mixed, names, rows), "library", of_rows(names))
+        reason = "the module's own forward with a full weight W + scaling B A"
+        return Decision(self._of_all_rows, "library", reason)
+
+    def _of_all_rows(self, *args: Any, **kwargs: Any) -> Any:
         """A forward whose rows have the same adapters, or none."""
         layers = self.layers()
         if not any(layer.changes_weight for layer in layers):
@@ -106,27 +115,21 @@ class LoRAModule(Over):
         }
         return self.with_tensors(weights).forward(*args, **kwargs)
 
-    def _rows(self) -> tuple[RowAdapters | None, list[str]]:
-        """(the open block of `use_adapters` that applies to a forward now, or None; the adapters of
-        it that the module has)."""
+    def _names_and_rows(self) -> tuple[list[str], RowAdapters | None]:
+        """`decide`'s arguments for a forward now."""
         found = (layer.adapters_of_rows() for layer in self.layers())
         rows = next((block for block in found if block is not None), None)
         if rows is None:
-            return None, []
+            return [], None
         layers = [layer for layer in self.layers() if layer.adapters_enabled]
         for layer in layers:
             layer.check_unmerged()
         here = {name for layer in layers for name in layer.row_names(rows)}
-        return rows, [name for name in rows.names if name in here]
+        names = [name for name in rows.names if name in here]
+        return names, rows if names else None
 
-    def _mixed(
-        self, names: list[str], rows: RowAdapters, args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
-        """A forward whose rows have different adapters: one call for the rows of each.
-
-        Args:
-            names: those of the block that the module has.
-        """
+    def _mixed(self, names: Sequence[str], rows: RowAdapters, *args: Any, **kwargs: Any) -> Any:
+        """A forward whose rows have different adapters: one call for the rows of each."""
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():
             self._refuse_rows("gets more than one tensor x, or is under a transform of torch.func")
@@ -162,10 +165,6 @@ class LoRAModule(Over):
 
     def __getstate__(self) -> Any:
         return self.__dict__
-
-    def adapted_path(self, rows: int | None) -> tuple[str, str]:
-        """(path, reason) of a forward with adapters."""
-        return "library", "the module's own forward with a full weight W + scaling B A"
 
 
 def adaptable_parameters(module: nn.Module) -> tuple[str, ...]:

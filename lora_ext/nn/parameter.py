@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..call import Decision
-from ..call.decision import of_rows
 from ..experts.factors import a_by_expert, b_by_expert
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stored_parameter, whole_parameter
@@ -183,11 +182,7 @@ class LoRAParameter(LoRALayer):
         return 0 if stack is None else stack.matrix_bytes
 
     def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
-        module = self.module
-        if rows is not None:
-            return Decision(module.forward, module.path_of_rows, of_rows(names))
-        path, reason = module.adapted_path(None)
-        return Decision(module.forward, path, reason)
+        return self.module.decide(names, rows)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"
