@@ -84,27 +84,21 @@ class RowIndex:
         return found
 
     def index_for(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """The index of the rows of x ``[tokens, in]`` or ``[..., in]``: `index_of_tokens`, or
-        `index_of`, also of an x ``[tokens, in]`` that is a view of a whole one."""
+        """`index_of` for the rows of x ``[..., in]``; an x ``[tokens, in]``, as a mixture's router
+        and experts get it, may be a view of a whole one, and holds all tokens of all samples."""
         whole = None if x.dim() != 2 or is_traced() or len(self.index) == 1 else x._base
         if whole is not None and whole.dim() == 3 and whole.numel() == x.numel():
             return self.index_of(whole.shape[:2], x.device, names)
-        if x.dim() == 2:
-            return self.index_of_tokens(len(x), x.device, names)
-        return self.index_of(x.shape[:-1], x.device, names)
-
-    def index_of_tokens(self, tokens: int, device: torch.device, names: Sequence[str]) -> Tensor:
-        """`index_of` for an x ``[tokens, in]`` that is known to hold all tokens of all samples, as
-        a mixture's router and experts get it."""
-        batch = self.index.shape[0]
-        lead = torch.Size((tokens,))
+        lead, batch = x.shape[:-1], self.index.shape[0]
+        if x.dim() != 2:
+            return self.index_of(lead, x.device, names)
         # An index of samples needs no repeats: a repeated sample's tokens are as more tokens of it.
-        if (self.index.dim() == 1 or self.repeats == 1) and batch and tokens % batch == 0:
-            lead = torch.Size((batch, tokens // batch))
         if self.index.dim() == 1 or self.repeats == 1:
-            return self.index_of(lead, device, names)
+            if batch and lead[0] % batch == 0:
+                lead = torch.Size((batch, lead[0] // batch))
+            return self.index_of(lead, x.device, names)
         known = 0 if is_traced() else self._tokens
-        found = self.index_of(self._of_repeats(lead, known), device, names)
+        found = self.index_of(self._of_repeats(lead, known), x.device, names)
         if not is_traced():
             self._tokens = known  # of an x with 3 dimensions: this one may be of another step
         return found

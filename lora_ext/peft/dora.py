@@ -97,28 +97,18 @@ def embedding(layer: Any, y: Tensor, part: Tensor, update: Update) -> Tensor:
 def _factor_of(
     layer: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
 ) -> Tensor:
-    """g ``[out]`` for the weight ``[out, in]``, at least float32."""
-    vector = layer.lora_magnitude_vector[update.name]
-    norm = _cached_norm(vector, weight, update, rounded_to)
-    return vector.weight.to(norm.dtype) / norm
-
-
-def _cached_norm(
-    vector: Any, weight: Tensor | QuantizedWeight, update: Update, rounded_to: torch.dtype
-) -> Tensor:
-    """The norm; under `peft.helpers.DoraCaching` it is cached where PEFT caches its own, and for as
-    long."""
-    operands = (weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
-    if not _is_cached(vector):
-        if vector._dora_cache:  # only if needed: a compiled checkpoint must not write to it
-            vector._cache_clear()
-        return _norm(*operands)
-    key = f"lora_ext-weight-norm-{update.name}"
-    norm = vector._cache_get(key, None)
+    """g ``[out]`` for the weight ``[out, in]``, at least float32. Under `peft.helpers.DoraCaching`
+    the norm is cached where PEFT caches its own, and for as long."""
+    vector, key = layer.lora_magnitude_vector[update.name], f"lora_ext-weight-norm-{update.name}"
+    is_cached = _is_cached(vector)
+    if not is_cached and vector._dora_cache:  # only then: a compiled checkpoint must not write
+        vector._cache_clear()
+    norm = vector._cache_get(key, None) if is_cached else None
     if norm is None:
-        norm = _norm(*operands)
-        vector._cache_store(key, norm)
-    return norm
+        norm = _norm(weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
+        if is_cached:
+            vector._cache_store(key, norm)
+    return vector.weight.to(norm.dtype) / norm
 
 
 def _is_cached(vector: Any) -> bool:

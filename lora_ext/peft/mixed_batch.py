@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import model as peft_model
 
 from ..model_layers import per_row_modules
 from ..nn.row_adapters import BASE_NAME, RowAdapters, entered
 from ..torch_state import outside_inference
-
-
-def known_names(layer: Any) -> set[str]:
-    """Names of the adapters of a LoRA layer of PEFT; all wrappers of a chain have the same."""
-    return {*layer.lora_A.keys(), *layer.lora_embedding_A.keys()}
 
 
 @contextmanager
@@ -30,7 +26,7 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
     unknown = {name for name in names if name != BASE_NAME}
     for layer in (*fast, *others):
         if unknown and isinstance(layer, LoraLayer):
-            unknown -= known_names(layer)
+            unknown -= {*layer.lora_A, *layer.lora_embedding_A}  # a chain's wrappers have the same
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
@@ -41,7 +37,7 @@ def of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
         if not isinstance(names, list):
             raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
         names = [name for name in names for _ in range(num_beams)]
-    encoder = _encoder_of(model.model) if is_beams else None
+    encoder = peft_model._get_encoder(model.model) if is_beams else None
     inside = set() if encoder is None else {id(module) for module in encoder.modules()}
     with ExitStack() as stack:
         for given, is_inside in ((names, False), (original, True)):
@@ -58,9 +54,3 @@ def _rows_of(names: Sequence[str], layers: Sequence[Any], others: Sequence[Any])
     with outside_inference():
         index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
     return RowAdapters(distinct, index, layers, others, is_pefts=True)
-
-
-def _encoder_of(model: Any) -> Any:
-    from peft.tuners.lora import model as peft_model
-
-    return peft_model._get_encoder(model)

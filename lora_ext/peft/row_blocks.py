@@ -35,7 +35,7 @@ def shrink(x: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """S = drop(x) A^T ``[..., r]`` in at least float32, with the mask of the seed."""
     lora_a = _at_least_float32(lora_a)
     if torch.compiler.is_compiling():
-        return F.linear(_dropped(x.to(lora_a.dtype), p, seed, 0), lora_a)
+        return F.linear(drop(x.to(lora_a.dtype), p, seed), lora_a)
     return _Shrink.apply(x, lora_a, p, seed)
 
 
@@ -74,12 +74,6 @@ def _combined(base: Any, u: Any, factor: Any, update: Tensor) -> Tensor:
     return (total + update).to(like.dtype)
 
 
-def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """drop(x) ``[..., in]`` as in `shrink`: the mask of the seed, kept elements divided by the keep
-    probability."""
-    return _dropped(x, p, seed, 0)
-
-
 class _Shrink(torch.autograd.Function):
     """S = drop(x) A^T; dx = drop(dS A), dA = dS^T drop(x)."""
 
@@ -89,7 +83,7 @@ class _Shrink(torch.autograd.Function):
         part = x.new_empty((*x.shape[:-1], len(lora_a)), dtype=lora_a.dtype)
         with without_autocast(x):
             for block in _blocks(rows):
-                dropped = _dropped(rows[block].to(lora_a.dtype), p, seed, block.start)
+                dropped = drop(rows[block].to(lora_a.dtype), p, seed, block.start)
                 _flat(part)[block] = F.linear(dropped, lora_a)
         ctx.save_for_backward(x, lora_a, seed)
         ctx.p = p
@@ -107,11 +101,9 @@ class _Shrink(torch.autograd.Function):
             for block in _blocks(rows):
                 ds = _flat(grad)[block]
                 if da is not None:
-                    da.addmm_(
-                        ds.t(), _dropped(rows[block].to(lora_a.dtype), ctx.p, seed, block.start)
-                    )
+                    da.addmm_(ds.t(), drop(rows[block].to(lora_a.dtype), ctx.p, seed, block.start))
                 if dx is not None:
-                    _flat(dx)[block] = _dropped(ds @ lora_a, ctx.p, seed, block.start)
+                    _flat(dx)[block] = drop(ds @ lora_a, ctx.p, seed, block.start)
         return dx, da, None, None
 
 
@@ -183,8 +175,9 @@ def _sum(own: Tensor, other: Tensor | None) -> Tensor:
     return own.add_(other) if wide == own.dtype else other + own
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None, row: int) -> Tensor:
-    """x ``[..., in]`` with the mask of its rows, counted from `row`."""
+def drop(x: Tensor, p: float, seed: Tensor | None, row: int = 0) -> Tensor:
+    """drop(x) ``[..., in]`` with the mask of its rows, counted from `row`; what is kept is
+    divided by the keep probability."""
     if seed is None:
         return x
     keep = dropout_mask(seed, x.shape[:-1].numel(), x.shape[-1], p, row)
