@@ -75,6 +75,11 @@ class AdapterSpec:
         return self.init_lora_weights in ("pissa", "olora")
 
 
+def optional_spec(r: int, *settings: Any, **more: Any) -> AdapterSpec | None:
+    """The spec of the adapter that a constructor adds; None for r = 0, which adds none."""
+    return AdapterSpec(r, *settings, **more) if r != 0 else None
+
+
 def check_rank(rank: Any, where: str) -> None:
     expect(
         is_integer(rank) and 1 <= rank <= MAX_RANK,

@@ -14,7 +14,7 @@ from ..call import Decision
 from ..call.apply import Update, mixed_lookup
 from ..call.decision import of_rows
 from . import initialize
-from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
+from .adapter_spec import optional_spec
 from .base import LoRALayer
 from .row_adapters import RowAdapters
 
@@ -52,11 +52,10 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        spec = AdapterSpec(r, lora_alpha, use_rslora=use_rslora) if r != 0 else None
+        spec = optional_spec(r, lora_alpha, use_rslora=use_rslora)
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._init_lora()
-        if spec is not None:
-            self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+        self._add_default(spec, adapter_dtype)
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:

@@ -143,23 +143,20 @@ class LayerPool(nn.Module):
         Args:
             spec, values: None if the adapter is not in this layer.
         """
-        if spec is None:
-            self._free(name, slot)
-            return
-        is_kept = name in self and self.specs[name].r == spec.r
-        parameters = self.slots[name] if is_kept else self._views(slot, spec.r, trainable)
-        self._fill(name, slot, SlotContent(spec, parameters, values))
+        parameters = None
+        if spec is not None:
+            is_kept = name in self and self.specs[name].r == spec.r
+            parameters = self.slots[name] if is_kept else self._views(slot, spec.r, trainable)
+        self.put_back(name, slot, SlotContent(spec, parameters, values))
 
     def put_back(self, name: str, slot: int, content: SlotContent) -> None:
         """Undoes a `write`."""
-        if content.spec is None:
-            self._free(name, slot)
-        else:
-            self._fill(name, slot, content)
-
-    def _fill(self, name: str, slot: int, content: SlotContent) -> None:
         spec, parameters, values = content
-        assert spec is not None and parameters is not None and values is not None
+        if spec is None or parameters is None or values is None:
+            self.specs.pop(name, None)
+            self.slots.pop(name, None)
+            self.ranks[slot] = 0
+            return
         self.slots[name] = parameters
         with torch.no_grad():
             for parameter, value in zip(parameters, values, strict=True):
@@ -167,11 +164,6 @@ class LayerPool(nn.Module):
             self.scaling[slot] = spec.scaling
             self.ranks[slot] = spec.r
         self.specs[name] = spec
-
-    def _free(self, name: str, slot: int) -> None:
-        self.specs.pop(name, None)
-        self.slots.pop(name, None)
-        self.ranks[slot] = 0
 
     def _views(self, slot: int, rank: int, trainable: bool) -> tuple[nn.Parameter, nn.Parameter]:
         with torch.inference_mode(False):
@@ -241,19 +233,9 @@ class ParameterPool(LayerPool):
             times the pool's max_rank, at most 512.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        capacity: int,
-        max_rank: int,
-        names: dict[str, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        count: int,
-        projections: int = 1,
-    ) -> None:
+    def __init__(self, *operands: Any, count: int, projections: int = 1) -> None:
         self.count, self.projections = count, projections  # first: the base's __init__ reads them
-        super().__init__(shape, capacity, max_rank, names, dtype, device)
+        super().__init__(*operands)
 
     @property
     def largest_rank(self) -> int:

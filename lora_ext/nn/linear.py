@@ -11,7 +11,7 @@ from ..call.op import lora_linear
 from ..dtypes import HALVES
 from ..packed_weight import Base
 from ..torch_state import is_autocast, is_traced, is_transformed
-from .adapter_spec import DEFAULT_ADAPTER, AdapterSpec
+from .adapter_spec import optional_spec
 from .fused import FusedLoRALayer
 
 _Parameter = nn.Parameter
@@ -49,14 +49,10 @@ class FromLinear(FusedLoRALayer):
             ValueError: a number is out of its range.
         """
         # Checked before anything is made.
-        spec = (
-            AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias)
-            if r != 0
-            else None
-        )
+        settings = lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias
+        spec = optional_spec(r, *settings)
         layer = cls.around(linear)
-        if spec is not None:
-            layer.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+        layer._add_default(spec, adapter_dtype)
         return layer
 
 
@@ -101,18 +97,14 @@ class LoRALinear(FromLinear, nn.Linear):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         # Checked before anything is allocated.
-        spec = (
-            AdapterSpec(r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias)
-            if r != 0
-            else None
-        )
+        settings = lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_bias
+        spec = optional_spec(r, *settings)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._init_lora()
         self.fan_in_fan_out = fan_in_fan_out
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().t().contiguous())
-        if spec is not None:
-            self.add_adapter(DEFAULT_ADAPTER, spec, adapter_dtype)
+        self._add_default(spec, adapter_dtype)
 
     @classmethod
     def _check_base(cls, base: nn.Module) -> None:

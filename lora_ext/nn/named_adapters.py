@@ -20,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import initialize
-from .adapter_spec import MAX_RANK, AdapterSpec
-from .drop_in import DropIn
+from .adapter_spec import DEFAULT_ADAPTER, MAX_RANK, AdapterSpec
+from .over import DropIn
 from .row_adapters import RowAdapters, forget
+
+# The attributes that are ParameterDicts by adapter, in the order of a state dict.
+TABLES = ("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init")
 
 
 class NamedAdapters(DropIn):
@@ -170,6 +173,10 @@ class NamedAdapters(DropIn):
         if is_alone:
             self.active_adapters = (adapter_name,)
 
+    def _add_default(self, spec: AdapterSpec | None, dtype: torch.dtype | None) -> None:
+        if spec is not None:
+            self.add_adapter(DEFAULT_ADAPTER, spec, dtype)
+
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         where = f"lora_ext.nn.{type(self).__name__}.add_adapter"
         # ParameterDict keeps entries as attributes: "keys" would hide its method.
@@ -268,8 +275,7 @@ class NamedAdapters(DropIn):
 
     def tables(self) -> dict[str, nn.ParameterDict]:
         """All tables of the adapters: attribute name -> ParameterDict by adapter."""
-        names = ("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in TABLES}
 
     def extra_repr(self) -> str:
         shown = [

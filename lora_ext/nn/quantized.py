@@ -15,6 +15,7 @@ from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
 from ..torch_state import is_plain
 from .fused import FusedLoRALayer
 from .linear import FromLinear
+from .named_adapters import TABLES
 from .over import Over, check_own_forward, empty_over
 from .row_adapters import RowAdapters
 
@@ -47,7 +48,7 @@ class LoRAQuantizedLinear(Over, FromLinear):
     own_names = Over.own_names | {
         *("base_attributes", "adapters", "active_adapters", "merged_adapters", "_disabled"),
         *("packed", "pool", "row_adapters", "merged_weight", "merged_bias"),
-        *("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init"),
+        *TABLES,
     }
     added_path = "added"
     can_merge = False

@@ -15,7 +15,7 @@ from ..models.config import ALL_LINEAR, AnyConfig, LoraConfig
 from ..models.find import find_targets
 from ..models.mixtures import warn_of_other_experts
 from ..models.model import adapter_names, check_not_peft, lora_layers
-from ..nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear, LoRAParameter
+from ..nn import LoRALayer, LoRALinear, LoRAParameter
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect, is_integer
 from ..nn.fused import FusedLoRALayer
 from ..nn.layer_pool import LayerPool, ParameterPool, detach_from_pool
@@ -112,7 +112,7 @@ class AdapterPool:
         place = (layer.factor_dtype(dtype), layer.stored_weight.device)
         words = (layer.matrix_shape, self.capacity, self.max_rank, self._names, *place)
         if isinstance(layer, LoRAParameter):
-            return ParameterPool(*words, layer.count, projections)
+            return ParameterPool(*words, count=layer.count, projections=projections)
         return LayerPool(*words)
 
     @classmethod
@@ -331,10 +331,8 @@ class AdapterPool:
 
 def _check_layer(path: str, layer: LoRALayer) -> None:
     """Raises ValueError for a layer that cannot have a pool."""
-    plain = type(layer) in (LoRALinear, LoRAParameter) or (
-        isinstance(layer, FusedLoRALayer) and not isinstance(layer, LoRALinear)
-    )
-    if not plain or isinstance(layer, LoRAMergedLinear | LoRAEmbedding):
+    is_other = isinstance(layer, FusedLoRALayer) and not isinstance(layer, LoRALinear)
+    if not (is_other or type(layer) in (LoRALinear, LoRAParameter)):
         raise ValueError(
             "lora_ext.AdapterPool: expected linear layers, 1x1 convolutions, experts and routers, "
             f"but target_modules chooses {path!r}, a {type(layer).__name__}"
