@@ -235,7 +235,7 @@ class AdapterPool:
                     f"expected a free slot, but all {self.capacity} are used; remove an adapter, "
                     "or make a pool of larger capacity"
                 )
-            incoming = self._read(source, config)
+            incoming = read(self.model, self.layers, source, config)
             slot = next(slot for slot in range(self.capacity) if slot not in taken)
             wants = incoming.is_new if trainable is None else trainable
             self._write(adapter_name, slot, incoming, wants)
@@ -261,7 +261,7 @@ class AdapterPool:
         """
         self._known(adapter_name, "replace_adapter")
         with naming("replace_adapter", adapter_name):
-            incoming = self._read(source, config)
+            incoming = read(self.model, self.layers, source, config)
             wants = next(iter(self.parameters(adapter_name))).requires_grad
             self._write(adapter_name, self._names[adapter_name], incoming, wants)
         return self.parameters(adapter_name)
@@ -299,9 +299,6 @@ class AdapterPool:
         """
         self._known(adapter_name, "save_adapter")
         save_adapter(self.model, folder, adapter_name, bias="none", **information)
-
-    def _read(self, source: Source, config: AnyConfig | None) -> Incoming:
-        return read(self.model, self.layers, source, config)
 
     def _write(self, name: str, slot: int, incoming: Incoming, trainable: bool) -> None:
         """Writes all layers or none; the previous content is kept until everything is written."""

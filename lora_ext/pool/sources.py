@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.errors import AdapterError, some
 from ..adapters.load import read_placement
-from ..adapters.placement import Placement, Target
+from ..adapters.placement import Placement
 from ..adapters.targets import named
 from ..models.apply import layers_of
 from ..models.config import AnyConfig, LoraConfig, as_config
@@ -81,32 +81,23 @@ def _random(
 ) -> Incoming:
     """A new adapter with random values in the layers that the config selects."""
     incoming = Incoming(is_new=True)
-    for path, layer, spec in _targets(model, config):
-        if layer is None or layer is not layers.get(path):
-            raise _unknown(path)
-        if spec.subtracts_init:
-            raise AdapterError(
-                "expected init_lora_weights True or 'gaussian', but got "
-                f"{spec.init_lora_weights!r}, which also changes the weight"
-            )
-        like = {"dtype": dtype, "device": layer.stored_weight.device}
-        shape_a, shape_b = layer.factor_shapes(spec.r)
-        lora_a, lora_b = torch.empty(shape_a, **like), torch.empty(shape_b, **like)
-        initialize.plain_(spec, lora_a, lora_b)
-        incoming.specs[path], incoming.values[path] = spec, (lora_a, lora_b)
-    return incoming
-
-
-def _targets(
-    model: nn.Module, config: LoraConfig
-) -> Iterator[tuple[str, LoRALayer | None, AdapterSpec]]:
-    """(path, layer, spec) of what a config selects; no layer where the model has none."""
     for path, module in find_targets(model, config):
-        if isinstance(module, LoRALayer | LoRAModule):
-            for layer, spec in layers_of(module, path, config):
-                yield layer_name(path, layer), layer, spec
-        else:
-            yield path, None, config.spec_for(path)
+        if not isinstance(module, LoRALayer | LoRAModule):
+            raise _unknown(path)
+        for layer, spec in layers_of(module, path, config):
+            name = layer_name(path, layer)
+            if layer is not layers.get(name):
+                raise _unknown(name)
+            if spec.subtracts_init:
+                raise AdapterError(
+                    "expected init_lora_weights True or 'gaussian', but got "
+                    f"{spec.init_lora_weights!r}, which also changes the weight"
+                )
+            like = {"dtype": dtype, "device": layer.stored_weight.device}
+            lora_a, lora_b = (torch.empty(shape, **like) for shape in layer.factor_shapes(spec.r))
+            initialize.plain_(spec, lora_a, lora_b)
+            incoming.specs[name], incoming.values[name] = spec, (lora_a, lora_b)
+    return incoming
 
 
 def _of_tensors(
@@ -179,13 +170,13 @@ def _of_folder(
                     f"expected plain LoRA, but got init {target.spec.init_lora_weights!r}; "
                     "load_adapter it, and save_adapter writes it as plain LoRA"
                 )
-            _known(_name_of(target), layers)
+            _known(layer_name(target.path, target.layer), layers)
         _check_parameters(placement, layers)
 
     placement = read_placement(model, folder, dtype, check)
     incoming = Incoming()
     for target in placement.targets:
-        name = _name_of(target)
+        name = layer_name(target.path, target.layer)
         incoming.specs[name] = target.spec
         incoming.values[name] = (target.values["lora_a"], target.values["lora_b"])
     return incoming
@@ -193,7 +184,7 @@ def _of_folder(
 
 def _check_parameters(placement: Placement, layers: Mapping[str, LoRALayer]) -> None:
     """Checks that the file has factors of each parameter of the pool that its config names."""
-    found = {_name_of(target) for target in placement.targets}
+    found = {layer_name(target.path, target.layer) for target in placement.targets}
     parameters = (name for name, layer in layers.items() if isinstance(layer, LoRAParameter))
     wanted = named(parameters, placement.config.target_parameters)
     missing = [name for name in wanted if name not in found]
@@ -202,10 +193,6 @@ def _check_parameters(placement: Placement, layers: Mapping[str, LoRALayer]) -> 
             f"expected lora_A and lora_B of all that target_parameters names, but the file lacks "
             f"{some(missing)}; results would differ"
         )
-
-
-def _name_of(target: Target) -> str:
-    return layer_name(target.path, target.layer)
 
 
 def _known(path: str, layers: Mapping[str, LoRALayer]) -> LoRALayer:
