@@ -13,9 +13,8 @@ from ..dtypes import HALVES
 from ..invariance import row_block
 from ..quantized.stack import QuantizedStack
 from .autograd import GateDown, Projected
-from .description import Experts, ExpertsAdapter
 from .gate_blocks import in_equal_blocks
-from .operands import Projection
+from .operands import Experts, ExpertsAdapter, Projection
 from .routing import Routes, places_of, routes_of
 
 

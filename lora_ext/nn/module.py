@@ -133,17 +133,15 @@ class LoRAModule(Over):
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():
             self._refuse_rows("gets more than one tensor x, or is under a transform of torch.func")
-        index = rows.index_for(x, names)
 
-        def call(place: int, own: Tensor) -> Any:
-            name = names[place] if place >= 0 else None
+        def call(name: str | None, own: Tensor) -> Any:
             weights = {
                 layer.parameter: layer.weight_of_row(name if layer.has(name) else None)
                 for layer in self.layers()
             }
             return self.with_tensors(weights).forward(own)
 
-        return by_adapter(call, x, index, len(names))
+        return by_adapter(call, x, rows.index_for(x, names), names)
 
     def _refuse_rows(self, reason: str) -> NoReturn:
         raise ValueError(

@@ -3,7 +3,7 @@ router, whose forward goes on to softmax and top-k after its product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 from ..torch_state import is_traced
 
 
-def by_adapter(call: Callable[[int, Tensor], Any], x: Tensor, index: Tensor, adapters: int) -> Any:
+def by_adapter(
+    call: Callable[[str | None, Tensor], Any], x: Tensor, index: Tensor, names: Sequence[str]
+) -> Any:
     """The outputs of all rows, in their order.
 
     Args:
-        call: the module with the weight of one adapter, -1 for its own, for some rows of x, whose
+        call: the module with the weight of one adapter, None for its own, for some rows of x, whose
             dimensions before the last but one are then 1: returns a tensor, or a tuple of tensors,
             which begin with the dimensions of its x without the features, or with the rows.
         x: ``[..., in]``.
-        index: int32 ``[rows]``, the adapter of each row, or -1.
-        adapters: their number.
+        index: int32 ``[rows]``, the place of each row's adapter in names, or -1.
+        names: of the adapters.
 
     Returns:
         As from a call with x.
@@ -31,19 +33,19 @@ def by_adapter(call: Callable[[int, Tensor], Any], x: Tensor, index: Tensor, ada
     """
     lead = x.shape[:-1]
     if is_traced():  # how many rows each has is not known: all rows with each
-        outputs = [call(place, x) for place in range(-1, adapters)]
+        outputs = [call(name, x) for name in (None, *names)]
         return _zipped(outputs, [lead] * len(outputs), lead, lambda parts: _chosen(parts, index))
     order = torch.argsort(index, stable=True)
-    counts = torch.bincount(index + 1, minlength=adapters + 1).tolist()
-    here = [(place - 1, count) for place, count in enumerate(counts) if count]
+    counts = torch.bincount(index + 1, minlength=len(names) + 1).tolist()
+    here = [pair for pair in zip((None, *names), counts, strict=True) if pair[1]]
     if len(here) <= 1:
-        return call(here[0][0] if here else -1, x)
+        return call(here[0][0] if here else None, x)
     back = torch.argsort(order)
     leads = [torch.Size((*[1] * (len(lead) - 1), count)) for _, count in here]
     split = x.reshape(-1, x.shape[-1])[order].split([count for _, count in here])
     outputs = [
-        call(place, part.view(*own, -1))
-        for (place, _), part, own in zip(here, split, leads, strict=True)
+        call(name, part.view(*own, -1))
+        for (name, _), part, own in zip(here, split, leads, strict=True)
     ]
     return _zipped(outputs, leads, lead, lambda parts: torch.cat(parts)[back])
 

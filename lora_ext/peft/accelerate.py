@@ -57,7 +57,7 @@ def accelerate(
     _import_peft("accelerate")
     from peft.tuners.lora import LoraLayer
 
-    from . import expert_dropout as of_experts
+    from . import experts
     from .swap import classes, swap
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -68,10 +68,10 @@ def accelerate(
             "first, or use lora_ext.apply_lora instead of PEFT"
         )
     if expert_dropout is not None:
-        of_experts.check(model, expert_dropout)
+        experts.check_dropout(model, expert_dropout)
     swap(model)
     if expert_dropout is not None:
-        of_experts.put(model, expert_dropout)
+        experts.put_dropout(model, expert_dropout)
     if not any(type(layer) in classes().values() for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         warnings.warn(
@@ -95,11 +95,11 @@ def decelerate(model: Model) -> Model:
     """
     _check(model, "decelerate")
     _import_peft("decelerate")
-    from .expert_dropout import remove
+    from .experts import remove_dropout
     from .swap import swap
 
     swap(model, back=True)
-    remove(model)
+    remove_dropout(model)
     return model
 
 

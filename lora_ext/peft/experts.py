@@ -1,21 +1,30 @@
-"""transformers' experts with PEFT's adapters on their parameters, as operands of `lora_experts`."""
+"""transformers' experts with PEFT's adapters on their parameters, as operands of `lora_experts`.
+
+PEFT's wrapper of a parameter refuses lora_dropout, since it computes W + B A, which has no place
+for it. `accelerate(model, expert_dropout=p)` makes the probability an attribute of each wrapper;
+nothing of PEFT's reads it, and it is not stored in files.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
+from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import MAX_RANK
+from ..nn.adapter_spec import check_dropout as check_probability
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
 from ..versions import TOO_OLD
-from .chain import Chain, Target
-from .reasons import has_hooks
+from .chain import EXPERT_DROPOUT, Chain, Target, chain_of, chain_state, has_updates
+from .reasons import PEFT, has_hooks
 
 with contextlib.suppress(ImportError):  # before transformers 5
     import transformers.integrations.moe  # noqa: F401
@@ -118,3 +127,92 @@ def note(chain: Chain, by_row: bool) -> str:
     updates = f", updates of {names}" if names else ""
     dropout = f", expert_dropout {chain.dropout}" if chain.dropout else ""
     return f"rows of each expert{updates}{dropout}{decorated.quantised_note(chain.base)}"
+
+
+# ---- dropout ----
+
+
+def check_dropout(model: nn.Module, p: Any) -> None:
+    """Raises ValueError where experts of the model would not have the dropout."""
+    check_probability(p, "accelerate", "expert_dropout")
+    if p == 0.0:
+        return
+    chains = _chains(model)
+    if not chains:
+        raise ValueError(
+            f"lora_ext.accelerate: expected adapters on the experts of a mixture for "
+            f"expert_dropout={p}, but got a {type(model).__name__} without; name the experts in "
+            "LoraConfig(target_parameters=[...]), or leave expert_dropout out: for linear layers "
+            "there is LoraConfig(lora_dropout=...)"
+        )
+    for path, chain in chains.items():
+        obstacle = _obstacle(chain)
+        if obstacle:
+            raise ValueError(
+                f"lora_ext.accelerate: expected experts that lora_ext computes for "
+                f"expert_dropout={p}, but {path!r} needs PEFT's own forward, which has no dropout: "
+                f"{obstacle}; leave expert_dropout out, or these experts out of target_parameters"
+            )
+
+
+def put_dropout(model: nn.Module, p: float | None = None) -> None:
+    """Sets the probability on all wrappers of experts. None: those that have none get the largest
+    in the model, as those of an adapter that is added later."""
+    chains = list(_chains(model).values())
+    found = [
+        [state[EXPERT_DROPOUT] for state in states if EXPERT_DROPOUT in state]
+        for states in ([target.wrapper.__dict__ for target in each.targets] for each in chains)
+    ]
+    most = max((each for own in found for each in own), default=0.0)
+    for chain, own in zip(chains, found, strict=True):
+        value = max(own, default=most) if p is None else float(p)
+        for target in chain.targets:
+            setattr(target.wrapper, EXPERT_DROPOUT, value)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Leaves nothing of it on PEFT's wrappers, and says so where there was a dropout."""
+    most = 0.0
+    for module in model.modules():
+        if isinstance(module, peft_layers.ParamWrapper) and EXPERT_DROPOUT in module.__dict__:
+            most = max(most, module.__dict__[EXPERT_DROPOUT])
+            delattr(module, EXPERT_DROPOUT)
+    if most:
+        warnings.warn(
+            f"lora_ext.decelerate: expert_dropout={most} ends here, since PEFT has none for experts"
+            "; a later accelerate needs it again: "
+            f"lora_ext.accelerate(model, expert_dropout={most})",
+            stacklevel=3,
+        )
+
+
+def refuse_pefts_forward(chain: Chain) -> None:
+    """Raises RuntimeError if PEFT's own forward is about to leave out the dropout of an update."""
+    p = chain.dropout
+    if p == 0.0 or not has_updates(chain):
+        return
+    why = _obstacle(chain) or "these arguments, or a transform of torch.func, are not supported"
+    raise RuntimeError(
+        f"lora_ext.accelerate: expected experts that lora_ext computes for expert_dropout={p} in "
+        f"training, but this forward is PEFT's own, which has no dropout: {why}; call "
+        "model.eval(), or turn it off by lora_ext.accelerate(model, expert_dropout=0)"
+    )
+
+
+def _chains(model: nn.Module) -> dict[str, Chain]:
+    """The chains around modules of experts, by the path of the outermost wrapper."""
+    wrappers = (pair for pair in layers_of(model) if isinstance(pair[1], peft_layers.ParamWrapper))
+    chains = {path: chain_of(wrapper) for path, wrapper in wrappers}
+    return {
+        path: chain
+        for path, chain in chains.items()
+        if any(target.wrapper.num_experts > 1 for target in chain.targets)
+    }
+
+
+def _obstacle(chain: Chain) -> str:
+    """Why the update of a chain needs PEFT's own forward, or ""."""
+    state = chain_state(chain)
+    if state is not None and state[0] == PEFT:
+        return state[1]
+    return reason(chain)

@@ -65,15 +65,14 @@ def forward(
     if others or kwargs or not is_plain(x) or x.dim() < 2:
         return NotImplemented
 
-    def call(place: int, own: Tensor) -> Any:
-        here = names[place : place + 1] if place >= 0 else ()
+    def call(name: str | None, part: Tensor) -> Any:
         targets = [
-            target._replace(adapters=[name for name in here if name in target.adapters])
-            for target in chain.targets
+            each._replace(adapters=[own for own in each.adapters if own == name])
+            for each in chain.targets
         ]
-        return _called(chain._replace(targets=targets), (own,), {})
+        return _called(chain._replace(targets=targets), (part,), {})
 
-    return by_adapter(call, x, rows.index_for(x, names), len(names))
+    return by_adapter(call, x, rows.index_for(x, names), names)
 
 
 def _called(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from ..call import Decision
 from ..call.decision import of_rows
 from ..experts import decorated
 from ..nn.row_adapters import RowAdapters
-from . import expert_dropout, experts, matrices
+from . import experts, matrices
 from .chain import Chain, base_state, chain_of, chain_state, has_updates
 from .layer import NONE_OF_ROWS, Accelerated, Call, forward_over
 from .reasons import ADDED, BASE, FUSED, PEFT
@@ -91,7 +91,7 @@ def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> 
     _, rows, args, kwargs = call
 
     def run(x: Any) -> Any:
-        expert_dropout.refuse_pefts_forward(chain)
+        experts.refuse_pefts_forward(chain)
         return layer.pefts_forward(x, *args, **kwargs)
 
     if rows is None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from typing import Any
 
+import torch
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora import model as peft_model
 from torch import nn
 
 from ..model_layers import peft_layers as layers_of
+from ..model_layers import per_row_modules
+from ..nn.row_adapters import BASE_NAME, RowAdapters, entered
 from ..packing.layers import packable_layers
 from ..quantized.panels import put_back_for_training
-from . import expert_dropout, mixed_batch
+from ..torch_state import outside_inference
+from . import experts
 from .embedding import Embedding
 from .linear import Linear
 from .param_wrapper import ParamWrapper
@@ -37,7 +41,7 @@ class LoraModel(peft_model.LoraModel):
         peft_model.LoraModel.inject_adapter(self, model, *args, **kwargs)
         if isinstance(self, LoraModel):  # false in a bound method that outlived `decelerate`
             swap(model)
-            expert_dropout.put_on_new(model)
+            experts.put_dropout(model)
             for layer in packable_layers(model):  # an initialization may write to the weight's data
                 if layer.packed is not None:
                     layer.packed.drop_if_written()
@@ -51,7 +55,7 @@ class LoraModel(peft_model.LoraModel):
             with peft_model.LoraModel._enable_peft_forward_hooks(self, *args, **kwargs):
                 yield
             return
-        with mixed_batch.of_call(self, names, kwargs.get("num_beams")):
+        with _names_of_call(self, names, kwargs.get("num_beams")):
             yield
 
 
@@ -94,3 +98,44 @@ def swap(model: nn.Module, back: bool = False) -> int:
             count += is_layer
     put_back_for_training(model, remove=back)
     return count
+
+
+@contextmanager
+def _names_of_call(model: Any, names: Any, num_beams: Any) -> Iterator[None]:
+    """The adapter_names of one call of a model, checked as PEFT checks them.
+
+    Raises:
+        TypeError, ValueError: PEFT's errors, except the one for training.
+    """
+    fast, others = per_row_modules(model)
+    unknown = {name for name in names if name != BASE_NAME}
+    for layer in (*fast, *others):
+        if unknown and isinstance(layer, peft_layers.LoraLayer):
+            unknown -= {*layer.lora_A, *layer.lora_embedding_A}  # a chain's wrappers have the same
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+        )
+    original = names = list(names) if isinstance(names, tuple) else names
+    is_beams = isinstance(num_beams, int) and num_beams > 1
+    if is_beams:
+        if not isinstance(names, list):
+            raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+        names = [name for name in names for _ in range(num_beams)]
+    encoder = peft_model._get_encoder(model.model) if is_beams else None
+    inside = set() if encoder is None else {id(module) for module in encoder.modules()}
+    with ExitStack() as stack:
+        for given, is_inside in ((names, False), (original, True)):
+            own = [layer for layer in fast if (id(layer) in inside) == is_inside]
+            rest = [module for module in others if (id(module) in inside) == is_inside]
+            stack.enter_context(entered(_rows_of(given, own, rest)))
+        yield
+
+
+def _rows_of(names: Sequence[str], layers: Sequence[Any], others: Sequence[Any]) -> RowAdapters:
+    distinct = list(dict.fromkeys(name for name in names if name != BASE_NAME))
+    places = {name: place for place, name in enumerate(distinct)} | {BASE_NAME: -1}
+    device = next((p.device for layer in layers[:1] for p in layer.parameters()), None)
+    with outside_inference():
+        index = torch.tensor([places[name] for name in names], dtype=torch.int32, device=device)
+    return RowAdapters(distinct, index, layers, others, is_pefts=True)

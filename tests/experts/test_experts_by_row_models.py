@@ -180,19 +180,20 @@ def test_a_module_is_called_for_the_rows_of_each(is_compiled, monkeypatch):
     """In a traced program for all rows, of which its own are taken."""
     monkeypatch.setattr(rows_apart, "is_traced", lambda: is_compiled)
     x, index = torch.randn(2, 3, 4), torch.tensor([1, -1, -1, 1, 0, 1])
-    seen = []
+    seen, names = [], ["a", "b", "c"]
 
-    def call(place, own):
+    def call(name, own):
+        place = -1 if name is None else names.index(name)
         rows = own.flatten(0, -2)
         seen.append(len(rows))
         return rows * (place + 2), (rows[:, :1] + place,)
 
-    y, (other,) = rows_apart.by_adapter(call, x, index, 3)
+    y, (other,) = rows_apart.by_adapter(call, x, index, names)
     rows, place = x.flatten(0, 1), index[:, None]
     assert torch.equal(y, rows * (place + 2)) and torch.equal(other, rows[:, :1] + place)
     assert seen == ([6] * 4 if is_compiled else [2, 1, 3])
     with pytest.raises(ValueError, match=r"tensors of \d rows, as a router, but got \[4\]"):
-        rows_apart.by_adapter(lambda place, rows: rows.sum(0), x[:, 0], index[:2], 3)
+        rows_apart.by_adapter(lambda name, rows: rows.sum(0), x[:, 0], index[:2], names)
 
 
 @pytest.mark.parametrize("whose", MODELS)
