@@ -12,22 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-_STATE_DICT_HOOK_TABLES = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+_HOOKS = [name for name in nn.Module().__dict__ if "hook" in name]
+_STATE_DICT_HOOKS = [name for name in _HOOKS if "state_dict" in name]
+_HOOKS_OF_CALLS = [name for name in _HOOKS if name not in _STATE_DICT_HOOKS]
 
 
 class DropIn(nn.Module):
@@ -70,7 +57,7 @@ class DropIn(nn.Module):
         others = [*(set(base._parameters) - {"weight", "bias"}), *base._buffers, *base._modules]
         if others:
             raise TypeError(f"{where} it holds {sorted(others)} too, which would be lost")
-        if any(base.__dict__[name] for name in _STATE_DICT_HOOK_TABLES):
+        if any(base.__dict__[name] for name in _STATE_DICT_HOOKS):
             raise TypeError(f"{where} it has hooks on its state dict, which would be lost")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -97,7 +84,7 @@ class DropIn(nn.Module):
         if "bias" in base._parameters:
             self.register_parameter("bias", base._parameters["bias"])
         self.training = base.training
-        for name in _HOOK_TABLES:
+        for name in _HOOKS_OF_CALLS:
             self.__dict__[name] = base.__dict__[name]
 
     def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -111,7 +98,7 @@ class DropIn(nn.Module):
             if name == "weight" or tensor is not None or "bias" in self._parameters:
                 base.register_parameter(name, tensor)
         base.training = self.training
-        for name in _HOOK_TABLES:
+        for name in _HOOKS_OF_CALLS:
             base.__dict__[name] = self.__dict__[name]
         return base
 

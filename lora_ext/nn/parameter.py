@@ -98,11 +98,6 @@ class LoRAParameter(LoRALayer):
         """The rank of each matrix's update."""
         return self.factors(name)[0].shape[0] // self.count
 
-    def factors_of_each(self, name: str) -> tuple[Tensor, Tensor]:
-        """Views (A ``[E, r, in]``, B ``[E, out, r]``)."""
-        lora_a, lora_b = self.factors(name)
-        return a_by_expert(lora_a, self.count), b_by_expert(lora_b, self.count)
-
     def _check_new(self, name: str, spec: AdapterSpec) -> None:
         self.check_spec(f"lora_ext.nn.LoRAParameter.add_adapter: {self.parameter!r}", spec)
         super()._check_new(name, spec)
@@ -161,10 +156,10 @@ class LoRAParameter(LoRALayer):
     def _with(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             for name in names:
-                lora_a, lora_b = self.factors_of_each(name)
-                spec = self.spec_of(name)
+                (lora_a, lora_b), spec = self.factors(name), self.spec_of(name)
                 assert spec is not None
-                delta = self.matrix((lora_b * spec.scaling) @ lora_a)
+                scaled = b_by_expert(lora_b, self.count) * spec.scaling
+                delta = self.matrix(scaled @ a_by_expert(lora_a, self.count))
                 weight = weight + delta.to(weight.dtype).view(weight.shape)
         return weight
 
