@@ -12,6 +12,7 @@ precision; the rest is added to the base product in blocks of rows.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,10 @@ def linear(
     """y of the equations above, for any weight that `lora_linear` accepts."""
     factor = _factor_of(layer, weight, update, update.lora_a.dtype)
     if update.dropout == 0.0 and _is_cached(layer.lora_magnitude_vector[update.name]):
-        return _scaled(x, weight, bias, update, factor)
+        # The fastest way if the norm is known.
+        lora_a, lora_b, scaling = stacked([update], compute_dtype(x))
+        y = lora_linear(x, weight, lora_a, lora_b, None, scaling)
+        return (y * factor if bias is None else torch.addcmul(bias, y, factor)).to(y.dtype)
     scaled_b = update.lora_b * factor[:, None]
     if update.dropout == 0.0:
         part = shrink(x, update.lora_a, 0.0, None)
@@ -70,20 +74,6 @@ def linear(
     part = shrink(x, update.lora_a, update.dropout, seed)
     u = base_linear(drop(x, update.dropout, seed), weight, None)
     return combine(base_linear(x, weight, bias), u, factor - 1, part, scaled_b, update.scaling)
-
-
-def _scaled(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    bias: Tensor | None,
-    update: Update,
-    factor: Tensor,
-) -> Tensor:
-    """y as g times one call of the op, the fastest way if the norm is known."""
-    lora_a, lora_b, scaling = stacked([update], compute_dtype(x))
-    y = lora_linear(x, weight, lora_a, lora_b, None, scaling)
-    scaled = y * factor if bias is None else torch.addcmul(bias, y, factor)
-    return scaled.to(y.dtype)
 
 
 def embedding(layer: Any, y: Tensor, part: Tensor, update: Update) -> Tensor:
@@ -105,7 +95,11 @@ def _factor_of(
         vector._cache_clear()
     norm = vector._cache_get(key, None) if is_cached else None
     if norm is None:
-        norm = _norm(weight, update.lora_a, update.lora_b, update.scaling, rounded_to)
+        given = nullcontext(weight)
+        if isinstance(weight, QuantizedWeight):  # in the dtype that PEFT uses at initialisation
+            given = dense(weight, update.lora_a.new_empty(0, dtype=weight.dtype))
+        with given as matrix:
+            norm = weight_norm(matrix, update.lora_a, update.lora_b, update.scaling, rounded_to)
         if is_cached:
             vector._cache_store(key, norm)
     return vector.weight.to(norm.dtype) / norm
@@ -113,14 +107,6 @@ def _factor_of(
 
 def _is_cached(vector: Any) -> bool:
     return peft_dora.ENABLE_DORA_CACHING and not vector.training
-
-
-def _norm(weight: Tensor | QuantizedWeight, lora_a: Tensor, *rest: Any) -> Tensor:
-    """`weight_norm`; a quantised weight has the dtype that PEFT uses at initialisation."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight_norm(weight, lora_a, *rest)
-    with dense(weight, lora_a.new_empty(0, dtype=weight.dtype)) as matrix:
-        return weight_norm(matrix, lora_a, *rest)
 
 
 @torch.no_grad()

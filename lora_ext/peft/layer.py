@@ -103,11 +103,7 @@ def by_row(rows: RowAdapters | None, names: list[str], kept: str) -> str:
 
 
 def settled(layer: Any, call: Call, names: list[str]) -> Decision | None:
-    """The decision by conditions that hold for any layer, or None if there are updates to add.
-
-    A forward on the instance is not a reason: if the layer's own forward runs, the one on the
-    instance has called it.
-    """
+    """The decision by conditions that hold for any layer, or None if there are updates to add."""
     rows, state = call.rows, adapters_state(layer)
     if rows is not None and layer.merged_adapters:
         merged = f"{layer.merged_adapters} are merged into the weight; call unmerge_adapter first"

@@ -9,6 +9,8 @@ here the module is called with W' instead of W.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -76,17 +78,10 @@ def forward(
 
 
 def _called(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    # In PEFT's order of operations, to get its bits.
     sums = {
-        name: _with_updates(chain.base._parameters[name], wrapper, adapters)
+        name: chain.base._parameters[name] + reduce(add, map(wrapper.get_delta_weight, adapters))
         for wrapper, name, adapters in chain.targets
         if adapters
     }
     return functional_call(chain.base, sums, args, dict(kwargs), tie_weights=False)
-
-
-def _with_updates(parameter: Tensor, wrapper: Any, adapters: list[str]) -> Tensor:
-    # In PEFT's order of operations, to get its bits.
-    delta = wrapper.get_delta_weight(adapters[0])
-    for name in adapters[1:]:
-        delta = delta + wrapper.get_delta_weight(name)
-    return parameter + delta

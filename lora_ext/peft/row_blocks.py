@@ -63,15 +63,11 @@ def combine(
     refuse("DoRA or an embedding")
     part, lora_b = _at_least_float32(part), _at_least_float32(lora_b)
     if torch.compiler.is_compiling():
-        return _combined(base, u, factor, F.linear(part, lora_b) * scaling)
+        total: Any = base
+        if u is not None:
+            total = factor * u if base is None else base + factor * u
+        return (total + F.linear(part, lora_b) * scaling).to((base if u is None else u).dtype)
     return _Combine.apply(base, u, factor, part, lora_b, scaling)
-
-
-def _combined(base: Any, u: Any, factor: Any, update: Tensor) -> Tensor:
-    total, like = base, base if u is None else u
-    if u is not None:
-        total = factor * u if base is None else base + factor * u
-    return (total + update).to(like.dtype)
 
 
 class _Shrink(torch.autograd.Function):
