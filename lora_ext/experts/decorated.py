@@ -107,17 +107,14 @@ def obstacle(module: Any) -> str:
 def _weight_obstacle(weight: Any, first: Any) -> str:
     if isinstance(weight, str):
         return weight
-    if not (isinstance(weight, QuantizedStack) or _is_dense(weight)):
+    is_dense = is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS
+    if not (isinstance(weight, QuantizedStack) or is_dense):
         return "the experts' weights are parametrized, quantised or sharded"
     if weight.dtype != first.dtype or weight.device != first.device:
         return "the experts' weights differ in dtype or device"
     if weight.device.type not in _DEVICES:
         return "the experts are on a device other than CPU and CUDA"
     return "the experts' weights are trained" if _is_trained(weight) else ""
-
-
-def _is_dense(weight: Any) -> bool:
-    return is_plain(weight) and weight.dim() == 3 and weight.dtype in FLOATS
 
 
 def _is_trained(weight: Tensor | QuantizedStack) -> bool:

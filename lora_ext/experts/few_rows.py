@@ -44,7 +44,10 @@ def forward(
         return None
     blocks: dict[str, Any] = {}
     if not isinstance(weight, Tensor):
-        weight, blocks = _codes_of(weight)
+        codes, (count, rows, columns) = weight.codes, weight.sizes
+        assert isinstance(codes, FourBits)
+        weight = codes.codes.view(count, rows, columns // 2)
+        blocks = codes.words() | {"scale": codes.scale}
     return _op(
         x if x.stride(1) == 1 else x.contiguous(),
         projection.token(),
@@ -94,10 +97,3 @@ def _places_of(
             adapters += [place % kinds - 1] * (end - last)
             last = end
     return experts, adapters if is_by_row else None
-
-
-def _codes_of(stack: QuantizedStack) -> tuple[Tensor, dict[str, Any]]:
-    """The codes ``[E, out, in / 2]`` and the op's other arguments."""
-    codes, (count, rows, columns) = stack.codes, stack.sizes
-    assert isinstance(codes, FourBits)
-    return codes.codes.view(count, rows, columns // 2), codes.words() | {"scale": codes.scale}

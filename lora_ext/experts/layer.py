@@ -86,7 +86,10 @@ def lora_experts(
             out = GateDown.apply(second, gate, h, top_k_weights, *second_factors)
         else:
             y = experts.norm(Projected.apply(second, h, *second_factors))
-            out = _weighted(y, routes, top_k_weights)
+            # In torch's own differentiable calls.
+            slots = y[places_of(routes.perm)].view(*top_k_weights.shape, y.shape[-1])
+            wide = torch.promote_types(y.dtype, torch.float32)
+            out = (slots * top_k_weights[..., None].to(wide)).sum(1).to(y.dtype)
     return out.to(x.dtype)
 
 
@@ -182,10 +185,3 @@ def _with_number(adapter: ExpertsAdapter) -> ExpertsAdapter:
     if lora_a.dtype in HALVES:  # a half B times a scaling would be rounded again
         lora_a, lora_b = lora_a.float(), lora_b.float()
     return ExpertsAdapter(lora_a, lora_b * scaling, 1.0, dropout)
-
-
-def _weighted(y: Tensor, routes: Routes, weights: Tensor) -> Tensor:
-    """The weighted sum of slots, in torch's own differentiable calls."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    slots = y[places_of(routes.perm)].view(*weights.shape, y.shape[-1])
-    return (slots * weights[..., None].to(wide)).sum(1).to(y.dtype)

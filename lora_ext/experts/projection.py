@@ -29,37 +29,27 @@ from .operands import Projection, part_of
 from .products import GroupGrad
 
 
-class _Plan(NamedTuple):
-    """How the rows of a call are computed.
+def _numbers(projection: Projection, given: Tensor | None) -> tuple[list[int] | None, list[int]]:
+    """(ends of the routes, as of `Updates`; offs as Python numbers, empty if they are known only on
+    the device) of a call, with rows that are used in place, not gathered."""
+    routes, weight = projection.routes, projection.weight
+    _check_invariant(projection)
+    is_whole = products.are_grouped(weight, len(routes.perm), given)
+    if is_whole and routes.ends is None:
+        return None, []
+    ends = expert_groups.on_host_numbers(routes.offs if routes.ends is None else routes.ends)
+    kinds = len(ends) // weight.shape[0]
+    return ends, [] if is_whole else ends[kinds - 1 :: kinds]
 
-    Attributes:
-        ends: of the routes, as of `Updates`.
-        bounds: offs as Python numbers; empty if they are known only on the device.
-    """
 
-    ends: list[int] | None
-    bounds: list[int]
-
-    @classmethod
-    def of(cls, projection: Projection, given: Tensor | None) -> _Plan:
-        """given: rows that are used in place, not gathered."""
-        routes, weight = projection.routes, projection.weight
-        _check_invariant(projection)
-        is_whole = products.are_grouped(weight, len(routes.perm), given)
-        if is_whole and routes.ends is None:
-            return cls(None, [])
-        ends = expert_groups.on_host_numbers(routes.offs if routes.ends is None else routes.ends)
-        kinds = len(ends) // weight.shape[0]
-        return cls(ends, [] if is_whole else ends[kinds - 1 :: kinds])
-
-    def groups(self, projection: Projection) -> tuple[Any, list[ExpertGroup]]:
-        """(the module that computes them, the groups)."""
-        weight, routes = projection.weight, projection.routes
-        if not self.bounds:
-            return products, [ExpertGroup(0, len(routes.perm), routes.offs, None)]
-        run = one_pass if one_pass.supports(projection) else products
-        is_alone = run is one_pass and isinstance(weight, QuantizedStack)
-        return run, expert_groups.on_host(self.bounds, weight.device, int(is_alone))
+def _groups(projection: Projection, bounds: list[int]) -> tuple[Any, list[ExpertGroup]]:
+    """(the module that computes them, the groups)."""
+    weight, routes = projection.weight, projection.routes
+    if not bounds:
+        return products, [ExpertGroup(0, len(routes.perm), routes.offs, None)]
+    run = one_pass if one_pass.supports(projection) else products
+    is_alone = run is one_pass and isinstance(weight, QuantizedStack)
+    return run, expert_groups.on_host(bounds, weight.device, int(is_alone))
 
 
 def _check_invariant(projection: Projection) -> None:
@@ -81,15 +71,15 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
         x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted.
     """
     weight, token = projection.weight, projection.token()
-    plan = _Plan.of(projection, x if token is None else None)
-    found = few_rows.forward(x, projection, plan.ends) if plan.bounds else None
+    ends, bounds = _numbers(projection, x if token is None else None)
+    found = few_rows.forward(x, projection, ends) if bounds else None
     if found is not None:
         return found
-    run, groups = plan.groups(projection)
+    run, groups = _groups(projection, bounds)
     size, wide = len(projection.routes.perm), torch.promote_types(weight.dtype, torch.float32)
-    y = weight.new_empty(size, weight.shape[1]) if plan.bounds else None
+    y = weight.new_empty(size, weight.shape[1]) if bounds else None
     s = weight.new_empty(size, projection.rank(), dtype=wide)
-    for group, update in Updates(projection, plan.ends).of(groups):
+    for group, update in Updates(projection, ends).of(groups):
         where = slice(group.begin, group.end)
         part, out = part_of(x, token, group), None if y is None else y[where]
         sums, own = run.forward(part, token is not None, projection, group, update, out)
@@ -134,10 +124,10 @@ def backward(
     weight, bias, token = projection.weight, projection.bias, projection.token()
     weights = None if weights is None else weights.to(s.dtype)
     grad_token = None if weights is None else projection.routes.token
-    plan = _Plan.of(projection, grad if weights is None else None)
-    run, groups = plan.groups(projection)
-    updates = Updates(projection, plan.ends, want_a, want_b)
-    dx = weight.new_empty(len(s), weight.shape[2]) if want_x and plan.bounds else None
+    ends, bounds = _numbers(projection, grad if weights is None else None)
+    run, groups = _groups(projection, bounds)
+    updates = Updates(projection, ends, want_a, want_b)
+    dx = weight.new_empty(len(s), weight.shape[2]) if want_x and bounds else None
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
     for group, update in updates.of(groups):

@@ -47,7 +47,8 @@ def routes_of(
         adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone. None:
             all rows have the same adapters.
     """
-    ids, kinds = _numbers(top_k_index, experts), 1
+    ids, kinds = top_k_index.long(), 1
+    ids = ids.masked_fill(ids < 0, experts)  # which would be sorted to the first expert
     if adapter_index is not None:
         kinds = adapters + 1
         own = adapter_index.long() + 1
@@ -61,12 +62,6 @@ def routes_of(
     if adapter_index is None:
         return Routes(perm, token, ends)
     return Routes(perm, token, ends.view(experts, kinds)[:, -1].contiguous(), ends)
-
-
-def _numbers(top_k_index: Tensor, experts: int) -> Tensor:
-    """int64, with E for negative ones, which would be sorted to the first expert."""
-    numbers = top_k_index.long()
-    return numbers.masked_fill(numbers < 0, experts)
 
 
 def places_of(perm: Tensor) -> Tensor:
