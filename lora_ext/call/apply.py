@@ -84,8 +84,8 @@ def apply(
 ) -> Tensor:
     """The base of x plus the updates, in the dtype of the base.
 
-    Updates on a weight have to be ones that the op takes (`updates_obstacle`, with rows
-    `dtypes_obstacle`); onto a given y all are added, by torch if need be.
+    Updates on a weight have to be ones that the op takes (`updates_obstacle`); onto a given y all
+    are added, by torch if need be.
 
     Args:
         base: a weight, dense, packed or quantised, or ``[..., out]``, the y of any other base for
@@ -125,7 +125,7 @@ def apply(
         given = (lora_a if isinstance(lora_a, Tensor) else lora_a[0]).dtype
         is_fit = is_autocast(x) or (x.dtype in HALVES and given == torch.float32)
         y = lora_update(y, x if is_fit else x.to(given), lora_a, lora_b, scaling, p, **groups)
-    y = y if product is None else y.to(product)
+    y = y if product is None else y.to(product)  # of the sum with biases in at least float32
     return y if dtype is None else y.to(dtype)
 
 
