@@ -373,3 +373,15 @@ def test_peft_is_taken_or_refused():
                     model(x)
             else:
                 assert torch.equal(model(x)[3:4], model(x[3:4]))
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_pefts_embeddings_are_refused(names):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Embedding(9, 16)), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(names)
+    lora_ext.accelerate(model)
+    with batch_invariant(), refused("(DoRA or )?an embedding"):
+        model(torch.arange(9))
