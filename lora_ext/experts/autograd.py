@@ -18,22 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from ..quantized.weight import Versions
 from ..torch_state import is_captured
-from . import ops, projection, routing
+from . import ops, projection
 from .operands import Projection
 from .routing import Routes
 
 
-class _Eager:
-    """The passes as plain functions, without the dispatcher."""
-
-    forward = staticmethod(projection.forward)
-    backward = staticmethod(projection.backward)
-    sum_of_slots = staticmethod(routing.sum_of_slots)
-
-
 def passes() -> Any:
-    """The passes for this call: in a traced program, the ops."""
-    return ops if torch.compiler.is_compiling() else _Eager
+    """The passes for this call: in a traced program the ops, else without the dispatcher."""
+    return ops if torch.compiler.is_compiling() else projection
 
 
 def _with(call: Projection, factors: list[Tensor]) -> Projection:

@@ -109,11 +109,9 @@ class Updates:
             hit = None if len(hit) == self._experts else hit
         pools = self._pools(0, hit)
         for group in block:
-            own, count = pools, len(group.offs)
-            if len(block) > 1:
-                own = [None if pool is None else pool[place : place + count] for pool in pools]
-                place += count
-            a, b, da, db = ([] if pool is None else [pool] for pool in own)
+            count = len(group.offs)
+            own = ([] if pool is None else [pool[place : place + count]] for pool in pools)
+            (a, b, da, db), place = own, place + count
             scaling = pools[0].new_full((count,), self._scalings[0], dtype=torch.float32)
             yield group, Update(a, b, scaling, None, group.offs, da, db)
         self._put(0, hit, *pools[2:])

@@ -27,6 +27,9 @@ from .expert_groups import ExpertGroup
 from .factors import Updates
 from .operands import Projection, part_of
 from .products import GroupGrad
+from .routing import sum_of_slots
+
+__all__ = ["Backward", "backward", "forward", "sum_of_slots"]  # the passes, as those of `ops`
 
 
 def _numbers(projection: Projection, given: Tensor | None) -> tuple[list[int] | None, list[int]]:

@@ -106,9 +106,7 @@ class NamedAdapters(DropIn):
 
     def rank(self, name: str) -> int:
         """R of `factors`, the rank that determines the adapter's cost."""
-        if name not in self.adapters and self.pool is not None:
-            return self.pool.specs[name].r
-        return self.lora_a[name].shape[0] * (2 if name in self.lora_a_init else 1)
+        return self.factors(name)[0].shape[0]
 
     def row_names(self, rows: RowAdapters) -> list[str]:
         """The adapters of a block of `use_adapters` that the layer has."""
