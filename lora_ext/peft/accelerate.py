@@ -68,7 +68,7 @@ def accelerate(
             "first, or use lora_ext.apply_lora instead of PEFT"
         )
     if expert_dropout is not None:
-        experts.check_dropout(model, expert_dropout)
+        experts.check_has_dropout(model, expert_dropout)
     swap(model)
     if expert_dropout is not None:
         experts.put_dropout(model, expert_dropout)

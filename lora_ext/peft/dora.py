@@ -95,7 +95,7 @@ def _factor_of(
         vector._cache_clear()
     norm = vector._cache_get(key, None) if is_cached else None
     if norm is None:
-        given = nullcontext(weight)
+        given: Any = nullcontext(weight)
         if isinstance(weight, QuantizedWeight):  # in the dtype that PEFT uses at initialisation
             given = dense(weight, update.lora_a.new_empty(0, dtype=weight.dtype))
         with given as matrix:

@@ -17,8 +17,7 @@ from torch import nn
 
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..model_layers import peft_layers as layers_of
-from ..nn.adapter_spec import MAX_RANK
-from ..nn.adapter_spec import check_dropout as check_probability
+from ..nn.adapter_spec import MAX_RANK, check_dropout
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
@@ -132,9 +131,9 @@ def note(chain: Chain, by_row: bool) -> str:
 # ---- dropout ----
 
 
-def check_dropout(model: nn.Module, p: Any) -> None:
+def check_has_dropout(model: nn.Module, p: Any) -> None:
     """Raises ValueError where experts of the model would not have the dropout."""
-    check_probability(p, "accelerate", "expert_dropout")
+    check_dropout(p, "accelerate", "expert_dropout")
     if p == 0.0:
         return
     chains = _chains(model)

@@ -64,9 +64,10 @@ def combine(
     part, lora_b = _at_least_float32(part), _at_least_float32(lora_b)
     if torch.compiler.is_compiling():
         total: Any = base
-        if u is not None:
+        like: Any = base if u is None else u
+        if u is not None and factor is not None:
             total = factor * u if base is None else base + factor * u
-        return (total + F.linear(part, lora_b) * scaling).to((base if u is None else u).dtype)
+        return (total + F.linear(part, lora_b) * scaling).to(like.dtype)
     return _Combine.apply(base, u, factor, part, lora_b, scaling)
 
 
