@@ -1,4 +1,4 @@
-"""Curves of a mixed batch over rows for each adapter, and over adapters."""
+"""adapters.png: time of a batch by the number of its adapters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..figures import COLOURS, Dot, Figure, finish, heading, legend_beside, plt
-from ..results import Document, Row, is_disturbed, ratio
+from ..figures import COLOURS, Dot, Figure, finish, plt
+from ..results import Document, Row, is_disturbed, median_ratio
 from ..shapes import FORWARD, STEP
 from ..variants import floor_of
 from .variants import LABELS, OURS
@@ -30,57 +30,67 @@ STYLES = {
     name: Dot(LABELS[name], COLOURS[colour], marker, name in OURS)
     for name, (colour, marker) in _STYLES.items()
 }
-_TICKS = (1, 1.5, 2, 3, 5, 10, 20, 50, 100)
-_GROUPS = {
-    "rows": ("rows of each of 8 adapters, K = N = 2048", lambda case: case["rows"] / 8),
-    "adapters": ("adapters of 1000 rows, K = N = 1024", lambda case: case["adapters"]),
+# Of Okabe and Ito's colours, which the colour-blind tell apart; markers differ, too.
+_LINES = {
+    "peft": Dot("PEFT, adapter_names (not timed above 64)", "#009E73", "s", False),
+    "loop": Dot("loop: one adapter after the other", "#0072B2", "v", False),
+    "ours": Dot("lora_ext", "#E69F00", "o", True),
 }
+_FLOORS = {FORWARD: "merged: one adapter for all", STEP: "no adapter at all"}
 
 
-def _panel(axes: Any, rows: list[Row], mode: str, where: Any, label: str) -> None:
-    floor = floor_of(mode)
-    for name, style in STYLES.items():
-        points = [
-            (where(row["case"]), found.median) for row in rows if (found := ratio(row, name, floor))
-        ]
-        if points:
-            axes.plot(
-                *zip(*sorted(points), strict=True),
-                marker="o",
-                markersize=5 if style.is_ours else 3.5,
-                linewidth=2.2 if style.is_ours else 1.2,
-                linestyle="--" if name == "one" else "-",
-                color=style.colour,
-                label=style.label,
-                zorder=4 if style.is_ours else 3,
-            )
-    axes.axhline(1.0, color="black", linewidth=1.0)
+def _panel(axes: Any, rows: list[Row], mode: str) -> None:
+    """Milliseconds on log scales, and how many times as fast as the loop ours are."""
+    styles = {**_LINES, floor_of(mode): Dot(_FLOORS[mode], "#555555", "^", False)}
+    for name, style in styles.items():
+        timed = [row for row in rows if name in row["timing"]]
+        if not timed:
+            continue
+        axes.plot(
+            [row["case"]["adapters"] for row in timed],
+            [row["timing"][name]["ms"] for row in timed],
+            style.marker + ("--" if name == floor_of(mode) else "-"),
+            color=style.colour,
+            linewidth=3 if style.is_ours else 1.8,
+            label=style.label,
+        )
+    for row in rows:
+        faster, at = median_ratio(row, "loop", "ours"), row["case"]["adapters"]
+        if faster is not None and at > 1:
+            said = f"{faster:.{1 if faster < 10 else 0}f}x"
+            point = at, row["timing"]["ours"]["ms"]
+            axes.annotate(said, point, (0, 8), textcoords="offset points", ha="center", size=11)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_yticks([t for t in _TICKS if low <= t <= high])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    ticks = sorted({where(row["case"]) for row in rows})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(label, fontsize=9)
-    axes.set_ylabel(f"x {floor} (log scale)", fontsize=9)
-    finish(axes, f"{mode}, bf16" + (", dropout 0.05" if mode == STEP else ""), "y")
+    axes.margins(x=0.08, y=0.1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False, fontsize=10, loc="upper left")
+    finish(axes, f"{'Forward' if mode == FORWARD else 'Forward and backward'}, ms", "y", 11)
 
 
 def _curves(document: Document) -> Figure | None:
-    clean = [r for r in document["cases"] if r["status"] == "ok" and not is_disturbed(r)]
-    if not any(row["case"]["group"] in _GROUPS for row in clean):
+    rows = [
+        row
+        for row in document["cases"]
+        if row["case"]["group"] == "adapters" and row["status"] == "ok" and not is_disturbed(row)
+    ]
+    if not rows:
         return None
-    figure, grid = plt.subplots(2, 2, figsize=(12, 8))
-    for line, (group, (label, where)) in zip(grid, _GROUPS.items(), strict=True):
-        for axes, mode in zip(line, (FORWARD, STEP), strict=True):
-            rows = [r for r in clean if r["case"]["group"] == group and r["case"]["mode"] == mode]
-            _panel(axes, rows, mode, where, label)
-        # A forward has all of them; a step lacks those that cannot be trained.
-        legend_beside(line[1], like=line[0])
-    heading(figure, "CPU: time of a batch of many adapters, less is better")
+    figure, panels = plt.subplots(2, 1, figsize=(6.5, 8.5))
+    for axes, mode in zip(panels, (FORWARD, STEP), strict=True):
+        _panel(axes, [row for row in rows if row["case"]["mode"] == mode], mode)
+    panels[1].set_xlabel("adapters in the batch", fontsize=10)
+    figure.tight_layout()
+    case = rows[0]["case"]
+    said = (
+        f"{document['machine']['name']}; a linear layer of {case['width']:,} x {case['width']:,}, "
+        f"{case['dtype']},\n{case['rows']:,} tokens, adapters of rank {case['rank']}, dropout "
+        f"{max(row['case']['dropout_p'] for row in rows)} with backward.\n"
+        "Numbers: how many times as fast as the loop. Both scales are logarithmic."
+    )
+    figure.text(0.01, -0.01, said, fontsize=9, ha="left", va="top")
     return figure
 
 
