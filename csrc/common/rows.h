@@ -22,7 +22,7 @@ struct Segment {
 // Segments in the order of adapters. Adapters without rows have no segment; rows without an adapter
 // are in none. `order` maps each sorted row to the row of the call; within a segment they ascend.
 struct Segments {
-  std::vector<Segment> list;
+  c10::SmallVector<Segment, 1> list;
   std::vector<int32_t> order;
 };
 

@@ -11,7 +11,7 @@
 namespace lora_ext::cpu {
 
 // Why a call takes the library route, or "" if the vector kernels compute it.
-std::string library_reason(at::ScalarType x, int64_t rank);
+std::string library_reason(at::ScalarType x, at::ScalarType y, int64_t rank);
 
 // Whether a row of y and dx has the same bits in any number of rows if base.row_block is set;
 // otherwise such a call is made in equal blocks.
@@ -21,36 +21,11 @@ bool is_batch_invariant(at::ScalarType x, at::ScalarType y, const Update& update
 std::optional<Forward> forward(const ForwardArgs& args);
 std::optional<Backward> backward(const BackwardArgs& args);
 
-// A few rows: the factors are read once, in their original layout, since packing them would cost
-// more than their products.
-//
-// Whether the kernels for few rows can read the factors: lora_a needs unit stride along its columns
-// or its rank, lora_b along its rank.
-bool strides_suit_few_rows(const Update& update);
-
-// Y += s S B^T with S = scale drop(X) A^T, where Y is the result of the base.
-Forward forward_few_rows(const ForwardArgs& args);
-
-// dX += mask * (dS A) with dS = s dY B, where dX is that of the base; dA = dS^T drop(X),
-// dB = s dY^T S.
-Backward backward_few_rows(const BackwardArgs& args);
-
-// Many adapters: the low-rank part of each in vector code over the adapter's rows. nullopt as above.
-std::optional<Forward> forward_grouped(const ForwardArgs& args);
-std::optional<Backward> backward_grouped(const BackwardArgs& args);
-
-// The low-rank part of a product in one pass: nothing, that of one adapter, or of many.
+// The low-rank part of a product in one pass, of any number of adapters.
 struct LowRank {
   std::vector<RowUpdate> updates{};  // in the order of their rows
   Dropout dropout{};
   RowIndex rows{};  // the order in which rows are multiplied
-
-  // T is [M, r] in float, U a view of the factor as [r, cols].
-  static LowRank one(const at::Tensor& t, const AdapterView& u, double scale,
-                     const Dropout& dropout = {}) {
-    const Range all{0, t.size(0)};
-    return {{{all, t.const_data_ptr<float>(), u, static_cast<float>(scale)}}, dropout};
-  }
 };
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in

@@ -27,7 +27,6 @@ constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 fl
 constexpr int64_t kPanels = 2;              // of a group, if each uses a tile of P that is copied
 constexpr int64_t kChunkRows = 1024;        // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t count_of(Range range) { return range.end - range.begin; }
 
 // The rows of a tile of P are copied where they are converted or not consecutive.

@@ -1,9 +1,12 @@
-// A call with many adapters, prepared for the skinny passes: the rows, factors and sums of each
-// segment, and how the work is cut into pieces for threads.
+// A call prepared for the skinny passes: the rows, factors and sums of each segment, and how the work
+// is cut into pieces for threads. One adapter has one segment of all rows.
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/SmallVector.h>
 
+#include <optional>
 #include <vector>
 
 #include "common/rows.h"
@@ -13,20 +16,24 @@ namespace lora_ext::cpu {
 
 class Groups {
  public:
-  // any_number: a row's bits must not depend on the number of rows of its adapter.
-  Groups(const Update& update, Segments segments, at::ScalarType x, at::ScalarType y,
-         bool any_number);
+  explicit Groups(const ForwardArgs& args);
+  explicit Groups(const BackwardArgs& args);
 
+  // The dtype of the panels if the base and all low-rank parts are computed in one pass.
+  std::optional<Dtype> panel() const { return panel_; }
   // The most rows of a segment for which factors are read in their original layout.
-  int64_t few_rows(const SkinnyKernels& kernels) const {
-    return any_number_ ? 0 : kernels.few_rows;
+  int64_t few_rows() const { return few_rows_; }
+  bool is_one() const { return update_.is_one(); }
+  bool is_one_of_few_rows() const { return is_one() && rows() <= few_rows_; }
+  c10::ArrayRef<Segment> segments() const { return segments_.list; }
+  int64_t rows() const {
+    return is_one() ? segments_.list[0].count : static_cast<int64_t>(segments_.order.size());
   }
-  const std::vector<Segment>& segments() const { return segments_.list; }
-  int64_t rows() const { return static_cast<int64_t>(segments_.order.size()); }
   Passes passes(const Segment& segment) const;
 
   float scaling(const Segment& segment) const {
-    return scaling_.const_data_ptr<float>()[segment.adapter];
+    return is_one() ? static_cast<float>(update_.scaling)
+                    : scaling_.const_data_ptr<float>()[segment.adapter];
   }
   float keep_scale() const { return keep_scale_; }
   AdapterView a(const Segment& segment) const { return view(update_.lora_a, 0, segment); }
@@ -41,7 +48,7 @@ class Groups {
   // All `rows` rows of the call in the order of the segments, then those without an adapter; empty
   // if each segment has consecutive rows, which then stay in their own order.
   std::vector<int32_t> order_of_all(int64_t rows) const;
-  int64_t first_row(const Segment& segment) const { return segments_.order[segment.begin]; }
+  int64_t first_row(const Segment& segment) const { return rows_of(segment, {0, 1}).first; }
   const Dropout& dropout() const { return dropout_; }
   // The mask for those rows, from `column` on.
   Dropout dropout_at(const Rows& rows, int64_t column) const;
@@ -53,10 +60,17 @@ class Groups {
   }
   // The address in S if the passes can use it in place; else nullptr.
   float* s_in_place(const at::Tensor& s, const Segment& segment, Range rows) const;
+  // Whether all parts are dense in S itself, as with one adapter.
+  bool is_dense(const at::Tensor& s) const;
   void scatter_s(const at::Tensor& s, const Segment& segment, Range rows, const float* from) const;
-  void gather_s(const at::Tensor& s, const Segment& segment, Range rows, float* to) const;
+  // S in dense parts.
+  at::Tensor dense_s(const at::Tensor& s) const;
 
  private:
+  // p: x or the gradient of y, as it is multiplied by the base, if that is wanted.
+  Groups(const Update& update, const Base& base, const at::Tensor& x, at::ScalarType y,
+         const at::Tensor& p, bool is_forward);
+  std::optional<Dtype> panel_of(const at::Tensor& p, const Base& base, bool is_forward) const;
   AdapterView view(at::TensorList factors, int64_t rank_dim, const Segment& segment) const;
 
   const Update& update_;
@@ -65,30 +79,52 @@ class Groups {
   Dtype x_, y_;
   Dropout dropout_;
   float keep_scale_;
-  bool any_number_;
+  bool uses_tiles_;
+  std::optional<Dtype> panel_;
+  int64_t few_rows_;
 };
 
-// Rows of one segment; work in multiply-adds.
+// Rows of one segment, with all ranks or, of one row, some; work in multiply-adds.
 struct RowPiece {
   const Segment* segment;
-  Range rows;
+  Range rows, ranks;
   int64_t work;
 };
+using RowPieces = c10::SmallVector<RowPiece, 1>;
 // The pieces of all segments; the work for one row is `columns` times the rank.
-std::vector<RowPiece> pieces_of_rows(const Groups& groups, int64_t columns);
+RowPieces pieces_of_rows(const Groups& groups, int64_t columns);
 
 // Columns of one product of a segment: of dB, a product with dY, or of dA, a product with X,
-// together with the expand onto dX.
+// together with the expand onto dX; in a forward of few rows, of the expand onto Y.
 struct ColumnPiece {
   const Segment* segment;
   bool over_x;
   Range columns;
   int64_t work;
 };
+using ColumnPieces = c10::SmallVector<ColumnPiece, 2>;
 // total: the work for the columns of all segments.
-void add_columns(std::vector<ColumnPiece>& pieces, const Segment& segment, bool over_x,
-                 int64_t columns, int64_t total);
+void add_columns(ColumnPieces& pieces, const Groups& groups, const Segment& segment, bool over_x,
+                 int64_t columns, int64_t per_column, int64_t total);
 int64_t work_of_column(const Segment& segment);
+
+// T of each segment as a pass over columns reads it: dense, or packed once for all columns.
+class ColumnT {
+ public:
+  ColumnT() = default;
+  // t: in dense parts; side and layout: those of the pass.
+  ColumnT(const Groups& groups, at::Tensor t, const SkinnyKernels* Passes::* side,
+          TLayout SkinnyKernels::* layout, bool u_is_half = false);
+  const void* of(const Groups& groups, const Segment& segment) const {
+    const int64_t offset = offsets_[&segment - groups.segments().data()];
+    if (offset < 0) return Groups::dense_part(t_, segment, 0);
+    return static_cast<const char*>(memory_.const_data_ptr()) + offset;
+  }
+
+ private:
+  at::Tensor t_, memory_;
+  c10::SmallVector<int64_t, 1> offsets_;  // of each segment in memory; or -1: dense
+};
 
 // Memory of one thread, which grows to the size that is asked for.
 class Scratch {
@@ -120,10 +156,10 @@ class Factor {
     pack_expand();
   }
 
-  // Some columns of a factor, for the expand together with wgrad: packed in every call.
-  void for_columns(const AdapterView& view, const SkinnyKernels& kernels) {
-    kernels_ = &kernels, view_ = view, few_ = false, packed_ = nullptr;
-    pack_expand();
+  // Some columns of a factor, for the expand alone or together with wgrad: packed in every call.
+  void for_columns(const AdapterView& view, const SkinnyKernels& kernels, bool few) {
+    kernels_ = &kernels, view_ = view, few_ = few, packed_ = nullptr;
+    if (!few_) pack_expand();
   }
 
   const AdapterView& view() const { return view_; }

@@ -59,7 +59,6 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     shrink,
                                     expand,
                                     wgrad,
-                                    0,
                                     nullptr,
                                     nullptr,
                                     dropout_bits<AmxDropout>};

@@ -40,30 +40,4 @@ inline ShrinkArgs shrink_args(const at::Tensor& p, const AdapterView& q, const v
       q.dtype == Dtype::kBFloat16, static_cast<float>(scale), t,           dropout, rows};
 }
 
-// y += scale * mask * (t U) for the adapter view U; t is in the layout of the pass.
-inline ExpandArgs expand_args(const at::Tensor& y, const AdapterView& u, const void* panel,
-                              double scale, const void* t, const Dropout& dropout,
-                              RowIndex rows = {}) {
-  return {
-      y.mutable_data_ptr(),        dtype_of(y.scalar_type()), y.stride(0), u.cols,  u.rank, panel,
-      u.dtype == Dtype::kBFloat16, static_cast<float>(scale), t,           dropout, rows};
-}
-
-// g = scale * t^T drop(p); rank_dim is g's dimension of the rank, t is in the layout of the pass.
-inline WgradArgs wgrad_args(const at::Tensor& p, const void* t, const at::Tensor& g,
-                            int64_t rank_dim, double scale, const Dropout& dropout) {
-  return {p.const_data_ptr(),
-          dtype_of(p.scalar_type()),
-          p.stride(0),
-          p.size(0),
-          g.size(rank_dim),
-          t,
-          static_cast<float>(scale),
-          g.mutable_data_ptr(),
-          dtype_of(g.scalar_type()),
-          g.stride(rank_dim),
-          g.stride(1 - rank_dim),
-          dropout};
-}
-
 }  // namespace lora_ext::cpu

@@ -10,7 +10,6 @@
 //              along the columns   the same without the transposition
 #pragma once
 
-constexpr int64_t kFewRows = 32;
 constexpr int64_t kFewDepth = 1024;  // staged columns: 16 KB of floats
 
 template <class Isa>
@@ -258,7 +257,6 @@ constexpr SkinnyKernels make_kernels(const char* name) {
           shrink_any<Isa>,
           expand_any<Isa>,
           wgrad_any<Isa>,
-          kFewRows,
           shrink_few<Isa>,
           expand_few<Isa>,
           dropout_bits<Isa>};

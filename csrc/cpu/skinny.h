@@ -11,7 +11,7 @@
 // RowIndex gives the position of each (many adapters in one batch).
 //
 // One table of functions per instruction set. Each function is torch-free and single-threaded over
-// a range of rows or columns; driver.cpp distributes ranges over threads. The order of an
+// a range of rows or columns; groups.h cuts a call into ranges for threads. The order of an
 // element's sum does not depend on the ranges, so results do not depend on the number of threads.
 #pragma once
 
@@ -131,10 +131,9 @@ struct SkinnyKernels {
   // Columns [cols) of G; if expand.y is not null, also of Y, which shares T and the mask.
   void (*wgrad)(const WgradArgs& args, const ExpandArgs& expand, Range cols);
 
-  // The same products for at most so many rows with a factor in its original layout, unpacked: q or
-  // u and q_is_half or u_is_half of the arguments are not read. The factors are those that
-  // strides_suit_few_rows accepts. 0, and null, if there are none.
-  int64_t few_rows;
+  // The same products for few rows with a factor in its original layout, which has unit stride along
+  // its ranks or columns: q or u and q_is_half or u_is_half of the arguments are not read. Null if
+  // there are none.
   void (*shrink_few)(const ShrinkArgs& args, const AdapterView& q, Range rows);
   void (*expand_few)(const ExpandArgs& args, const AdapterView& u, Range rows);
 

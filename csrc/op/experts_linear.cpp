@@ -116,7 +116,7 @@ at::Tensor experts_linear(
   const Update update = update_of(lora_a, lora_b, scaling, index, offs, dropout_p, seed, mask_rows);
   check_forward(x, Base::given(y), update);
   check_mask_rows(update.dropout, x.size(0));
-  const std::optional<Forward> out = cpu::forward_grouped({x, base, update});
+  const std::optional<Forward> out = cpu::forward({x, base, update});
   EXPECT(out, "expected an instruction set of the CPU's kernels, but the library route is chosen");
   return out->s;
 }
@@ -175,8 +175,7 @@ void experts_linear_backward(const at::Tensor& grad, const at::Tensor& x, const 
   wanted.to_b = Factors(dlora_b.begin(), dlora_b.end());
   check_backward(grad, s, wanted, x, Base::given(), update);
   check_mask_rows(update.dropout, x.size(0));
-  const std::optional<Backward> out =
-      cpu::backward_grouped({grad, x, base, update, s, wanted, weights});
+  const std::optional<Backward> out = cpu::backward({grad, x, base, update, s, wanted, weights});
   EXPECT(out, "expected an instruction set of the CPU's kernels, but the library route is chosen");
 }
 

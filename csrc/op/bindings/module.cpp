@@ -117,7 +117,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("measured"));
   m.def(
       "cpu_library_reason",
-      [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, rank); },
+      [](const at::ScalarType& x, int64_t rank) { return cpu::library_reason(x, x, rank); },
       py::arg("x_dtype"), py::arg("rank"));
   m.def(
       "rows_of_block",

@@ -1,15 +1,16 @@
-// Many adapters, backward: the passes over the segments (the rows of one adapter each), over threads.
+// Backward: the passes over the segments (the rows of one adapter each), over threads.
 //
 //     dX = dY W (base)     for each piece of rows: dS = shrink(dY, B_g)
 //                          for each piece of columns: dB_g = wgrad(dY, S), and
 //                          dA_g = wgrad(X, w dS) with dX += mask * (dS A_g)
 //
-// dX += may be part of the base's pass, as Y += is. A piece of columns is a separate problem, with
-// every pointer moved to its first column.
+// dX += may be part of the base's pass, as Y += is; with few rows of one adapter, whose factor is not
+// packed, it is a pass of its own. A piece of columns is a separate problem, with every pointer moved
+// to its first column.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "cpu/grouped.h"
+#include "cpu/passes.h"
 
 namespace lora_ext::cpu {
 namespace {
@@ -60,7 +61,8 @@ class Gradient {
 };
 
 WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::Tensor& p,
-                     const Groups::Rows& rows, const void* t, float scale) {
+                     const void* t, float scale) {
+  const Groups::Rows rows = groups.rows_of(*piece.segment, {0, piece.segment->count});
   WgradArgs args{};
   args.p = const_at_element(p, rows.first, piece.columns.begin);
   args.dtype = dtype_of(p.scalar_type()), args.p_pitch = p.stride(0);
@@ -72,26 +74,22 @@ WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::T
 
 class BackwardPass {
  public:
-  BackwardPass(const BackwardArgs& args, const Groups& groups)
+  explicit BackwardPass(const BackwardArgs& args)
       : args_(args),
-        groups_(groups),
-        da_(args.update, args.update.lora_a, args.wanted.dlora_a, args.wanted.to_a, 0, groups),
-        db_(args.update, args.update.lora_b, args.wanted.dlora_b, args.wanted.to_b, 1, groups) {}
+        groups_(args),
+        da_(args.update, args.update.lora_a, args.wanted.dlora_a, args.wanted.to_a, 0, groups_),
+        db_(args.update, args.update.lora_b, args.wanted.dlora_b, args.wanted.to_b, 1, groups_),
+        expands_(args.wanted.dx && !groups_.panel()) {}
 
   Backward run() {
-    const std::optional<Dtype> panel =
-        args_.wanted.dx ? panel_of(groups_, args_.grad, args_.base, false) : std::nullopt;
-    expands_ = args_.wanted.dx && !panel;
     if (expands_) dx_ = backward_of_base(args_.grad, args_.x, args_.base);
     make_ds();
-    if (panel) make_dx(*panel);
+    if (groups_.panel()) make_dx(*groups_.panel());
     make_columns();
     return {dx_, da_.each, db_.each};
   }
 
  private:
-  bool needs_columns_of_x(const Segment& segment) const { return expands_ || da_.wants(segment); }
-
   // dX in one pass.
   void make_dx(Dtype panel) {
     const std::vector<int32_t> order = groups_.order_of_all(args_.grad.size(0));
@@ -105,7 +103,7 @@ class BackwardPass {
   bool needs_ds(const Segment& segment) const { return args_.wanted.dx || da_.wants(segment); }
 
   void make_ds() {
-    std::vector<RowPiece> pieces;
+    RowPieces pieces;
     for (const RowPiece& piece : pieces_of_rows(groups_, args_.grad.size(1))) {
       if (needs_ds(*piece.segment)) pieces.push_back(piece);
     }
@@ -113,13 +111,13 @@ class BackwardPass {
     ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
     weighted_ds_ = args_.weights ? at::empty(ds_.sizes(), at::kFloat) : ds_;
     const int64_t threads = threads_for(work_of(pieces));
-    std::vector<Thread> state(static_cast<size_t>(threads));
+    c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
       const Segment& segment = *piece.segment;
-      Factor& b = state[static_cast<size_t>(thread)].b;
+      Factor& b = factors[static_cast<size_t>(thread)];
       const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
-      b.for_shrink(segment, groups_.b(segment), kernels, groups_.few_rows(kernels));
-      float* t = Groups::dense_part(ds_, segment, piece.rows.begin);
+      b.for_shrink(segment, ranks_of(groups_.b(segment), piece), kernels, groups_.few_rows());
+      float* t = Groups::dense_part(ds_, segment, piece.rows.begin) + piece.ranks.begin;
       b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
                            groups_.scaling(segment), t, Dropout{}),
                size_of(piece.rows));
@@ -138,85 +136,85 @@ class BackwardPass {
   }
 
   void make_columns() {
-    std::vector<ColumnPiece> pieces;
+    ColumnPieces pieces;
     int64_t work = 0;
-    for (const Segment& segment : groups_.segments()) {
-      const int64_t columns = (db_.wants(segment) ? args_.grad.size(1) : 0) +
-                              (needs_columns_of_x(segment) ? args_.x.size(1) : 0);
-      work += work_of_column(segment) * columns;
+    const auto for_products = [&](const auto& visit) {
+      for (const Segment& segment : groups_.segments()) {
+        const int64_t per_column = work_of_column(segment);
+        if (db_.wants(segment)) visit(segment, false, args_.grad.size(1), per_column);
+        const int64_t products = (expands_ ? 1 : 0) + (da_.wants(segment) ? 1 : 0);
+        if (products > 0) visit(segment, true, args_.x.size(1), products * per_column);
+      }
+    };
+    for_products([&](const Segment&, bool, int64_t columns, int64_t per_column) {
+      work += columns * per_column;
+    });
+    for_products([&](const Segment& segment, bool over_x, int64_t columns, int64_t per_column) {
+      add_columns(pieces, groups_, segment, over_x, columns, per_column, work);
+    });
+    if (args_.wanted.any_b()) {
+      wgrad_s_ = {groups_, groups_.dense_s(args_.s), &Passes::over_y, &SkinnyKernels::wgrad_t};
     }
-    for (const Segment& segment : groups_.segments()) {
-      if (db_.wants(segment)) add_columns(pieces, segment, false, args_.grad.size(1), work);
-      if (needs_columns_of_x(segment)) add_columns(pieces, segment, true, args_.x.size(1), work);
+    if (args_.wanted.any_a() && ds_.defined()) {
+      wgrad_ds_ = {groups_, weighted_ds_, &Passes::over_x, &SkinnyKernels::wgrad_t};
+    }
+    if (expands_) {
+      const bool is_half = args_.update.lora_a[0].scalar_type() == at::kBFloat16;
+      expand_ds_ = {groups_, ds_, &Passes::over_x, &SkinnyKernels::expand_t, is_half};
     }
     const int64_t threads = threads_for(work);
-    std::vector<Thread> state(static_cast<size_t>(threads));
+    c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const ColumnPiece& piece) {
-      Thread& own = state[static_cast<size_t>(thread)];
-      piece.over_x ? over_x(piece, own) : over_y(piece, own);
+      piece.over_x ? over_x(piece, factors[static_cast<size_t>(thread)]) : over_y(piece);
     });
   }
 
-  // S of a segment in wgrad's layout; if it must be gathered, each piece of columns does so itself.
-  const float* s_of(const Segment& segment, Thread& own) const {
-    const Range rows{0, segment.count};
-    if (const float* in_place = groups_.s_in_place(args_.s, segment, rows)) return in_place;
-    auto* s = static_cast<float*>(own.s.of(segment.count * segment.rank * sizeof(float)));
-    groups_.gather_s(args_.s, segment, rows, s);
-    return s;
-  }
-
   // dB_g
-  void over_y(const ColumnPiece& piece, Thread& own) {
+  void over_y(const ColumnPiece& piece) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
-    const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
-    const void* t =
-        packed_t(kernels.wgrad_t, s_of(segment, own), segment.count, segment.rank, false, own.t);
-    WgradArgs args = wgrad_args(groups_, piece, args_.grad, rows, t, groups_.scaling(segment));
+    WgradArgs args = wgrad_args(groups_, piece, args_.grad, wgrad_s_.of(groups_, segment),
+                                groups_.scaling(segment));
     db_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, ExpandArgs{}, {0, size_of(piece.columns)});
   }
 
   // dA_g, and dX += mask * (dS A_g)
-  void over_x(const ColumnPiece& piece, Thread& own) {
+  void over_x(const ColumnPiece& piece, Factor& a) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_x;
-    const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
-    const float* ds = Groups::dense_part(ds_, segment, 0);
+    const bool makes_da = da_.wants(segment);
     ExpandArgs expand{};
     if (expands_) {
-      const Dropout dropout = groups_.dropout_at(rows, piece.columns.begin);
-      own.a.for_columns(part_of(groups_.a(segment), {0, segment.rank}, piece.columns), kernels);
-      const void* packed = packed_t(kernels.expand_t, ds, segment.count, segment.rank,
-                                    own.a.is_half(), own.expand_t);
-      expand =
-          expand_args(dx_, rows, piece.columns.begin, own.a, groups_.keep_scale(), packed, dropout);
+      const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
+      expand = expand_args(dx_, groups_, piece, a, groups_.a(segment), kernels,
+                           groups_.keep_scale(), expand_ds_.of(groups_, segment),
+                           groups_.dropout_at(rows, piece.columns.begin));
+      if (!makes_da || groups_.is_one_of_few_rows()) {
+        a.expand(expand, segment.count);
+        expand = {};
+      }
     }
-    if (!da_.wants(segment)) return own.a.expand(expand, segment.count);
-    const void* t = packed_t(kernels.wgrad_t, Groups::dense_part(weighted_ds_, segment, 0),
-                             segment.count, segment.rank, false, own.t);
-    WgradArgs args = wgrad_args(groups_, piece, args_.x, rows, t, groups_.keep_scale());
+    if (!makes_da) return;
+    WgradArgs args =
+        wgrad_args(groups_, piece, args_.x, wgrad_ds_.of(groups_, segment), groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
   }
 
   const BackwardArgs& args_;
-  const Groups& groups_;
+  const Groups groups_;
   Gradient da_, db_;
+  bool expands_;                      // whether dX += is a pass of its own
   at::Tensor dx_, ds_, weighted_ds_;  // weighted: by the rows' weights, if there are any
-  bool expands_ = false;              // whether dX += is a pass of its own
+  ColumnT wgrad_s_, wgrad_ds_, expand_ds_;
 };
 
 }  // namespace
 
-std::optional<Backward> backward_grouped(const BackwardArgs& args) {
-  if (!has_passes(args.x.scalar_type(), args.grad.scalar_type())) {
-    return std::nullopt;
-  }
-  const Groups groups(args.update, segments_of(args.base.op(), args.update, args.x.size(0)),
-                      args.x.scalar_type(), args.grad.scalar_type(), args.base.row_block > 0);
-  return BackwardPass(args, groups).run();
+std::optional<Backward> backward(const BackwardArgs& args) {
+  if (takes_library(args.x, args.grad.scalar_type(), args.update)) return std::nullopt;
+  return BackwardPass(args).run();
 }
 
 }  // namespace lora_ext::cpu

@@ -1,5 +1,5 @@
-// What forward and backward of many adapters share: the operands of a pass over some rows of a
-// segment, and the low-rank parts of a product in one pass.
+// What forward and backward share: the operands of a pass over some rows of a segment, and the
+// low-rank parts of a product in one pass.
 #pragma once
 
 #include <algorithm>
@@ -14,24 +14,12 @@
 
 namespace lora_ext::cpu {
 
-// Rows of an adapter, on average, from which on its low-rank part is computed in the tiles: fewer do
-// not pay for packing 64 columns of a factor. With 8 rows for each of 32 adapters at K = N = 1024
-// both ways take the same time.
-constexpr int64_t kFewRowsOfAdapter = 8;
-
 inline int64_t size_of(const Range& range) { return range.end - range.begin; }
-
-template <class Piece>
-int64_t work_of(const std::vector<Piece>& pieces) {
-  int64_t work = 0;
-  for (const Piece& piece : pieces) work += piece.work;
-  return work;
-}
 
 // What a thread keeps for the next piece.
 struct Thread {
   Factor a, b;
-  Scratch s, t, expand_t;
+  Scratch s, t;
 };
 
 inline const char* const_at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
@@ -55,28 +43,37 @@ inline ShrinkArgs shrink_args(const at::Tensor& p, const Groups::Rows& rows, con
 // Y += scale * mask * (T U) for rows of Y, from `column` on.
 inline ExpandArgs expand_args(const at::Tensor& y, const Groups::Rows& rows, int64_t column,
                               const Factor& u, float scale, const void* t, const Dropout& dropout) {
-  ExpandArgs args = expand_args(y, u.view(), u.panel(), scale, t, dropout, rows.index);
-  args.y = at_element(y, rows.first, column);
-  return args;
+  return {at_element(y, rows.first, column),
+          dtype_of(y.scalar_type()),
+          y.stride(0),
+          u.view().cols,
+          u.view().rank,
+          u.panel(),
+          u.is_half(),
+          scale,
+          t,
+          dropout,
+          rows.index};
 }
 
-// Whether the vector kernels can compute the call: they do not support float64, nor float16 factors
-// if x and y have different half types.
-inline bool has_passes(at::ScalarType x, at::ScalarType y) {
-  const bool two_halves = is_half(y) && is_half(x) && x != y;
-  return x != at::kDouble && y != at::kDouble && !two_halves && kernels_for(dtype_of(x)) != nullptr;
+// The same for some columns of Y; u becomes those of the factor, packed unless it is read as it is.
+inline ExpandArgs expand_args(const at::Tensor& y, const Groups& groups, const ColumnPiece& piece,
+                              Factor& u, const AdapterView& factor, const SkinnyKernels& kernels,
+                              float scale, const void* t, const Dropout& dropout) {
+  const Segment& segment = *piece.segment;
+  u.for_columns(part_of(factor, {0, segment.rank}, piece.columns), kernels,
+                groups.is_one_of_few_rows());
+  return expand_args(y, groups.rows_of(segment, {0, segment.count}), piece.columns.begin, u, scale,
+                     t, dropout);
 }
 
-// The dtype of the panels if the base of P, x or dY, and all low-rank parts are computed in one pass.
-// A batch-invariant call has the passes for any number of rows.
-inline std::optional<Dtype> panel_of(const Groups& groups, const at::Tensor& p, const Base& base,
-                                     bool is_forward) {
-  const auto segments = static_cast<int64_t>(groups.segments().size());
-  const bool has_rows = groups.rows() >= kFewRowsOfAdapter * segments;
-  if (!has_rows || base.row_block != 0) return {};
-  // The rows of an expert stay together only in their own order.
-  if (!base.experts.empty() && !groups.order_of_all(p.size(0)).empty()) return {};
-  return fused_panel(p, base, is_forward);
+// The ranks of a piece in a factor.
+inline AdapterView ranks_of(const AdapterView& factor, const RowPiece& piece) {
+  return part_of(factor, piece.ranks, {0, factor.cols});
+}
+
+inline bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& update) {
+  return !library_reason(x.scalar_type(), y, update.rank()).empty();
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.
