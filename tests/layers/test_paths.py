@@ -74,7 +74,7 @@ def check(layer, model, x):
         assert (product, own) == (1, 0), (path, reason)
     elif path == "added":
         assert product and own, (path, reason)
-    elif "torch" in reason:
+    elif "by torch" in reason:
         assert product > 1 and not own, (path, reason)
     elif isinstance(layer, LoRAEmbedding):
         assert product > 1 and own == 1, (path, reason)
