@@ -115,7 +115,7 @@ def test_a_nested_x_is_refused():
         x = torch.nested.nested_tensor(parts, layout=layout)
         with (
             lora_ext.use_adapters(layer, ["a", "b"]),
-            pytest.raises(TypeError, match="expected a dense x, but got a nested one"),
+            pytest.raises(TypeError, match="expected a dense x, but got a nested tensor"),
         ):
             layer(x)
 
