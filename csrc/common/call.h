@@ -31,19 +31,12 @@ struct DropoutArgs {
   std::optional<at::Tensor> seed{};  // int64, one element, on x's device
   c10::SymInt row_offset = 0;        // symbolic if shapes are symbolic; a number in the routes
   c10::SymInt col_offset = 0;
-  std::optional<at::Tensor> rows{};  // [M], int64: the mask's row of each row, for experts on a CPU
-  bool is_scaled = false;            // the scaling of the update has keep_scale already
 
   bool enabled() const { return p > 0.0 && keep_count() < philox::kKeepOne; }
   uint32_t keep_count() const { return philox::keep_count_of(p); }
-  double keep_scale() const { return is_scaled ? 1.0 : philox::keep_scale_of(keep_count()); }
+  double keep_scale() const { return philox::keep_scale_of(keep_count()); }  // 1 without dropout
   int64_t first_row() const { return row_offset.expect_int(); }
   int64_t first_col() const { return col_offset.expect_int(); }
-};
-
-// Consecutive rows of a call that have the weight of one expert.
-struct ExpertRows {
-  int64_t expert, begin, end;
 };
 
 // The frozen part of a layer: x W^T + bias with a weight, or a y that another module returned.
@@ -57,10 +50,6 @@ struct Base {
   // this number.
   int64_t row_block = 0;
   at::Tensor y{};  // given instead of a weight, in a forward: [M, N], last stride 1, any dtype
-  // Of experts, on a CPU: weight is [E, N, K], bias [E, N], both in x's dtype; the rows of each,
-  // in their order; and where y or dx is written.
-  std::vector<ExpertRows> experts{};
-  at::Tensor out{};
 
   static Base given(at::Tensor y = {}) {
     Base base;
@@ -140,7 +129,6 @@ struct Wanted {
   bool dx = true;
   NeedsGrad dlora_a, dlora_b;  // for each tensor of lora_a and lora_b
   bool dbias = false;          // computed by the op, not by the route
-  Factors to_a, to_b;          // where gradients are written, on a CPU; empty: fresh tensors
 
   static Wanted one(bool dx, bool a, bool b) { return {dx, NeedsGrad{a}, NeedsGrad{b}}; }
   bool any_a() const { return std::find(dlora_a.begin(), dlora_a.end(), true) != dlora_a.end(); }
@@ -155,12 +143,6 @@ struct BackwardArgs {
   Update update;
   at::Tensor s;  // S of the forward
   Wanted wanted;
-  // float32 [M], with many adapters: what multiplies a row's dS in dA, but not in dX.
-  std::optional<at::Tensor> weights{};
-
-  // For calls with one adapter.
-  bool need_dlora_a() const { return wanted.any_a(); }
-  bool need_dlora_b() const { return wanted.any_b(); }
 };
 
 struct Forward {

@@ -27,7 +27,7 @@ struct KernelDtype {
 // In float16 the second half of a number below 2^-3 is subnormal: 2^-25 is lost, not u^2.
 constexpr KernelDtype kKernelDtypes[] = {{Dtype::kBFloat16, "bfloat16", 0x1p-8, 0x1p-16},
                                          {Dtype::kFloat16, "float16", 0x1p-11, 0x1p-19}};
-// Of a dtype in the table.
+// The entry of a dtype that is in the table.
 constexpr const KernelDtype& kernel_dtype(Dtype dtype) {
   const KernelDtype* found = kKernelDtypes;
   while (found->dtype != dtype) ++found;

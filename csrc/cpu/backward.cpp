@@ -19,7 +19,7 @@ namespace {
 class Gradient {
  public:
   Gradient(const Update& update, at::TensorList factors, const NeedsGrad& wanted,
-           const Factors& given, int64_t rank_dim, const Groups& groups)
+           const Factors* given, int64_t rank_dim, const Groups& groups)
       : pool_(update.is_pool()), rank_dim_(rank_dim), each(factors.size()) {
     // Whether all of it will be written.
     std::vector<bool> is_whole(factors.size(), false);
@@ -30,7 +30,8 @@ class Gradient {
     }
     for (size_t i = 0; i < factors.size(); ++i) {
       if (!wanted[i]) continue;
-      each[i] = given.empty() ? at::empty(factors[i].sizes(), factors[i].options()) : given[i];
+      each[i] =
+          given == nullptr ? at::empty(factors[i].sizes(), factors[i].options()) : (*given)[i];
       if (!is_whole[i]) each[i].zero_();
     }
   }
@@ -74,15 +75,21 @@ WgradArgs wgrad_args(const Groups& groups, const ColumnPiece& piece, const at::T
 
 class BackwardPass {
  public:
-  explicit BackwardPass(const BackwardArgs& args)
+  BackwardPass(const BackwardArgs& args, const Experts* experts)
       : args_(args),
-        groups_(args),
-        da_(args.update, args.update.lora_a, args.wanted.dlora_a, args.wanted.to_a, 0, groups_),
-        db_(args.update, args.update.lora_b, args.wanted.dlora_b, args.wanted.to_b, 1, groups_),
+        experts_(experts),
+        groups_(args, experts),
+        da_(args.update, args.update.lora_a, args.wanted.dlora_a,
+            experts == nullptr ? nullptr : &experts->da, 0, groups_),
+        db_(args.update, args.update.lora_b, args.wanted.dlora_b,
+            experts == nullptr ? nullptr : &experts->db, 1, groups_),
+        weights_(experts == nullptr || !experts->weights
+                     ? nullptr
+                     : experts->weights->const_data_ptr<float>()),
         expands_(args.wanted.dx && !groups_.panel()) {}
 
   Backward run() {
-    if (expands_) dx_ = backward_of_base(args_.grad, args_.x, args_.base);
+    if (expands_) dx_ = backward_of_base(args_.grad, args_.x, args_.base, experts_);
     make_ds();
     if (groups_.panel()) make_dx(*groups_.panel());
     make_columns();
@@ -93,11 +100,8 @@ class BackwardPass {
   // dX in one pass.
   void make_dx(Dtype panel) {
     const std::vector<int32_t> order = groups_.order_of_all(args_.grad.size(0));
-    LowRank low_rank = low_rank_of(
-        groups_, order, ds_, [&](const Segment& segment) { return groups_.a(segment); },
-        [&](const Segment&) { return groups_.keep_scale(); });
-    low_rank.dropout = groups_.dropout();
-    dx_ = fused_backward(args_.grad, args_.base, panel, low_rank);
+    const LowRank low_rank = low_rank_of(groups_, order, ds_, false);
+    dx_ = fused_product(args_.grad, args_.base, experts_, panel, low_rank, false);
   }
 
   bool needs_ds(const Segment& segment) const { return args_.wanted.dx || da_.wants(segment); }
@@ -109,7 +113,7 @@ class BackwardPass {
     }
     if (pieces.empty()) return;
     ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
-    weighted_ds_ = args_.weights ? at::empty(ds_.sizes(), at::kFloat) : ds_;
+    weighted_ds_ = weights_ != nullptr ? at::empty(ds_.sizes(), at::kFloat) : ds_;
     const int64_t threads = threads_for(work_of(pieces));
     c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
@@ -121,16 +125,15 @@ class BackwardPass {
       b.shrink(shrink_args(args_.grad, groups_.rows_of(segment, piece.rows), b,
                            groups_.scaling(segment), t, Dropout{}),
                size_of(piece.rows));
-      if (args_.weights) weigh(segment, piece.rows, t);
+      if (weights_ != nullptr) weigh(segment, piece.rows, t);
     });
   }
 
   void weigh(const Segment& segment, Range rows, const float* ds) const {
-    const float* weights = args_.weights->const_data_ptr<float>();
     float* to = Groups::dense_part(weighted_ds_, segment, rows.begin);
     const Groups::Rows where = groups_.rows_of(segment, rows);
     for (int64_t m = 0; m < size_of(rows); ++m) {
-      const float weight = weights[where.first + where.index[m]];
+      const float weight = weights_[where.first + where.index[m]];
       for (int64_t j = m * segment.rank; j < (m + 1) * segment.rank; ++j) to[j] = weight * ds[j];
     }
   }
@@ -153,14 +156,14 @@ class BackwardPass {
       add_columns(pieces, groups_, segment, over_x, columns, per_column, work);
     });
     if (args_.wanted.any_b()) {
-      wgrad_s_ = {groups_, groups_.dense_s(args_.s), &Passes::over_y, &SkinnyKernels::wgrad_t};
+      wgrad_s_.emplace(groups_, groups_.dense_s(args_.s), &Passes::over_y, &SkinnyKernels::wgrad_t);
     }
     if (args_.wanted.any_a() && ds_.defined()) {
-      wgrad_ds_ = {groups_, weighted_ds_, &Passes::over_x, &SkinnyKernels::wgrad_t};
+      wgrad_ds_.emplace(groups_, weighted_ds_, &Passes::over_x, &SkinnyKernels::wgrad_t);
     }
     if (expands_) {
       const bool is_half = args_.update.lora_a[0].scalar_type() == at::kBFloat16;
-      expand_ds_ = {groups_, ds_, &Passes::over_x, &SkinnyKernels::expand_t, is_half};
+      expand_ds_.emplace(groups_, ds_, &Passes::over_x, &SkinnyKernels::expand_t, is_half);
     }
     const int64_t threads = threads_for(work);
     c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
@@ -173,7 +176,7 @@ class BackwardPass {
   void over_y(const ColumnPiece& piece) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
-    WgradArgs args = wgrad_args(groups_, piece, args_.grad, wgrad_s_.of(groups_, segment),
+    WgradArgs args = wgrad_args(groups_, piece, args_.grad, wgrad_s_->of(groups_, segment),
                                 groups_.scaling(segment));
     db_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, ExpandArgs{}, {0, size_of(piece.columns)});
@@ -188,7 +191,7 @@ class BackwardPass {
     if (expands_) {
       const Groups::Rows rows = groups_.rows_of(segment, {0, segment.count});
       expand = expand_args(dx_, groups_, piece, a, groups_.a(segment), kernels,
-                           groups_.keep_scale(), expand_ds_.of(groups_, segment),
+                           groups_.keep_scale(), expand_ds_->of(groups_, segment),
                            groups_.dropout_at(rows, piece.columns.begin));
       if (!makes_da || groups_.is_one_of_few_rows()) {
         a.expand(expand, segment.count);
@@ -197,24 +200,26 @@ class BackwardPass {
     }
     if (!makes_da) return;
     WgradArgs args =
-        wgrad_args(groups_, piece, args_.x, wgrad_ds_.of(groups_, segment), groups_.keep_scale());
+        wgrad_args(groups_, piece, args_.x, wgrad_ds_->of(groups_, segment), groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
   }
 
   const BackwardArgs& args_;
+  const Experts* experts_;
   const Groups groups_;
   Gradient da_, db_;
+  const float* weights_;              // of the rows, or null
   bool expands_;                      // whether dX += is a pass of its own
   at::Tensor dx_, ds_, weighted_ds_;  // weighted: by the rows' weights, if there are any
-  ColumnT wgrad_s_, wgrad_ds_, expand_ds_;
+  std::optional<ColumnT> wgrad_s_, wgrad_ds_, expand_ds_;
 };
 
 }  // namespace
 
-std::optional<Backward> backward(const BackwardArgs& args) {
+std::optional<Backward> backward(const BackwardArgs& args, const Experts* experts) {
   if (takes_library(args.x, args.grad.scalar_type(), args.update)) return std::nullopt;
-  return BackwardPass(args).run();
+  return BackwardPass(args, experts).run();
 }
 
 }  // namespace lora_ext::cpu

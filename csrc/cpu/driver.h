@@ -17,9 +17,22 @@ std::string library_reason(at::ScalarType x, at::ScalarType y, int64_t rank);
 // otherwise such a call is made in equal blocks.
 bool is_batch_invariant(at::ScalarType x, at::ScalarType y, const Update& update);
 
-// nullopt if the library computes the call.
-std::optional<Forward> forward(const ForwardArgs& args);
-std::optional<Backward> backward(const BackwardArgs& args);
+// What a call has besides its operands if its rows are sorted by the experts of a mixture. The weight
+// is then [E, N, K], the bias [E, N], both in x's dtype; the scaling has the mask's scale already.
+struct Experts {
+  struct Rows {
+    int64_t expert, begin, end;
+  };
+  std::vector<Rows> rows;                 // of each expert, in their order
+  at::Tensor out;                         // where y or dx is written
+  std::optional<at::Tensor> mask_rows{};  // [M], int64: the mask's row of each row
+  Factors da{}, db{};                     // where gradients are written
+  std::optional<at::Tensor> weights{};    // float32 [M]: of a row's dS in dA, but not in dX
+};
+
+// nullopt if the vector kernels do not compute the call. experts: null for a layer's rows.
+std::optional<Forward> forward(const ForwardArgs& args, const Experts* experts = nullptr);
+std::optional<Backward> backward(const BackwardArgs& args, const Experts* experts = nullptr);
 
 // The low-rank part of a product in one pass, of any number of adapters.
 struct LowRank {
@@ -30,18 +43,18 @@ struct LowRank {
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in
 // one pass (cpu/fused_product.h).
-std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward);
+std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, const Experts* experts,
+                                 bool is_forward);
 
-// Y of x, the base and low_rank, [M, N]: base.out, or a fresh tensor.
-at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
-                         const LowRank& low_rank);
-// dX of dY and the base, [M, K] in grad's dtype, the same.
-at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
-                          const LowRank& low_rank);
+// Y of x, the base and low_rank, [M, N]; or dX of dY, [M, K] in its dtype: where `experts` says, or a
+// fresh tensor.
+at::Tensor fused_product(const at::Tensor& p, const Base& base, const Experts* experts, Dtype panel,
+                         const LowRank& low_rank, bool is_forward);
 
 // The base's part alone, in that way or by the library.
-at::Tensor forward_of_base(const at::Tensor& x, const Base& base);
-at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base);
+at::Tensor forward_of_base(const at::Tensor& x, const Base& base, const Experts* experts);
+at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base,
+                            const Experts* experts);
 
 // out = P Q + bias, by panels or by torch, whichever is faster; torch's errors. panels: "none", or the
 // dtype of panels to be used where P, Q and out can be read by pointers.

@@ -92,7 +92,7 @@ class FewRows {
     }
   }
 
-  // Those with A of each row's adapter.
+  // The products with A of each row's own adapter.
   void add_own(std::vector<Product>& pieces, Range rows) {
     const std::vector<int64_t>& adapters = *args_.adapters;
     for (int64_t begin = rows.begin, end = begin; begin < rows.end; begin = end) {

@@ -23,7 +23,7 @@ struct FourBitBlocks {
   at::Tensor scale;                 // [E N K / block] float; uint8 if these are codes themselves
   std::optional<at::Tensor> table;  // [16] float
   int64_t block = 0;                // divides K
-  // Of scales that are codes, as cpu::NestedScales; else none.
+  // How scales that are codes become values, as in cpu::NestedScales; else none.
   std::optional<at::Tensor> scale_table, scale_scale, scale_offset;
   int64_t scale_block = 0;
 

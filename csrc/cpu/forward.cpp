@@ -20,11 +20,12 @@ namespace {
 
 class ForwardPass {
  public:
-  explicit ForwardPass(const ForwardArgs& args) : args_(args), groups_(args), s_(empty_s()) {}
+  ForwardPass(const ForwardArgs& args, const Experts* experts)
+      : args_(args), experts_(experts), groups_(args, experts), s_(empty_s()) {}
 
   Forward run() {
     if (!groups_.panel()) {
-      y_ = forward_of_base(args_.x, args_.base);
+      y_ = forward_of_base(args_.x, args_.base, experts_);
       if (groups_.is_one_of_few_rows()) {
         make_s_and([](Thread&, const RowPiece&, const float*) {}, 0);
         expand_columns();
@@ -45,10 +46,8 @@ class ForwardPass {
                       Groups::dense_part(t, *piece.segment, piece.rows.begin));
         },
         0);
-    const LowRank low_rank = low_rank_of(
-        groups_, order, t, [&](const Segment& segment) { return groups_.b(segment); },
-        [&](const Segment& segment) { return groups_.scaling(segment); });
-    return {fused_forward(args_.x, args_.base, *groups_.panel(), low_rank), s_};
+    const LowRank low_rank = low_rank_of(groups_, order, t, true);
+    return {fused_product(args_.x, args_.base, experts_, *groups_.panel(), low_rank, true), s_};
   }
 
  private:
@@ -109,15 +108,16 @@ class ForwardPass {
   }
 
   const ForwardArgs& args_;
+  const Experts* experts_;
   const Groups groups_;
   at::Tensor s_, y_;
 };
 
 }  // namespace
 
-std::optional<Forward> forward(const ForwardArgs& args) {
+std::optional<Forward> forward(const ForwardArgs& args, const Experts* experts) {
   if (takes_library(args.x, args.y_dtype(), args.update)) return std::nullopt;
-  return ForwardPass(args).run();
+  return ForwardPass(args, experts).run();
 }
 
 }  // namespace lora_ext::cpu

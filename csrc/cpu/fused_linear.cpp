@@ -27,8 +27,9 @@ std::optional<Dtype> named_panel(const std::string& name, Dtype x) {
 }
 
 // The rows of each matrix, on average.
-int64_t rows_of_each(const at::Tensor& p, const Base& base) {
-  return p.size(0) / std::max<int64_t>(1, static_cast<int64_t>(base.experts.size()));
+int64_t rows_of_each(const at::Tensor& p, const Experts* experts) {
+  const int64_t matrices = experts == nullptr ? 1 : static_cast<int64_t>(experts->rows.size());
+  return p.size(0) / std::max<int64_t>(1, matrices);
 }
 
 ProductKind kind_of(const at::Tensor& p, const at::Tensor& q) {
@@ -37,7 +38,7 @@ ProductKind kind_of(const at::Tensor& p, const at::Tensor& q) {
 
 // The weight as Q, or that of an expert.
 at::Tensor matrix_of(const Base& base, bool is_forward, int64_t expert = 0) {
-  const at::Tensor weight = base.experts.empty() ? base.weight : base.weight.select(0, expert);
+  const at::Tensor weight = base.weight.dim() == 2 ? base.weight : base.weight.select(0, expert);
   return is_forward ? weight.t() : weight;
 }
 
@@ -45,14 +46,15 @@ std::optional<at::Tensor> bias_of(const Base& base, int64_t expert) {
   return base.bias ? std::optional(base.bias->select(0, expert)) : std::nullopt;
 }
 
-// That of the base's product; batch-invariant calls are by panels wherever they can be.
-std::optional<Dtype> base_panel(const at::Tensor& p, const Base& base, bool is_forward) {
+// The dtype of the panels of the base's product; batch-invariant calls take panels wherever they can.
+std::optional<Dtype> base_panel(const at::Tensor& p, const Base& base, const Experts* experts,
+                                bool is_forward) {
   if (base.is_given()) return {};
   if (base.row_block > 0 && p.size(1) <= kMaxPanelDepth) {
     return batch_invariant_panel_dtype(dtype_of(p.scalar_type()));
   }
   if (is_forward ? base.packed : base.packed_t) return {};
-  return faster_panel(kind_of(p, matrix_of(base, is_forward)), rows_of_each(p, base));
+  return faster_panel(kind_of(p, matrix_of(base, is_forward)), rows_of_each(p, experts));
 }
 
 // P in memory as the library takes A. It keeps a kernel for each pitch, so that of a wider matrix,
@@ -63,8 +65,9 @@ at::Tensor with_own_pitch(const at::Tensor& p) {
 
 // All of one dtype; P and out have last stride 1. Q and its bias are those of each part, of which
 // `q` has the strides.
-void fused_product(const at::Tensor& any_p, const at::Tensor& q, const std::vector<BasePart>& parts,
-                   const LowRank& low_rank, Dtype panel, const at::Tensor& out) {
+void multiply_parts(const at::Tensor& any_p, const at::Tensor& q,
+                    const std::vector<BasePart>& parts, const LowRank& low_rank, Dtype panel,
+                    const at::Tensor& out) {
   const Dtype dtype = dtype_of(any_p.scalar_type());
   const RowIndex rows = low_rank.rows;
   const at::Tensor p = panel == dtype && rows.at == nullptr ? with_own_pitch(any_p) : any_p;
@@ -76,77 +79,70 @@ void fused_product(const at::Tensor& any_p, const at::Tensor& q, const std::vect
             low_rank.updates});
 }
 
-BasePart part_of(Range rows, const at::Tensor& q, const at::Tensor* bias) {
-  return {rows, q.const_data_ptr(), bias == nullptr ? nullptr : bias->const_data_ptr()};
+// bias: of the part, or undefined.
+BasePart part_of(Range rows, const at::Tensor& q, const at::Tensor& bias) {
+  return {rows, q.const_data_ptr(), bias.defined() ? bias.const_data_ptr() : nullptr};
 }
 
-// The base's product in one pass with low_rank, to base.out or to a fresh tensor.
-at::Tensor fused_product(const at::Tensor& p, const Base& base, Dtype panel,
-                         const LowRank& low_rank, bool is_forward) {
-  const at::Tensor q = matrix_of(base, is_forward);
-  const at::Tensor out =
-      base.out.defined() ? base.out : at::empty({p.size(0), q.size(1)}, p.options());
-  const bool has_bias = is_forward && base.bias.has_value();
-  at::Tensor bias;
-  if (has_bias) bias = base.bias->contiguous();
-  std::vector<BasePart> parts;
-  if (base.experts.empty()) parts = {part_of({0, p.size(0)}, q, has_bias ? &bias : nullptr)};
-  for (const ExpertRows& each : base.experts) {
-    at::Tensor row;
-    if (has_bias) row = bias.select(0, each.expert);
-    parts.push_back(part_of({each.begin, each.end}, matrix_of(base, is_forward, each.expert),
-                            has_bias ? &row : nullptr));
-  }
-  fused_product(p, q, parts, low_rank, panel, out);
-  return out;
-}
-
-// A product for each expert, to base.out.
-at::Tensor products_of_experts(const at::Tensor& p, const Base& base, bool is_forward) {
+// A product for each expert.
+at::Tensor products_of_experts(const at::Tensor& p, const Base& base, const Experts& experts,
+                               bool is_forward) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       base.row_block == 0,
       "lora_ext.batch_invariant: expected experts that panels can multiply, in "
       "a dtype that has them and with at most ",
       kMaxPanelDepth, " columns, but got ", base.weight.scalar_type(), " of ", base.weight.sizes(),
       "; call them outside of the block");
-  for (const ExpertRows& each : base.experts) {
+  for (const Experts::Rows& each : experts.rows) {
     const int64_t count = each.end - each.begin;
-    at::Tensor out = base.out.narrow(0, each.begin, count);
+    at::Tensor out = experts.out.narrow(0, each.begin, count);
     product(p.narrow(0, each.begin, count), matrix_of(base, is_forward, each.expert),
             is_forward ? bias_of(base, each.expert) : std::nullopt, out);
   }
-  return base.out;
+  return experts.out;
 }
 
 }  // namespace
 
-std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, bool is_forward) {
-  return rows_of_each(p, base) >= kMinPanelRows || base.row_block > 0
-             ? base_panel(p, base, is_forward)
+std::optional<Dtype> fused_panel(const at::Tensor& p, const Base& base, const Experts* experts,
+                                 bool is_forward) {
+  return rows_of_each(p, experts) >= kMinPanelRows || base.row_block > 0
+             ? base_panel(p, base, experts, is_forward)
              : std::nullopt;
 }
 
-at::Tensor fused_forward(const at::Tensor& x, const Base& base, Dtype panel,
-                         const LowRank& low_rank) {
-  return fused_product(x, base, panel, low_rank, true);
+at::Tensor fused_product(const at::Tensor& p, const Base& base, const Experts* experts, Dtype panel,
+                         const LowRank& low_rank, bool is_forward) {
+  const at::Tensor q = matrix_of(base, is_forward);
+  at::Tensor bias, out;
+  if (is_forward && base.bias) bias = base.bias->contiguous();
+  std::vector<BasePart> parts;
+  if (experts == nullptr) {
+    out = at::empty({p.size(0), q.size(1)}, p.options());
+    parts.push_back(part_of({0, p.size(0)}, q, bias));
+  } else {
+    out = experts->out;
+    for (const Experts::Rows& each : experts->rows) {
+      parts.push_back(part_of({each.begin, each.end}, matrix_of(base, is_forward, each.expert),
+                              bias.defined() ? bias.select(0, each.expert) : bias));
+    }
+  }
+  multiply_parts(p, q, parts, low_rank, panel, out);
+  return out;
 }
 
-at::Tensor fused_backward(const at::Tensor& grad, const Base& base, Dtype panel,
-                          const LowRank& low_rank) {
-  return fused_product(grad, base, panel, low_rank, false);
+at::Tensor forward_of_base(const at::Tensor& x, const Base& base, const Experts* experts) {
+  const std::optional<Dtype> panel = base_panel(x, base, experts, true);
+  if (panel) return fused_product(x, base, experts, *panel, {}, true);
+  return experts == nullptr ? base_forward(x, base) : products_of_experts(x, base, *experts, true);
 }
 
-at::Tensor forward_of_base(const at::Tensor& x, const Base& base) {
-  const std::optional<Dtype> panel = base_panel(x, base, true);
-  if (panel) return fused_forward(x, base, *panel, {});
-  return base.experts.empty() ? base_forward(x, base) : products_of_experts(x, base, true);
-}
-
-at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base) {
-  const std::optional<Dtype> panel = base_panel(grad, base, false);
-  if (panel) return fused_backward(grad, base, *panel, {});
-  return base.experts.empty() ? base_backward(grad, x, base)
-                              : products_of_experts(grad, base, false);
+at::Tensor backward_of_base(const at::Tensor& grad, const at::Tensor& x, const Base& base,
+                            const Experts* experts) {
+  const std::optional<Dtype> panel = base_panel(grad, base, experts, false);
+  if (panel) return fused_product(grad, base, experts, *panel, {}, false);
+  return experts == nullptr ? base_backward(grad, x, base)
+                            : products_of_experts(grad, base, *experts, false);
 }
 
 void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::Tensor>& bias,
@@ -175,7 +171,7 @@ void product(const at::Tensor& p, const at::Tensor& q, const std::optional<at::T
   if (const auto panel = by_pointers ? panel_of() : std::nullopt) {
     at::Tensor bias_row;
     if (bias) bias_row = bias->contiguous();
-    fused_product(p, q, {part_of({0, p.size(0)}, q, bias ? &bias_row : nullptr)}, {}, *panel, out);
+    multiply_parts(p, q, {part_of({0, p.size(0)}, q, bias_row)}, {}, *panel, out);
     out.unsafeGetTensorImpl()->bump_version();
   } else if (bias) {
     at::addmm_out(out, *bias, p, q);

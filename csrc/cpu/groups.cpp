@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
-#include "cpu/driver.h"
 #include "cpu/operands.h"
 #include "cpu/work_split.h"
 
@@ -17,8 +16,8 @@ constexpr int64_t kColumnBlock = 128;  // wgrad's block of columns
 constexpr int64_t kRankGranule = 16;   // of ranges of ranks
 constexpr int64_t kPackRows = 4;       // packing a factor takes as long as this number of rows
 
-// Of many adapters those with so many rows read their factors in the original layout, in vector code;
-// others use tiles where there are any. With tiles from 16 rows on, 16 rows for each of 8 adapters
+// With many adapters, one with so many rows at most has its factors read in their original layout, in
+// vector code; others use tiles where there are any. With tiles from 16 rows on, 16 rows for each of 8 adapters
 // at K = N = 2048 took 1.46 times the merged layer and a training step 1.70 times the frozen one;
 // with vector code 1.32 and 1.40.
 constexpr int64_t kFewRows = 32;
@@ -45,15 +44,15 @@ int64_t few_rows_of_one(const Update& update, bool is_forward) {
 
 }  // namespace
 
-Groups::Groups(const ForwardArgs& args)
-    : Groups(args.update, args.base, args.x, args.y_dtype(), args.x, true) {}
+Groups::Groups(const ForwardArgs& args, const Experts* experts)
+    : Groups(args.update, args.base, args.x, args.y_dtype(), args.x, true, experts) {}
 
-Groups::Groups(const BackwardArgs& args)
+Groups::Groups(const BackwardArgs& args, const Experts* experts)
     : Groups(args.update, args.base, args.x, args.grad.scalar_type(),
-             args.wanted.dx ? args.grad : at::Tensor(), false) {}
+             args.wanted.dx ? args.grad : at::Tensor(), false, experts) {}
 
 Groups::Groups(const Update& update, const Base& base, const at::Tensor& x, at::ScalarType y,
-               const at::Tensor& p, bool is_forward)
+               const at::Tensor& p, bool is_forward, const Experts* experts)
     : update_(update),
       segments_(update.is_one() ? Segments{{{0, 0, x.size(0), update.rank()}}, {}}
                                 : segments_of(base.op(), update, x.size(0))),
@@ -61,9 +60,12 @@ Groups::Groups(const Update& update, const Base& base, const at::Tensor& x, at::
       x_(dtype_of(x.scalar_type())),
       y_(dtype_of(y)),
       dropout_(dropout_of(update.dropout)),
-      keep_scale_(static_cast<float>(keep_scale_of(update.dropout))),
+      keep_scale_(experts == nullptr ? static_cast<float>(update.dropout.keep_scale()) : 1.f),
       uses_tiles_(update.is_one() || base.row_block == 0) {
-  if (p.defined()) panel_ = panel_of(p, base, is_forward);
+  if (experts != nullptr && experts->mask_rows) {
+    dropout_.rows = experts->mask_rows->const_data_ptr<int64_t>();
+  }
+  if (p.defined()) panel_ = panel_of(p, base, is_forward, experts);
   // In batch-invariant calls a row has the same passes in any number of rows.
   if (base.row_block != 0) {
     few_rows_ = 0;
@@ -74,13 +76,13 @@ Groups::Groups(const Update& update, const Base& base, const at::Tensor& x, at::
   }
 }
 
-std::optional<Dtype> Groups::panel_of(const at::Tensor& p, const Base& base,
-                                      bool is_forward) const {
+std::optional<Dtype> Groups::panel_of(const at::Tensor& p, const Base& base, bool is_forward,
+                                      const Experts* experts) const {
   const bool has_rows = rows() >= kFusedRows * static_cast<int64_t>(segments().size());
   if (!is_one() && (!has_rows || base.row_block != 0)) return {};
   // The rows of an expert stay together only in their own order.
-  if (!base.experts.empty() && !order_of_all(p.size(0)).empty()) return {};
-  return fused_panel(p, base, is_forward);
+  if (experts != nullptr && !order_of_all(p.size(0)).empty()) return {};
+  return fused_panel(p, base, experts, is_forward);
 }
 
 Passes Groups::passes(const Segment& segment) const {

@@ -10,14 +10,15 @@
 #include <vector>
 
 #include "common/rows.h"
+#include "cpu/driver.h"
 #include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
 
 class Groups {
  public:
-  explicit Groups(const ForwardArgs& args);
-  explicit Groups(const BackwardArgs& args);
+  Groups(const ForwardArgs& args, const Experts* experts);
+  Groups(const BackwardArgs& args, const Experts* experts);
 
   // The dtype of the panels if the base and all low-rank parts are computed in one pass.
   std::optional<Dtype> panel() const { return panel_; }
@@ -69,8 +70,9 @@ class Groups {
  private:
   // p: x or the gradient of y, as it is multiplied by the base, if that is wanted.
   Groups(const Update& update, const Base& base, const at::Tensor& x, at::ScalarType y,
-         const at::Tensor& p, bool is_forward);
-  std::optional<Dtype> panel_of(const at::Tensor& p, const Base& base, bool is_forward) const;
+         const at::Tensor& p, bool is_forward, const Experts* experts);
+  std::optional<Dtype> panel_of(const at::Tensor& p, const Base& base, bool is_forward,
+                                const Experts* experts) const;
   AdapterView view(at::TensorList factors, int64_t rank_dim, const Segment& segment) const;
 
   const Update& update_;
@@ -111,7 +113,6 @@ int64_t work_of_column(const Segment& segment);
 // T of each segment as a pass over columns reads it: dense, or packed once for all columns.
 class ColumnT {
  public:
-  ColumnT() = default;
   // t: in dense parts; side and layout: those of the pass.
   ColumnT(const Groups& groups, at::Tensor t, const SkinnyKernels* Passes::* side,
           TLayout SkinnyKernels::* layout, bool u_is_half = false);
@@ -144,16 +145,13 @@ class Factor {
  public:
   void for_shrink(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
                   int64_t few_rows) {
-    few_ = segment.count <= few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
-    if (!is_new(segment, view, kernels) || few_) return;
+    if (!is_to_pack(segment, view, kernels, few_rows)) return;
     panel_ = scratch_.of(kernels.shrink_panel_bytes(view.rank, view.cols));
     kernels.pack_shrink(view, panel_);
   }
   void for_expand(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
                   int64_t few_rows) {
-    few_ = segment.count <= few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
-    if (!is_new(segment, view, kernels) || few_) return;
-    pack_expand();
+    if (is_to_pack(segment, view, kernels, few_rows)) pack_expand();
   }
 
   // Some columns of a factor, for the expand alone or together with wgrad: packed in every call.
@@ -178,11 +176,13 @@ class Factor {
     panel_ = scratch_.of(kernels_->expand_panel_bytes(view_.rank, view_.cols));
     kernels_->pack_expand(view_, panel_);
   }
-  bool is_new(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels) {
+  bool is_to_pack(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
+                  int64_t few_rows) {
     kernels_ = &kernels, view_ = view;
+    few_ = segment.count <= few_rows && (view.col_pitch == 1 || view.rank_pitch == 1);
     const bool is_new = packed_ != &segment;
     packed_ = &segment;
-    return is_new;
+    return is_new && !few_;
   }
 
   const Segment* packed_ = nullptr;

@@ -9,12 +9,7 @@ namespace lora_ext::cpu {
 inline Dropout dropout_of(const DropoutArgs& args) {
   if (!args.enabled()) return {};
   return {static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>()), args.first_row(),
-          args.first_col(), args.keep_count(),
-          args.rows ? args.rows->const_data_ptr<int64_t>() : nullptr};
-}
-
-inline double keep_scale_of(const DropoutArgs& args) {
-  return args.enabled() ? args.keep_scale() : 1.0;
+          args.first_col(), args.keep_count()};
 }
 
 // A factor as [rank, cols] for the kernels: lora_a directly, lora_b transposed.

@@ -77,20 +77,20 @@ inline bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& u
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.
-template <class ViewOf, class ScaleOf>
-LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& order, const at::Tensor& t,
-                    const ViewOf& view_of, const ScaleOf& scale_of) {
+inline LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& order,
+                           const at::Tensor& t, bool is_forward) {
   LowRank found;
   for (const Segment& segment : groups.segments()) {
     const int64_t first = order.empty() ? groups.first_row(segment) : segment.begin;
     found.updates.push_back({{first, first + segment.count},
                              Groups::dense_part(t, segment, 0),
-                             view_of(segment),
-                             scale_of(segment)});
+                             is_forward ? groups.b(segment) : groups.a(segment),
+                             is_forward ? groups.scaling(segment) : groups.keep_scale()});
   }
   std::sort(found.updates.begin(), found.updates.end(),
             [](const RowUpdate& a, const RowUpdate& b) { return a.rows.begin < b.rows.begin; });
   found.rows.at = order.empty() ? nullptr : order.data();
+  if (!is_forward) found.dropout = groups.dropout();
   return found;
 }
 

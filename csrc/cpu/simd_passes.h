@@ -15,7 +15,7 @@
 constexpr int64_t kShrinkDepth = 128;  // columns per staged block of shrink
 constexpr int64_t kRowBlock = 24;      // rows per staged block of shrink: 12 KB of floats
 constexpr int64_t kColBlock = 128;     // columns per block of expand and wgrad
-constexpr int64_t kWgradRows = 64;     // rows per staged block of wgrad: 32 KB of floats
+constexpr int64_t kStagedRows = 64;    // rows per staged block of wgrad: 32 KB of floats
 constexpr int64_t kExpandRows = 16;    // rows per block of expand: 8 KB of sums
 constexpr int64_t kRowGranule = 4;
 constexpr int64_t kColGranule = 32;  // one word of dropout bits
@@ -209,15 +209,15 @@ template <class Isa, class T>
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   constexpr int64_t kBitsPitch = kColBlock / 32;
   const bool drop = args.dropout.enabled();
-  alignas(64) float staged[kWgradRows * kColBlock];
+  alignas(64) float staged[kStagedRows * kColBlock];
   alignas(64) float sums[kMaxRank * kColBlock];
-  uint32_t bits[kWgradRows * kBitsPitch];
+  uint32_t bits[kStagedRows * kBitsPitch];
   for (int64_t c = cols.begin; c < cols.end; c += kColBlock) {
     const int64_t block_cols = std::min(kColBlock, cols.end - c);
     const int64_t lanes = round_up(block_cols, Isa::kLanes);
     std::fill_n(sums, args.rank * kColBlock, 0.0f);
-    for (int64_t m = 0; m < args.rows; m += kWgradRows) {
-      const int64_t block_rows = std::min(kWgradRows, args.rows - m);
+    for (int64_t m = 0; m < args.rows; m += kStagedRows) {
+      const int64_t block_rows = std::min(kStagedRows, args.rows - m);
       const Range block{m, m + block_rows};
       if (drop) {
         dropout_bits<Isa>(args.dropout, args.row_index, block, {c, c + block_cols}, bits,

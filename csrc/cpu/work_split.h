@@ -20,7 +20,7 @@ inline int64_t threads_for(int64_t work) {
   return std::clamp<int64_t>(work / min_work, 1, at::get_num_threads());
 }
 
-// Of pieces, each with a field `work`.
+// The work of all pieces, each of which has a field `work`.
 template <class Pieces>
 int64_t work_of(const Pieces& pieces) {
   int64_t work = 0;

@@ -1,15 +1,13 @@
 // The ops that lora_ext/experts uses on the CPU besides lora_grouped: a projection of experts that
 // have few rows each; and copying B of some experts into a pool, or the gradient of a pool into
 // that of B. Neither is differentiable: the passes of lora_ext/experts/projection.py call them.
-#include "cpu/experts.h"
-
 #include <torch/library.h>
 
 #include <array>
 
 #include "common/check.h"
-#include "cpu/dispatch.h"
 #include "op/checks.h"
+#include "op/route/route.h"
 
 namespace lora_ext {
 namespace {
@@ -152,10 +150,7 @@ std::tuple<at::Tensor, at::Tensor> experts_few_rows(
       x, token, weight, blocks, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
   if (adapters) args.adapters = adapters->vec();
   check_few_rows("experts_few_rows", args);
-  TORCH_CHECK(cpu::kernels_for_few_rows() != nullptr,
-              "lora_ext.experts_few_rows: expected an instruction set of the CPU's kernels, but the"
-              " library route is chosen");
-  const Forward out = cpu::experts_few_rows(args);
+  const Forward out = route::forward_of_few_rows("experts_few_rows", args);
   return {out.y, out.s};
 }
 

@@ -7,9 +7,9 @@
 #include <array>
 
 #include "common/check.h"
-#include "cpu/driver.h"
 #include "op/checks.h"
 #include "op/ops.h"
+#include "op/route/route.h"
 
 namespace lora_ext {
 namespace {
@@ -21,7 +21,6 @@ struct ExpertWeights {
   const at::Tensor& weight;               // [E, N, K]
   const std::optional<at::Tensor>& bias;  // [E, N]
   at::IntArrayRef experts, ends;          // the number of an expert, and the end of its rows
-  int64_t row_block;
 };
 
 // rows: [M, C], x or the gradient of y; out: [M, D], what is written.
@@ -60,39 +59,31 @@ void check_weights(const ExpertWeights& given, const at::Tensor& rows, const at:
          " rows, but got ", last);
 }
 
-Base base_of(const ExpertWeights& given, const at::Tensor& out) {
-  Base base{given.weight, given.bias, false, std::nullopt, std::nullopt, given.row_block};
+cpu::Experts experts_of(const ExpertWeights& given, const at::Tensor& out, const Update& update,
+                        const std::optional<at::Tensor>& mask_rows, int64_t rows) {
+  const char* op = kOp;
+  EXPECT(update.lora_a.empty() || update.dropout.p == 0.0 ||
+             (mask_rows && mask_rows->scalar_type() == at::kLong && mask_rows->is_contiguous() &&
+              mask_rows->is_cpu() && mask_rows->numel() == rows),
+         "expected mask_rows of int64, one for each of the ", rows, " rows, beside dropout");
+  cpu::Experts experts{{}, out, mask_rows};
   int64_t begin = 0;
   for (size_t i = 0; i < given.experts.size(); ++i) {
-    base.experts.push_back({given.experts[i], begin, given.ends[i]});
+    experts.rows.push_back({given.experts[i], begin, given.ends[i]});
     begin = given.ends[i];
   }
-  base.out = out;
-  return base;
+  return experts;
 }
 
-// The factors, and the mask's row of each row; the scaling has the mask's scale already.
 Update update_of(at::TensorList lora_a, at::TensorList lora_b,
                  const std::optional<at::Tensor>& scaling, const std::optional<at::Tensor>& index,
                  const std::optional<at::Tensor>& offs, double dropout_p,
-                 const std::optional<at::Tensor>& seed,
-                 const std::optional<at::Tensor>& mask_rows) {
-  DropoutArgs dropout{dropout_p, seed};
-  dropout.rows = mask_rows, dropout.is_scaled = true;
+                 const std::optional<at::Tensor>& seed) {
   return {{lora_a.begin(), lora_a.end()},
           {lora_b.begin(), lora_b.end()},
           1.0,
-          dropout,
+          {dropout_p, seed},
           Grouping{scaling.value_or(at::Tensor()), index, offs}};
-}
-
-void check_mask_rows(const DropoutArgs& dropout, int64_t rows) {
-  const char* op = kOp;
-  if (dropout.p == 0.0) return;
-  const std::optional<at::Tensor>& given = dropout.rows;
-  EXPECT(given && given->scalar_type() == at::kLong && given->is_contiguous() && given->is_cpu() &&
-             given->numel() == rows,
-         "expected mask_rows of int64, one for each of the ", rows, " rows, beside dropout");
 }
 
 at::Tensor experts_linear(
@@ -102,26 +93,21 @@ at::Tensor experts_linear(
     const std::optional<at::Tensor>& offs, double dropout_p, const std::optional<at::Tensor>& seed,
     const std::optional<at::Tensor>& mask_rows, int64_t row_block, at::Tensor& y) {
   const char* op = kOp;
-  const ExpertWeights given{weight, bias, experts, ends, row_block};
+  const ExpertWeights given{weight, bias, experts, ends};
   check_weights(given, x, y);
   EXPECT(x.size(1) == weight.size(2) && y.size(1) == weight.size(1), "expected x and y of ",
          weight.size(2), " and ", weight.size(1), " columns, but got ", x.sizes(), " and ",
          y.sizes());
-  const Base base = base_of(given, y);
-  const auto floats = x.options().dtype(at::kFloat);
-  if (lora_a.empty()) {
-    if (x.numel() != 0 && y.numel() != 0) cpu::forward_of_base(x, base);
-    return at::empty({x.size(0), 0}, floats);
-  }
-  const Update update = update_of(lora_a, lora_b, scaling, index, offs, dropout_p, seed, mask_rows);
-  check_forward(x, Base::given(y), update);
-  check_mask_rows(update.dropout, x.size(0));
-  const std::optional<Forward> out = cpu::forward({x, base, update});
-  EXPECT(out, "expected an instruction set of the CPU's kernels, but the library route is chosen");
-  return out->s;
+  const Update update = update_of(lora_a, lora_b, scaling, index, offs, dropout_p, seed);
+  const at::Tensor no_s = at::empty({x.size(0), 0}, x.options().dtype(at::kFloat));
+  if (lora_a.empty() && (x.numel() == 0 || y.numel() == 0)) return no_s;
+  if (!lora_a.empty()) check_forward(x, Base::given(y), update);
+  const Forward out = route::forward(op, {x, {weight, bias, false, {}, {}, row_block}, update},
+                                     experts_of(given, y, update, mask_rows, x.size(0)));
+  return lora_a.empty() ? no_s : out.s;
 }
 
-// Of a gradient that is wanted for each factor or for none.
+// A gradient is written for each factor or for none.
 void check_gradients(at::TensorList gradients, at::TensorList factors) {
   const char* op = kOp;
   EXPECT(gradients.empty() || gradients.size() == factors.size(),
@@ -146,7 +132,7 @@ void experts_linear_backward(const at::Tensor& grad, const at::Tensor& x, const 
                              const std::optional<at::Tensor>& dx, at::TensorList dlora_a,
                              at::TensorList dlora_b, const std::optional<at::Tensor>& weights) {
   const char* op = kOp;
-  const ExpertWeights given{weight, std::nullopt, experts, ends, row_block};
+  const ExpertWeights given{weight, std::nullopt, experts, ends};
   check_weights(given, grad, dx.value_or(grad));
   const std::array<int64_t, 2> shape{grad.size(0), weight.size(2)};
   EXPECT(x.sizes() == at::IntArrayRef(shape) && grad.size(1) == weight.size(1) &&
@@ -162,21 +148,16 @@ void experts_linear_backward(const at::Tensor& grad, const at::Tensor& x, const 
   EXPECT(!weights || (weights->scalar_type() == at::kFloat && weights->is_contiguous() &&
                       weights->is_cpu() && weights->numel() == x.size(0)),
          "expected contiguous weights of float32, one for each of the ", x.size(0), " rows");
-  const Base base = base_of(given, dx.value_or(at::Tensor()));
-  if (lora_a.empty()) {
-    if (dx && grad.numel() != 0 && dx->numel() != 0) cpu::backward_of_base(grad, x, base);
-    return;
-  }
-  const Update update = update_of(lora_a, lora_b, scaling, index, offs, dropout_p, seed, mask_rows);
+  if (lora_a.empty() && (!dx || grad.numel() == 0 || dx->numel() == 0)) return;
   check_gradients(dlora_a, lora_a), check_gradients(dlora_b, lora_b);
-  Wanted wanted{dx.has_value(), NeedsGrad(lora_a.size(), !dlora_a.empty()),
-                NeedsGrad(lora_b.size(), !dlora_b.empty())};
-  wanted.to_a = Factors(dlora_a.begin(), dlora_a.end());
-  wanted.to_b = Factors(dlora_b.begin(), dlora_b.end());
-  check_backward(grad, s, wanted, x, Base::given(), update);
-  check_mask_rows(update.dropout, x.size(0));
-  const std::optional<Backward> out = cpu::backward({grad, x, base, update, s, wanted, weights});
-  EXPECT(out, "expected an instruction set of the CPU's kernels, but the library route is chosen");
+  const Update update = update_of(lora_a, lora_b, scaling, index, offs, dropout_p, seed);
+  const Wanted wanted{dx.has_value(), NeedsGrad(lora_a.size(), !dlora_a.empty()),
+                      NeedsGrad(lora_b.size(), !dlora_b.empty())};
+  if (!lora_a.empty()) check_backward(grad, s, wanted, x, Base::given(), update);
+  cpu::Experts own = experts_of(given, dx.value_or(at::Tensor()), update, mask_rows, x.size(0));
+  own.da = {dlora_a.begin(), dlora_a.end()}, own.db = {dlora_b.begin(), dlora_b.end()};
+  own.weights = weights;
+  route::backward(op, {grad, x, {weight, {}, false, {}, {}, row_block}, update, s, wanted}, own);
 }
 
 }  // namespace

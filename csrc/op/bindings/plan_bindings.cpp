@@ -71,7 +71,6 @@ void bind_device(py::module& m) {
   m.def(
       "set_reserved_sms", [](int count) { kernel_route::settings().reserved_sms = count; },
       py::arg("count"));
-  m.def("reserved_sms", [] { return kernel_route::settings().reserved_sms.load(); });
   m.def("cuda_route", [] {
     for (const auto& [name, choice] : kChoices)
       if (choice == kernel_route::settings().choice) return name;
@@ -195,13 +194,6 @@ void bind_plans(py::module& m) {
                              of_tiled([](const Tiled& t) { return t.dlora_b.splits; }))
       .def("__str__", &Plan::describe);
   const auto choice = py::arg("choice") = "auto";
-  m.def(
-      "plan_grouped_forward",
-      [](const plan::Card& card, plan::Problem problem, int64_t groups) {
-        problem.groups = plan::Groups{groups, true};
-        return plan::make_plan(card, problem, {plan::Choice::kAuto});
-      },
-      py::arg("card"), py::arg("problem"), py::arg("groups"));
   m.def("plan_forward", &plan_for, py::arg("card"), py::arg("problem"), choice);
   m.def(
       "plan_backward",

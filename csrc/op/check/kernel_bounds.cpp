@@ -47,10 +47,6 @@ struct Roundings {
 
 double sum_of(int64_t products) { return static_cast<double>(products) * 0x1p-23; }
 
-double scale_of(const DropoutArgs& dropout) {
-  return dropout.enabled() ? dropout.keep_scale() : 1.0;
-}
-
 // factor times the root of the sum of the squares of the products that p q sums.
 at::Tensor spread(const at::Tensor& p, const at::Tensor& q, double factor = 1) {
   return at::mm(p.square(), q.square()).sqrt_().mul_(factor);
@@ -179,8 +175,8 @@ Forward allowed(const ForwardArgs& args, const ForwardArgs& exact, const Forward
   if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
   const Roundings rounding(args, hybrid);
   const int64_t k = args.x.size(1), rank = args.update.rank();
-  const at::Tensor s =
-      spread(exact.x, exact.update.a().t(), scale_of(args.update.dropout));      // [M, r]
+  const double keep_scale = args.update.dropout.keep_scale();
+  const at::Tensor s = spread(exact.x, exact.update.a().t(), keep_scale);        // [M, r]
   const at::Tensor low = spread(s, exact.update.b().t(), exact.update.scaling);  // [M, N]
   const bool given = args.base.is_given();
   const at::Tensor base = given ? at::zeros_like(low) : spread(exact.x, exact.base.weight.t());
@@ -196,18 +192,18 @@ Backward allowed(const BackwardArgs& args, const BackwardArgs& exact, const Back
   if (!args.update.is_one()) return allowed_grouped(args, exact, expected, hybrid);
   const Roundings rounding(args, hybrid);
   const int64_t m = args.x.size(0), n = args.update.out_features(), rank = args.update.rank();
-  const double keep_scale = scale_of(args.update.dropout);
+  const double keep_scale = args.update.dropout.keep_scale();
   const at::Tensor ds = spread(exact.grad, exact.update.b(), exact.update.scaling);  // [M, r]
   Backward out = Backward::one();
   if (args.wanted.dx) {
     out.dx = allowed_of(expected.dx, spread(exact.grad, exact.base.weight),
                         spread(ds, exact.update.a(), keep_scale), n + rank, rounding);
   }
-  if (args.need_dlora_a()) {
+  if (args.wanted.any_a()) {
     out.da() = allowed_of_gradient(expected.dlora_a[0], spread(ds.t(), exact.x, keep_scale), m + n,
                                    rounding);
   }
-  if (args.need_dlora_b()) {
+  if (args.wanted.any_b()) {
     out.db() = allowed_of_gradient(
         expected.dlora_b[0], spread(exact.grad.t(), exact.s, exact.update.scaling), m, rounding);
   }

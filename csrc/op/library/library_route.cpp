@@ -102,10 +102,10 @@ bool transposed_dlora_b(const at::Tensor& s) { return s.size(1) <= 8; }
 Backward backward_wide(const BackwardArgs& args) {
   const at::TensorOptions wide = args.update.a().options();
   Backward out = Backward::one();
-  if (args.need_dlora_a()) out.da() = at::zeros(args.update.a().sizes(), wide);
+  if (args.wanted.any_a()) out.da() = at::zeros(args.update.a().sizes(), wide);
   const bool transposed = transposed_dlora_b(args.s);
   at::Tensor dlora_b_t;  // [r, N]
-  if (args.need_dlora_b()) {
+  if (args.wanted.any_b()) {
     dlora_b_t = transposed ? at::zeros({args.update.b().size(1), args.update.b().size(0)}, wide)
                            : at::zeros(args.update.b().sizes(), wide).t();
   }
@@ -113,7 +113,7 @@ Backward backward_wide(const BackwardArgs& args) {
   const int64_t columns = std::max(args.x.size(1), args.grad.size(1));
   for_row_blocks(args.x, columns, wide.dtype().toScalarType(), [&](int64_t row, int64_t count) {
     at::Tensor grad = scaled_rows(args, row, count);
-    if (args.need_dlora_b()) {
+    if (args.wanted.any_b()) {
       const at::Tensor s = args.s.narrow(0, row, count).to(wide);
       if (transposed) {
         dlora_b_t.addmm_(s.t(), grad);
@@ -121,10 +121,10 @@ Backward backward_wide(const BackwardArgs& args) {
         dlora_b_t.t().addmm_(grad.t(), s);
       }
     }
-    if (!args.need_dlora_a() && !args.wanted.dx) return;
+    if (!args.wanted.any_a() && !args.wanted.dx) return;
     const at::Tensor ds = at::mm(grad, args.update.b());
     grad.reset();
-    if (args.need_dlora_a()) {
+    if (args.wanted.any_a()) {
       out.da().addmm_(ds.t(), wide_rows(args, row, count));
     }
     if (args.wanted.dx) {
@@ -134,7 +134,7 @@ Backward backward_wide(const BackwardArgs& args) {
       out.dx.narrow(0, row, count).add_(delta.to(out.dx.scalar_type()));
     }
   });
-  if (args.need_dlora_b()) out.db() = dlora_b_t.t().contiguous();
+  if (args.wanted.any_b()) out.db() = dlora_b_t.t().contiguous();
   return out;
 }
 
@@ -147,7 +147,7 @@ at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scaling) {
 
 Backward backward_same(const BackwardArgs& args) {
   Backward out = Backward::one();
-  if (args.need_dlora_b()) {
+  if (args.wanted.any_b()) {
     const at::Tensor s = args.s.to(args.grad.scalar_type());
     out.db() = transposed_dlora_b(s)
                    ? scaled_mm(s.t(), args.grad, args.update.scaling).t().contiguous()
@@ -155,10 +155,10 @@ Backward backward_same(const BackwardArgs& args) {
   }
   const bool given = args.base.is_given();
   if (args.wanted.dx && !given) out.dx = base_backward(args.grad, args.x, args.base);
-  if (!args.need_dlora_a() && !args.wanted.dx) return out;
+  if (!args.wanted.any_a() && !args.wanted.dx) return out;
   const at::Tensor ds = scaled_mm(args.grad, args.update.b(), args.update.scaling);
   const bool drop = args.update.dropout.enabled();
-  if (args.need_dlora_a()) {
+  if (args.wanted.any_a()) {
     out.da() = at::mm(ds.t(), drop ? dropped(args.x, args.update.dropout, 0) : args.x);
   }
   if (args.wanted.dx) {
@@ -192,8 +192,8 @@ Backward backward(const BackwardArgs& args) {
   wide.update = widened(args.update, dtype);
   Backward out = backward_wide(wide);
   const at::ScalarType adapters = args.update.a().scalar_type();
-  if (args.need_dlora_a()) out.da() = out.da().to(adapters);
-  if (args.need_dlora_b()) out.db() = out.db().to(adapters);
+  if (args.wanted.any_a()) out.da() = out.da().to(adapters);
+  if (args.wanted.any_b()) out.db() = out.db().to(adapters);
   return out;
 }
 

@@ -142,7 +142,7 @@ Backward backward_in_blocks(const BackwardArgs& args) {
   BackwardArgs own = args;
   own.base.row_block = 0;
   Backward out = Backward::one();
-  if (args.need_dlora_a() || args.need_dlora_b()) {
+  if (args.wanted.any_a() || args.wanted.any_b()) {
     own.wanted.dx = false;
     out = backward(own);
   }

@@ -6,7 +6,7 @@
 #include <map>
 
 #include "common/check.h"
-#include "cpu/driver.h"
+#include "cpu/dispatch.h"
 #include "kernels/plan/autotune_cache.h"
 #include "op/check/kernel_check.h"
 #include "op/launch/kernel_launch.h"
@@ -162,6 +162,9 @@ bool needs_blocks(const Args& args) {
   return true;
 }
 
+constexpr char kNoLibrary[] =
+    "expected an instruction set of the CPU's kernels, but the library route is chosen";
+
 }  // namespace
 
 Forward forward(ForwardArgs args) {
@@ -187,6 +190,27 @@ Backward backward(const BackwardArgs& args) {
     if (std::optional<Backward> out = cpu::backward(args)) return *std::move(out);
   }
   return library_route::backward(args);
+}
+
+Forward forward(const char* op, const ForwardArgs& args, const cpu::Experts& experts) {
+  if (args.update.lora_a.empty()) return {cpu::forward_of_base(args.x, args.base, &experts), {}};
+  std::optional<Forward> out = cpu::forward(args, &experts);
+  EXPECT(out, kNoLibrary);
+  return *std::move(out);
+}
+
+Backward backward(const char* op, const BackwardArgs& args, const cpu::Experts& experts) {
+  if (args.update.lora_a.empty()) {
+    return {cpu::backward_of_base(args.grad, args.x, args.base, &experts), {}, {}};
+  }
+  std::optional<Backward> out = cpu::backward(args, &experts);
+  EXPECT(out, kNoLibrary);
+  return *std::move(out);
+}
+
+Forward forward_of_few_rows(const char* op, const ExpertsArgs& args) {
+  EXPECT(cpu::kernels_for_few_rows() != nullptr, kNoLibrary);
+  return cpu::experts_few_rows(args);
 }
 
 }  // namespace lora_ext::route

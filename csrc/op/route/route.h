@@ -7,12 +7,20 @@
 #include <string>
 
 #include "common/call.h"
+#include "cpu/driver.h"
+#include "cpu/experts.h"
 #include "kernels/plan/plan.h"
 
 namespace lora_ext::route {
 
 Forward forward(ForwardArgs args);
 Backward backward(const BackwardArgs& args);
+
+// The experts of a mixture on a CPU, which have no other route; op: the name of the op in the error.
+// Without an adapter S is undefined.
+Forward forward(const char* op, const ForwardArgs& args, const cpu::Experts& experts);
+Backward backward(const char* op, const BackwardArgs& args, const cpu::Experts& experts);
+Forward forward_of_few_rows(const char* op, const ExpertsArgs& args);
 
 // The same in blocks that all have base.row_block rows, so that the result of a row is the same in
 // a call with any number of rows. Otherwise the library chooses its kernels, and a route its
