@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .models.apply import at, frozen_only_by_success, install
 from .models.config import BIASES
-from .models.model import checked_names, lora_layers
+from .models.model import bias_keys, checked_names, lora_layers
 from .nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
 from .nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec, expect
 
@@ -43,6 +43,7 @@ def convert_loralib(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> nn
             subclasses), or with a setting that the layers here do not have. The model is then
             unchanged.
     """
+    found: list[tuple[str, Any]]
     found = [(path, module) for path, module in model.named_modules() if _kind(module)]
     others = [path for path, m in found if _kind(m) not in _KINDS]
     if not found or others:
@@ -57,7 +58,10 @@ def convert_loralib(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> nn
             with at(path):
                 layers[id(module)] = _converted(module, adapter_name)
     for _, module in found:
-        _unmerge(module)
+        if module.merged:
+            was_training = module.training
+            module.train(True)  # takes the product out of the weight
+            module.training = was_training
     install(model, layers)
     return model
 
@@ -71,13 +75,6 @@ def _kind(module: nn.Module) -> str:
         return kind.__name__
     derives = any(parent.__module__ == "loralib.layers" for parent in kind.__mro__)
     return f"{kind.__module__}.{kind.__qualname__}" if derives else ""
-
-
-def _unmerge(module: Any) -> None:
-    if module.merged:
-        was_training = module.training
-        module.train(True)  # takes the product out of the weight
-        module.training = was_training
 
 
 def _converted(module: Any, adapter: str) -> LoRALayer:
@@ -128,25 +125,15 @@ def loralib_state_dict(
     checked_names(model, adapter_name, "loralib.loralib_state_dict")
     state = model.state_dict()
     result: dict[str, Tensor] = {}
-    own: set[str] = set()
     for path, layer in lora_layers(model, remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for table, entries in layer.tables().items():
-            own |= {f"{prefix}{table}.{name}" for name in list(entries)}
-        if bias == "lora_only" and layer.bias is not None:
-            result[f"{prefix}bias"] = state[f"{prefix}bias"]
         if adapter_name not in layer.adapters:
             continue
         _check_known_to_loralib(path, layer, adapter_name)
         for suffix, table in _SUFFIXES.items():
-            result[f"{path}{suffix}".lstrip(".")] = state[f"{prefix}{table}.{adapter_name}"]
-    if bias == "all":
-        result |= {
-            key: value
-            for key, value in state.items()
-            if key.split(".")[-1] == "bias" and key not in own
-        }
-    return result
+            own = f"{path}.{table}.{adapter_name}".lstrip(".")
+            result[f"{path}{suffix}".lstrip(".")] = state[own]
+    biases = bias_keys(model, state, bias)
+    return result | {key: value for key, value in state.items() if key in biases}
 
 
 def _check_known_to_loralib(path: str, layer: LoRALayer, adapter: str) -> None:

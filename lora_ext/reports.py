@@ -9,7 +9,6 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from .adapters.owners import is_sharded
 from .kernels.kernel_plan import CallPlan, explain_call
 from .model_layers import peft_layers
 from .models.model import lora_layers
@@ -17,6 +16,7 @@ from .nn import LoRALayer
 from .packing import packed_bytes
 from .peft.reasons import HOOKED, PEFT, has_hooks
 from .peft.report import peft_path
+from .torch_state import is_sharded
 
 # Paths on which our kernels, or torch's products arranged by us, compute the update.
 ACCELERATED = {"fused", "packed", "library", "added"}

@@ -19,6 +19,11 @@ def is_plain(tensor: Tensor) -> bool:
     return kind is nn.Parameter or kind is Tensor or issubclass(kind, FakeTensor)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return hasattr(tensor, "full_tensor")
+
+
 def is_transformed() -> bool:
     """Whether the op would raise an error in this call, which needs torch's own derivatives."""
     if torch.compiler.is_compiling():

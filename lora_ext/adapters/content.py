@@ -20,8 +20,7 @@ from ..nn.adapter_spec import AdapterSpec
 from ..nn.experts import is_experts
 from ..nn.parameter import LoRAParameter
 from .errors import AdapterError, telling
-from .layout import Slot, slots, stored_tensors
-from .owners import bias_of, tensors_of
+from .layout import Slot, bias_of, slots, stored_tensors, tensors_of
 from .peft_config import PEFT_VERSION, AdapterConfig
 from .targets import anchored, base_modules, module_names, parameter_names, saved_paths
 

@@ -1,8 +1,9 @@
 """Names and shapes of the tensors in PEFT's file: the factors of modules and parameters, and
-tensors of the base beside them."""
+tensors of the base beside them; which module holds these, and whether they can be written."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,17 +13,13 @@ from torch import Tensor, nn
 from ..models.model import named_modules
 from ..nn import LoRAConv2d, LoRAEmbedding, LoRALayer
 from ..nn.parameter import LoRAParameter
-from .owners import bias_of
+from ..torch_state import is_sharded
+from .errors import AdapterError
 
 PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
-_ENDS = (
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_B.bias",
-    ".lora_embedding_A",
-    ".lora_embedding_B",
-)
+# The path of the module that a factor is for; "A" or "B" of one that is a matrix of a linear layer.
+FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|B\.bias|embedding_[AB])")
 
 
 class Slot(NamedTuple):
@@ -37,16 +34,8 @@ class Slot(NamedTuple):
 
 def path_of_factor(key: str) -> str | None:
     """The path of the module that a tensor of the file adapts; None if it is not a factor."""
-    for end in _ENDS:
-        if key.startswith(PREFIX) and key.endswith(end):
-            return key[len(PREFIX) : -len(end)]
-    return None
-
-
-def features(layer: LoRALayer) -> tuple[int, int]:
-    """(in, out) of the update; an embedding looks up one of `in` rows."""
-    out_features, in_features = layer.matrix_shape
-    return in_features, out_features
+    found = FACTOR.fullmatch(key)
+    return found and found[1]
 
 
 def slots(
@@ -68,7 +57,7 @@ def slots(
         depth: number of wrappers around that of the parameter (`parameters.py`).
         is_swapped: whether `in` and `out` are.
     """
-    in_features, out_features = features(layer)[:: -1 if is_swapped else 1]
+    out_features, in_features = layer.matrix_shape[:: -1 if is_swapped else 1]
     start = f"{PREFIX}{path}{WRAPPED * depth}."
     is_embedding = isinstance(layer, LoRAEmbedding)
     end = "lora_embedding_{}" if is_embedding else "lora_{}.weight"
@@ -136,3 +125,40 @@ def stored_tensors(
         for name, tensor in root.state_dict(keep_vars=True).items():
             holder = holders[name.rpartition(".")[0]]
             yield Stored(f"{PREFIX}{path}.{name}", tensor, holder, is_copied=True)
+
+
+# ---- of a model ----
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inside = model._modules.get("_orig_mod")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inside = model.module
+        if inside is None:
+            return model
+        model = inside
+
+
+def check_real(what: str, tensor: Tensor) -> None:
+    """Raises AdapterError for a tensor that cannot be written as a whole."""
+    if tensor.is_meta or is_sharded(tensor):
+        state = "on the meta device" if tensor.is_meta else "sharded"
+        raise AdapterError(
+            f"expected {what} to be a whole tensor with values, but it is {state}; load adapters "
+            "after the weights and before sharding"
+        )
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The tensor that ``module.state_dict()`` has as "bias"."""
+    if "bias" in module._non_persistent_buffers_set:
+        return None
+    return dict(tensors_of(module)).get("bias")
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the parameters and buffers that the module itself holds."""
+    for table in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in table.items() if tensor is not None)

@@ -10,11 +10,10 @@ from torch import nn
 
 from ..models.model import adapter_names, check_not_peft, reshard
 from ..nn.adapter_spec import DEFAULT_ADAPTER
-from .apply import apply
-from .check import check_header, check_owners, read_values
+from .apply import apply, check_header, check_owners, read_values
 from .errors import WAY_OUT, AdapterError, telling
 from .folder import CONFIG, open_adapter
-from .owners import inner_model
+from .layout import inner_model
 from .peft_config import AdapterConfig, parse_config
 from .placement import Placement
 from .separate_experts import with_stacks

@@ -26,8 +26,16 @@ from ..nn.module import LoRAModule, adaptable_parameters
 from ..nn.parameter import LoRAParameter
 from .alphas import find_alphas
 from .errors import AdapterError, some
-from .layout import PREFIX, WRAPPED, Slot, Stored, path_of_factor, slots, stored_tensors
-from .owners import check_real
+from .layout import (
+    PREFIX,
+    WRAPPED,
+    Slot,
+    Stored,
+    check_real,
+    path_of_factor,
+    slots,
+    stored_tensors,
+)
 from .parameters import (
     FactorOrder,
     check_wrappers,

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..models.model import check_not_peft, reshard
 from ..nn.adapter_spec import DEFAULT_ADAPTER
+from ..torch_state import is_sharded
 from .content import Content
 from .errors import AdapterError, shown, telling
 from .folder import NEW_WEIGHTS, replace_adapter
+from .layout import inner_model
 from .layouts import LAYOUTS, check_written, laid_out
-from .owners import inner_model, is_sharded
 from .peft_config import AdapterConfig, render_config
 from .tensors import encode
 

@@ -37,7 +37,7 @@ from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of
 from .alphas import find_alphas
 from .errors import AdapterError, some
-from .layout import PREFIX, WRAPPED, path_of_factor
+from .layout import FACTOR, PREFIX, WRAPPED, path_of_factor
 from .parameters import named_parameters
 from .peft_config import PEFT_VERSION, AdapterConfig
 from .targets import anchored, base_modules, named
@@ -46,7 +46,6 @@ from .tensors import Entry, TensorFile
 # PEFT's conversion of such files is not called: it needs PEFT, which reading a folder does not; it
 # is not public, and takes other arguments in 0.19 than in 0.21; it knows the configs of two model
 # types, wants gate and up together, and reads a stranger's tensors before it checks a shape.
-_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 _PROJECTION = re.compile(r"(.+?)(?:\.(0|[1-9]\d{0,5}))?\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
 _TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -177,7 +176,8 @@ def with_stacks(
     apart: dict[str, Factors] = {}
     names: list[str] = []
     for key, entry in file.entries.items():
-        found = _FACTOR.fullmatch(key)
+        found = FACTOR.fullmatch(key)
+        found = found if found and found[2] else None
         path = _path_of_today(found[1], modules) if found else ""
         of = _PROJECTION.fullmatch(path)
         if found and of and of[1] in modules and is_experts(modules[of[1]]):

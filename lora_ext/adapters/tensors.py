@@ -58,7 +58,8 @@ class TensorFile:
         except Exception as error:  # SafetensorError has no standard base class but Exception
             raise AdapterError(f"{where}: expected a tensor for torch, but got {error}") from None
         value = stored.to(dtype or stored.dtype, copy=True)
-        if value.is_floating_point() and not torch.isfinite(_comparable(value)).all():
+        comparable = value.float() if value.itemsize == 1 else value  # no isfinite for float8
+        if value.is_floating_point() and not torch.isfinite(comparable).all():
             raise AdapterError(
                 f"{where}: expected finite values in {value.dtype}, but got NaN or infinity"
             )
@@ -94,7 +95,3 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
         return save(own, metadata={"format": "pt"})
     except (KeyError, ValueError) as error:
         raise AdapterError(f"expected tensors that safetensors stores, but got {error}") from None
-
-
-def _comparable(value: Tensor) -> Tensor:
-    return value.float() if value.itemsize == 1 else value  # no isfinite for float8

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..functional import lora_linear, lora_update
 from ..measure import interleaved_us, share
-from ..quantized.base import QuantizedBase
 from ..quantized.few_rows import FEW_ROWS, Kind, kind_of, measured
 from ..quantized.layers import quantized_base
+from ..quantized.weight import QuantizedBase
 
 _RANK = 16  # rank of the update, the same for both
 

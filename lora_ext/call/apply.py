@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dtypes import FLOATS, HALVES
 from ..invariance import refuse
 from ..packed_weight import PackedWeight
-from ..quantized.base import QuantizedBase
+from ..quantized.weight import QuantizedBase
 from ..torch_state import compute_dtype, is_autocast, is_onnx_export, is_plain, is_transformed
 from .op import base_linear, lora_linear, lora_update
 from .row_index import RowIndex

@@ -14,7 +14,7 @@ import lora_ext._C as _C
 from ..invariance import invariance_note, is_on
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
-from ..quantized.base import QuantizedBase
+from ..quantized.weight import QuantizedBase
 from .apply import Dense, Slots, Update, apply
 from .row_index import RowIndex
 

@@ -90,15 +90,18 @@ def _conversation(
     with suppress(BrokenPipeError), child.stdin:  # it may have ended; its output shows this
         json.dump(request, child.stdin)
     current, begun = "", False
+
+    def failure(what: str) -> RuntimeError:
+        if current:
+            return ChildLost(f"the process that checked it {what}")
+        return CannotStart(f"a process {what}")
+
     while True:
+        wait = limit if begun else _START_S
         try:
-            line = lines.get(timeout=limit if begun else _START_S)
+            line = lines.get(timeout=wait)
         except queue.Empty:
-            if current:
-                raise ChildLost(
-                    f"the process that checked it said nothing for {limit:g} s"
-                ) from None
-            raise CannotStart(f"a process said nothing for {_START_S:g} s") from None
+            raise failure(f"said nothing for {wait:g} s") from None
         if line is None:
             break
         answer = _parsed(line)
@@ -115,10 +118,8 @@ def _conversation(
     said.seek(0)
     last = said.read().strip().rpartition("\n")[2]
     how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-    if current:
-        raise ChildLost(f"the process that checked it ended with {how}: {last}".removesuffix(": "))
-    if not begun:
-        raise CannotStart(f"a process ended with {how}: {last}".removesuffix(": "))
+    if current or not begun:
+        raise failure(f"ended with {how}: {last}".removesuffix(": "))
 
 
 def _parsed(line: str) -> list[str] | None:

@@ -98,7 +98,8 @@ def apply_lora(
             raise
     install(model, replaced)
     put_back_for_training(model)
-    biases = _trained_biases(model, layers, config.bias)
+    trained = {"none": (), "lora_only": layers, "all": model.modules()}[config.bias]
+    biases = [module for module in trained if module._parameters.get("bias") is not None]
     for module in saved:
         mark_saved(module, SAVED_BY, adapter_name)
     for module in biases:
@@ -115,12 +116,6 @@ def apply_lora(
             module.requires_grad_(True)
     pack_for(model, pack)
     return model
-
-
-def _trained_biases(model: nn.Module, layers: list[LoRALayer], bias: str) -> list[nn.Module]:
-    """The modules whose own bias a config's `bias` trains."""
-    modules = {"none": (), "lora_only": layers, "all": model.modules()}[bias]
-    return [module for module in modules if module._parameters.get("bias") is not None]
 
 
 @contextmanager

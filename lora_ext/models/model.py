@@ -225,6 +225,25 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         module.requires_grad_(True)
 
 
+def adapter_keys(model: nn.Module, adapter: str | None = None) -> set[str]:
+    """The keys of an adapter's tensors in the model's state dict, or of all adapters'."""
+    return {
+        f"{path}.{table}.{name}".lstrip(".")
+        for path, layer in lora_layers(model, remove_duplicate=False)
+        for table, entries in layer.tables().items()
+        for name in list(entries)
+        if adapter in (None, name)
+    }
+
+
+def bias_keys(model: nn.Module, keys: Iterable[str], bias: str) -> set[str]:
+    """Those of the keys of a state dict that a mode of `bias` adds: biases of the base."""
+    if bias == "all":
+        return {key for key in keys if key.split(".")[-1] == "bias"} - adapter_keys(model)
+    layers = lora_layers(model, remove_duplicate=False) if bias == "lora_only" else ()
+    return {f"{path}.bias".lstrip(".") for path, layer in layers if layer.bias is not None}
+
+
 def lora_state_dict(
     model: nn.Module, bias: str = "none", adapter_name: str | None = None
 ) -> dict[str, Tensor]:
@@ -245,20 +264,7 @@ def lora_state_dict(
     check_not_peft(model, "models.lora_state_dict")
     if adapter_name is not None:
         checked_names(model, adapter_name, "models.lora_state_dict")
-    own: set[str] = set()
-    wanted: set[str] = set()
-    for path, layer in lora_layers(model, remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for table, entries in layer.tables().items():
-            own |= {f"{prefix}{table}.{n}" for n in list(entries)}
-            wanted |= {f"{prefix}{table}.{n}" for n in list(entries) if adapter_name in (None, n)}
-        if bias == "lora_only" and layer.bias is not None:
-            wanted.add(f"{prefix}bias")
+    state = model.state_dict()
+    wanted = adapter_keys(model, adapter_name) | bias_keys(model, state, bias)
     saved = tuple(f"{path}." for path, _ in saved_modules(model, adapter_name))
-    return {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if key in wanted
-        or key.startswith(saved)
-        or (bias == "all" and key.split(".")[-1] == "bias" and key not in own)
-    }
+    return {k: tensor for k, tensor in state.items() if k in wanted or k.startswith(saved)}

@@ -13,7 +13,7 @@ from ..call import Decision
 from ..call.apply import Dense, Slots, Update, obstacle, takes_op
 from ..call.decision import added, fused
 from ..packed_weight import Base, Packable, PackedWeight, pack_weight
-from ..quantized.base import QuantizedBase
+from ..quantized.weight import QuantizedBase
 from ..torch_state import is_plain
 from .base import LoRALayer
 from .row_adapters import RowAdapters

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..call.apply import takes_op, updates_obstacle
-from ..quantized.base import workspace_bytes
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
+from ..quantized.weight import workspace_bytes
 from ..torch_state import is_plain
 from .fused import FusedLoRALayer
 from .linear import FromLinear

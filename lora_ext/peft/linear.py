@@ -20,7 +20,7 @@ from ..dtypes import FLOATS, HALVES
 from ..nn.adapter_spec import MAX_RANK
 from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
-from ..quantized.base import QuantizedBase
+from ..quantized.weight import QuantizedBase
 from ..torch_state import is_plain, is_traced
 from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
 from .reasons import ADDED, base_obstacle, dequantized_base, input_reason, update_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..quantized.base import workspace_bytes
+from ..quantized.weight import workspace_bytes
 from .reasons import BASE, FUSED, PEFT, adapters_state, is_passed_over
 
 

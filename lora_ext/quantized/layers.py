@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import HALVES
-from .base import QuantizedBase
 from .of_bitsandbytes import eight_bit_base, four_bit_base
-from .of_diffusers import diffusers_gguf_base
 from .of_fp8 import fp8_base
-from .of_gguf import gguf_base
+from .of_gguf import diffusers_gguf_base, gguf_base
 from .of_hqq import hqq_base
 from .of_torchao import torchao_base
+from .weight import QuantizedBase
 
 __all__ = ["QuantizedBase", "is_quantized", "quantized_base"]
 

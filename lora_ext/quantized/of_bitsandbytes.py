@@ -25,12 +25,11 @@ from torch import Tensor
 from ..dtypes import HALVES
 from ..torch_state import compute_dtype, is_autocast, is_plain
 from ..versions import TOO_OLD
-from .base import QuantizedBase
 from .codes import KINDS, FourBits, Nested, ScaledCodes
 from .devices import has_kernels
 from .few_rows import FEW_ROWS, own_product_wins
 from .stack import QuantizedStack
-from .weight import WrittenWeight
+from .weight import QuantizedBase, WrittenWeight
 
 
 def codes_of(packed: Tensor, state: Any) -> FourBits:

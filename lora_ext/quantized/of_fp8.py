@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, stored_base
-from .weight import QuantizedWeight
+from .weight import QuantizedBase, QuantizedWeight, stored_base
 
 QUANTISES_X = "it quantises x, too"
 OTHER_DTYPE = "x is not in the weight's dtype, which its product needs"

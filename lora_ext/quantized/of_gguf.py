@@ -1,8 +1,10 @@
-"""The weights of transformers' packed GGUF layers: ggml's blocks of 32 or 256 elements of a row.
+"""The weights of transformers' and diffusers' packed GGUF layers: ggml's blocks of 32 or 256
+elements of a row.
 
 transformers dequantises them in the dtype of x, as in the layer's forward from nine rows on. Up to
 eight rows it calls a kernel that reads the blocks; on a CPU, where there is no such kernel, W is
-used for any number of rows.
+used for any number of rows. What diffusers dequantises is cast to the compute dtype, as in the
+layer's own forward for any number of rows.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..torch_state import compute_dtype
-from .base import QuantizedBase
-from .weight import WrittenWeight
+from ..versions import TOO_OLD
+from .weight import QuantizedBase, WrittenWeight, stored_base
 
 FEW_ROWS = "up to 8 rows go to ggml's kernel, which reads the blocks"
+KERNELS = "diffusers' CUDA kernels read the blocks"
+OTHER_DTYPE = "x is not in the compute dtype, which the layer's product needs"
 
 # Elements at a time: the library's functions have several temporaries, which should fit in a cache.
 _CPU_CHUNK = 1 << 19
@@ -71,13 +75,51 @@ def gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
     if x is None:  # many rows, in the dtype in which its kernels compute
         weight = GgufWeight(layer, torch.float32)
         return QuantizedBase(weight, layer.bias, torch.float32, torch.float32)
-    if layer.weight.device.type != "cpu" and x.numel() <= _max_rows() * layer.in_features:
-        return FEW_ROWS
+    if layer.weight.device.type != "cpu":
+        from transformers.integrations.gguf.kernels import MAX_GEMV_ROWS
+
+        if x.numel() <= MAX_GEMV_ROWS * layer.in_features:
+            return FEW_ROWS
     # Also under autocast, y is cast back to x's dtype.
     return QuantizedBase(GgufWeight(layer, x.dtype), layer.bias, compute_dtype(x), x.dtype)
 
 
-def _max_rows() -> int:
-    from transformers.integrations.gguf.kernels import MAX_GEMV_ROWS
+class DiffusersGgufWeight(GgufWeight):
+    """The weight of a `GGUFLinear`: a `GGUFParameter` ``[out, bytes of a row]``.
 
-    return MAX_GEMV_ROWS
+    Attributes:
+        dtype: the compute dtype, to which the dequantised values are cast.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.blocks: Any = layer.weight
+        self.dtype, self.permutation = layer.compute_dtype, None
+        self.shape, self.device = tuple(self.blocks.quant_shape), self.blocks.device
+        self.format = self.blocks.quant_type.name
+
+    def tensors(self) -> list[Tensor]:
+        return [self.blocks.as_tensor()]
+
+    def _chunk(self, start: int, stop: int) -> Tensor:
+        from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
+
+        return utils.dequantize_gguf_tensor(self.blocks[start:stop]).to(self.dtype)
+
+
+def diffusers_gguf_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
+    """The base of a `GGUFLinear`, or why it has to be called."""
+    if TOO_OLD["diffusers"]:
+        return TOO_OLD["diffusers"]
+    from diffusers.quantizers.gguf import utils  # pyright: ignore[reportMissingImports]
+
+    weight, bias = layer.weight, layer.bias
+    if type(weight) is not utils.GGUFParameter or not isinstance(layer.compute_dtype, torch.dtype):
+        return "the layer has no GGUF weight, or no compute dtype"
+    kind: Any = layer.weight.quant_type
+    if kind not in utils.dequantize_functions:
+        return f"diffusers cannot dequantise {kind.name}"
+    if type(bias) not in (type(None), Tensor, nn.Parameter):
+        return "the bias is quantised, too"
+    if utils.ops is not None and weight.is_cuda:
+        return KERNELS
+    return stored_base(DiffusersGgufWeight(layer), bias, x, OTHER_DTYPE)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import QuantizedBase, stored_base
-from .weight import QuantizedWeight
+from .weight import QuantizedBase, QuantizedWeight, stored_base
 
 NOT_YET = "its weight is not quantised yet"
 OTHER_BACKEND = "HQQ's backend has kernels of its own"

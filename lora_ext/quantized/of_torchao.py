@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from ..dtypes import HALVES
 from ..torch_state import compute_dtype, is_captured, is_plain
 from ..versions import TOO_OLD
-from .base import QuantizedBase, stored_base
 from .codes import FourBits, ScaledCodes
 from .stack import QuantizedStack, kept
-from .weight import QuantizedWeight
+from .weight import QuantizedBase, QuantizedWeight, stored_base
 
 QUANTISES_X = "torchao's weight quantises x, too"
 SCALES_X = "torchao's weight scales x first"

@@ -1,14 +1,16 @@
-"""A frozen weight that is not stored as floating values."""
+"""A frozen weight that is not stored as floating values, and a layer of one as a call's base."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..torch_state import compute_dtype, is_autocast
 from . import workspace
 
 
@@ -88,7 +90,8 @@ class WrittenWeight(QuantizedWeight):
         """Writes W into out, contiguous ``[out, in]`` of some elements."""
 
 
-class dense:
+@contextmanager
+def dense(weight: QuantizedWeight, x: Tensor) -> Iterator[Tensor]:
     """Within a block, the weight as a tensor in the dtype of x, the input of the call.
 
         with dense(weight, x) as matrix:
@@ -97,28 +100,17 @@ class dense:
     The tensor is a workspace that is overwritten later: it must not be used after the block.
     """
 
-    def __init__(self, weight: QuantizedWeight, x: Tensor) -> None:
-        self.weight, self.x = weight, x
-        self.buffer: Tensor | None = None
-
-    def __enter__(self) -> Tensor:
-        weight, x = self.weight, self.x
-        if not weight.writes(x.dtype):
-            return weight.dequantize(x.dtype)
-        if not workspace.is_shared(x):
-            return weight.dequantize(x.dtype, x.new_empty(weight.shape))
+    if not weight.writes(x.dtype):
+        yield weight.dequantize(x.dtype)
+    elif not workspace.is_shared(x):
+        yield weight.dequantize(x.dtype, x.new_empty(weight.shape))
+    else:
         rows, cols = weight.shape
-        self.buffer = workspace.take(rows * cols, x)
+        buffer = workspace.take(rows * cols, x)
         try:
-            return weight.dequantize(x.dtype, self.buffer[: rows * cols].view(rows, cols))
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        if self.buffer is not None:
-            workspace.give(self.buffer)
-            self.buffer = None
+            yield weight.dequantize(x.dtype, buffer[: rows * cols].view(rows, cols))
+        finally:
+            workspace.give(buffer)
 
 
 class Versions:
@@ -140,3 +132,50 @@ class Versions:
                 "changed in place between forward and backward; change it after backward, or run "
                 "forward again"
             )
+
+
+class QuantizedBase(NamedTuple):
+    """The base of one call.
+
+    Attributes:
+        weight: the weight that x is multiplied by.
+        bias: ``[out]`` or None.
+        dtype: the dtype of the product; x is cast to it.
+        y_dtype: the dtype of the y that the layer returns.
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    dtype: torch.dtype
+    y_dtype: torch.dtype
+
+    @property
+    def call_bias(self) -> Tensor | None:
+        """The bias for the op, in the product's dtype or float32."""
+        bias = self.bias
+        if bias is None or bias.dtype in (self.dtype, torch.float32):
+            return bias
+        return bias.to(self.dtype)
+
+    @property
+    def note(self) -> str:
+        """The note for `lora_ext.explain`."""
+        mib = self.weight.workspace_bytes(self.dtype) / 2**20
+        return f"{self.weight.format}, dequantised into {mib:.3g} MiB"
+
+
+def workspace_bytes(found: QuantizedBase | str | None) -> int:
+    """Bytes of the dequantised weight of `quantized_base`'s result, 0 if it is not dequantised."""
+    return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
+
+
+def stored_base(
+    weight: QuantizedWeight, bias: Tensor | None, x: Tensor | None, reason: str
+) -> QuantizedBase | str:
+    """The base of a product that never casts the weight to x's dtype; `reason` if x's differs."""
+    dtype = weight.dtype
+    if x is not None:
+        if x.dtype != dtype and not is_autocast(x):
+            return reason
+        dtype = compute_dtype(x)
+    return QuantizedBase(weight, bias, dtype, dtype)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import lora_ext.adapters.save
 from lora_ext import LoraConfig, apply_lora, load_adapter, save_adapter
 from lora_ext.adapters import AdapterError, read_adapter_config
-from lora_ext.adapters.convert import convert
+from lora_ext.adapters.__main__ import convert
 from lora_ext.adapters.layouts import LAYOUTS
 from lora_ext.nn import LoRALayer, LoRAParameter
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoraConfig, apply_lora
-from lora_ext.adapters.convert import convert
+from lora_ext.adapters.__main__ import convert
 from lora_ext.nn import LoRAExperts
 
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "intermediate_size": 96}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_ext import versions
-from lora_ext.quantized import of_bitsandbytes, of_diffusers, of_torchao
+from lora_ext.quantized import of_bitsandbytes, of_gguf, of_torchao
 from lora_ext.versions import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ class Stack(torch.Tensor):
             ),
         ),
         ("torchao", lambda: of_torchao.torchao_base(matrix(), None)),
-        ("diffusers", lambda: of_diffusers.diffusers_gguf_base(None, None)),
+        ("diffusers", lambda: of_gguf.diffusers_gguf_base(None, None)),
     ],
 )
 def test_no_layer_of_an_older_library_is_read(package, ask, monkeypatch):

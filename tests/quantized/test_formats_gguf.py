@@ -7,7 +7,7 @@ import torch
 from format_helpers import DTYPES, check_dequantize, check_product, found, make_x, needs
 from helpers import BF16, F32, short
 
-from lora_ext.quantized import of_diffusers, of_gguf
+from lora_ext.quantized import of_gguf
 from lora_ext.quantized.layers import is_quantized, quantized_base
 
 pytestmark = needs("transformers")
@@ -186,7 +186,7 @@ def test_product_of_diffusers(dtype, bias):
     check_product(layer, make_x(layer, dtype, 1), exact=not bias)
     check_product(layer, make_x(layer, dtype).view(1, -1, layer.in_features), not bias)
     other = F32 if dtype != F32 else BF16
-    assert quantized_base(layer, make_x(layer, other)) == of_diffusers.OTHER_DTYPE
+    assert quantized_base(layer, make_x(layer, other)) == of_gguf.OTHER_DTYPE
     with torch.autocast("cpu", BF16):
         check_product(layer, make_x(layer, dtype))
     changed = found(layer, None).weight.tensors()[0]
