@@ -2,75 +2,33 @@ from collections.abc import Sequence
 
 import torch
 
+# What the functions do is said where csrc/ declares them: of panels in cpu/panel_choice.h, brgemm.h
+# and driver.h, of instruction sets in cpu/dispatch.h, of plans in kernels/plan/, of checks in
+# op/check/kernel_check.h, of explanations in op/route/route.h.
+
 with_cuda: bool
 compiler: str
 
-def cpu_isa() -> str:
-    """The CPU kernels in use: "amx", "avx512", "avx2", "portable", or "library" for ATen only."""
-
-def available_cpu_isas() -> list[str]:
-    """The sets of CPU kernels that this build and processor support, the best first."""
-
-def set_cpu_isa(name: str) -> None:
-    """Selects one of available_cpu_isas(), "library", or "auto" for the best; for tests and timing.
-
-    Raises:
-        ValueError: the name is unknown or not available here.
-    """
-
-def set_cpu_min_work(work: int = 262144) -> None:
-    """How many multiply-adds are worth a thread; for tests."""
+def cpu_isa() -> str: ...
+def available_cpu_isas() -> list[str]: ...
+def set_cpu_isa(name: str) -> None: ...
+def set_cpu_min_work(work: int = 262144) -> None: ...
 
 cpu_panel_rows: int
-"""The number of rows from which on a product by panels is one pass with the low-rank part."""
 
-def cpu_panels(x_dtype: torch.dtype, batch_invariant: bool = False) -> torch.dtype | None:
-    """The dtype of the panels in which products of x_dtype are computed by the rule for this
-    processor, or None: torch's linear; batch_invariant: within `lora_ext.batch_invariant`."""
-
+def cpu_panels(x_dtype: torch.dtype, batch_invariant: bool = False) -> torch.dtype | None: ...
 def cpu_panels_of(
     x_dtype: torch.dtype, depth: int, cols: int, transposed: bool, rows: int
-) -> torch.dtype | None:
-    """The dtype of the panels of a product p q, as measured (`set_measured_panels`) or by the rule,
-    or None: torch's product.
-
-    Args:
-        depth, cols, transposed: of q, as in `set_measured_panels`.
-        rows: of p.
-    """
-
-def set_cpu_panels(name: str) -> None:
-    """Selects panels of "float32" or "bfloat16" wherever this processor has such products, "none",
-    or "auto" for what is fastest; for tests and timing.
-
-    Raises:
-        ValueError: another name.
-    """
-
+) -> torch.dtype | None: ...
+def set_cpu_panels(name: str) -> None: ...
 def cpu_product(
     p: torch.Tensor,
     q: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     panels: str | None = None,
-) -> None:
-    """out = p q + bias, the base product as a layer computes it on the CPU.
-
-    Args:
-        p: ``[rows, depth]``.
-        q: ``[depth, cols]``, any strides.
-        bias: ``[cols]`` or None.
-        out: ``[rows, cols]``, which is written.
-        panels: "none" for torch's product, or the dtype of panels; None: as a layer computes it.
-
-    Raises:
-        ValueError: panels that this processor cannot multiply with p's dtype.
-        RuntimeError: torch's, for what `torch.addmm` and `torch.mm` with out refuse.
-    """
-
-def cpu_panel_candidates(x_dtype: torch.dtype) -> list[torch.dtype]:
-    """The dtypes of panels with which x can be multiplied on this processor, fast or not."""
-
+) -> None: ...
+def cpu_panel_candidates(x_dtype: torch.dtype) -> list[torch.dtype]: ...
 def cpu_panel_rule(
     x_dtype: torch.dtype, features: set[str]
 ) -> tuple[torch.dtype | None, list[torch.dtype]]:
@@ -84,24 +42,11 @@ def set_measured_panels(
     cols: int,
     transposed: bool,
     measured: Sequence[tuple[int, torch.dtype | None]],
-) -> None:
-    """Which panels products p q take from now on in this process, by the nearest number of rows.
-
-    Args:
-        depth, cols: q is ``[depth, cols]``.
-        transposed: whether q is a transposed matrix, as the weight is in a forward.
-        measured: (rows, dtype of the panels or None for torch's product); empty: the rule by
-            processor and rows holds again.
-
-    Raises:
-        ValueError: rows below 1.
-    """
-
+) -> None: ...
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:
     """Why a call takes the library route, or "" if the vector kernels compute it."""
 
-def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows at a time on the library route with wide adapters; columns: the wider of in and out."""
+def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
 class Card:
     """The resources of a GPU for kernels; sizes in bytes, arch is 10 major + minor."""
@@ -168,8 +113,7 @@ class Plan:
 
 def plan_forward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
 def plan_backward(card: Card, problem: Problem, choice: str = "auto") -> Plan: ...
-def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]:
-    """The tiles that the card supports for a call with some rank."""
+def tiles_of(card: Card, *, backward: bool, float_adapters: bool, dropout: bool) -> list[str]: ...
 
 class Kernels:
     """The kernels that one call uses: the unit that is checked (csrc/op/check/kernel_check.h)."""
@@ -177,16 +121,11 @@ class Kernels:
     name: str
     backward: bool
     dtype: torch.dtype
-    def small_case(self, card: Card) -> tuple[Problem, Plan]:
-        """The case that is computed to check them."""
+    def small_case(self, card: Card) -> tuple[Problem, Plan]: ...
 
 def all_grouped_kernels(card: Card) -> list[Kernels]: ...
-def all_kernels(card: Card, use_pdl: bool) -> list[Kernels]:
-    """All sets of kernels that a card can run; none below compute capability 8.0."""
-
-def kernels_of(plan: Plan, problem: Problem, *, backward: bool) -> Kernels:
-    """The kernels of a plan for the problem; the plan must use kernels."""
-
+def all_kernels(card: Card, use_pdl: bool) -> list[Kernels]: ...
+def kernels_of(plan: Plan, problem: Problem, *, backward: bool) -> Kernels: ...
 def plan_as_asked(
     card: Card,
     problem: Problem,
@@ -298,13 +237,8 @@ def explain_backward(
     dropout_p: float,
     grad: torch.Tensor | None = None,
 ) -> Explained: ...
-def explain_problem(device: torch.device, problem: Problem) -> Explained:
-    """Explains a forward on a device, without its tensors."""
-
-def check_kernels(device: torch.device, kernels: Kernels) -> str:
-    """Checks them now unless the result is known: "passed", or what failed
-    (csrc/op/check/kernel_check.h)."""
-
+def explain_problem(device: torch.device, problem: Problem) -> Explained: ...
+def check_kernels(device: torch.device, kernels: Kernels) -> str: ...
 def check_result(device: torch.device, kernels: Kernels) -> str:
     """ "passed", "not yet", or what failed. The device has an index."""
 
