@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.apply import at, frozen_only_by_success, install
+from .models.apply import at, install, undone_on_error
 from .models.config import BIASES
 from .models.model import bias_keys, checked_names, lora_layers
 from .nn import LoRAEmbedding, LoRALayer, LoRALinear, LoRAMergedLinear
@@ -53,7 +53,7 @@ def convert_loralib(model: nn.Module, adapter_name: str = DEFAULT_ADAPTER) -> nn
             f"but got {got}"
         )
     layers: dict[int, nn.Module] = {}
-    with frozen_only_by_success(model):
+    with undone_on_error(model):
         for path, module in found:
             with at(path):
                 layers[id(module)] = _converted(module, adapter_name)

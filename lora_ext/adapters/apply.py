@@ -4,13 +4,12 @@ applies it to its model: all of it or, on any error, nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.apply import install
+from ..models.apply import install, undone_on_error
 from ..models.model import (
     BIAS_SAVED_BY,
     SAVED_BY,
@@ -147,9 +146,7 @@ def apply(
     is_first = not adapter_names(model)
     active = {id(target.layer): target.layer.active_adapters for target in placement.targets}
     new = {id(t.module): t.in_place for t in placement.targets if t.in_place is not t.module}
-    with torch.no_grad(), ExitStack() as undo:
-        for parameter in model.parameters():
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    with torch.no_grad(), undone_on_error(model) as undo:
         for target in placement.targets:
             if target.in_place is target.module:
                 undo.callback(_remove, target.layer, adapter, active[id(target.layer)])
@@ -167,7 +164,6 @@ def apply(
         replaced = {id(t.in_place): t.module for t in placement.targets if id(t.module) in new}
         undo.callback(install, model, replaced)
         install(model, new)
-        undo.pop_all()
     _mark(placement, adapter)
     if is_first:
         mark_only_lora_as_trainable(model, placement.config.bias)

@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from ..models.find import replacement_for
+from ..models.find import is_adaptable
 from ..models.model import adapter_modules, named_modules
-from ..nn import LoRALayer
 from ..nn.experts import is_experts
 from ..quantized.stacks import parameter_names as names_in
 from ..quantized.stacks import parametrized
@@ -89,13 +88,8 @@ def warn_of_others(
     targets, excluded = config.target_modules, config.exclude_modules
     if not (isinstance(targets, str) or isinstance(excluded, str) or config.layers_to_transform):
         others = set(selected_paths(model, targets, excluded, config.modules_to_save))
-        others = {p: modules[p] for p in others.difference(paths)}
-        others = [
-            path
-            for path, m in others.items()
-            if (isinstance(m, LoRALayer) or replacement_for(m))
-            and not is_experts(m)  # which is not a target of PEFT's
-        ]
+        others = [path for path in others.difference(paths) if is_adaptable(modules[path])]
+        others = [path for path in others if not is_experts(modules[path])]  # no target of PEFT's
         _warn("target_modules", others, "tensors; they stay as they are")
     every, targets = _parameters_of(modules), config.target_parameters
     others = set(named(every, targets)).difference(names, (f"{path}.weight" for path in names))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -82,20 +82,16 @@ def apply_lora(
     _check_saved([*lora_layers(model), *targets], saved)
     replaced: dict[int, nn.Module] = {}
     layers: list[LoRALayer] = []
-    with frozen_only_by_success(model):
-        try:
-            for path, module in targets:
-                in_place = in_place_of(path, module)
-                for layer, spec in layers_of(in_place, path, config):
-                    with at(path):
-                        layer.add_adapter(adapter_name, spec, adapter_dtype)
-                    layers.append(layer)
-                if in_place is not module:
-                    replaced[id(module)] = in_place
-        except BaseException:
-            for layer in layers:
-                layer.delete_adapter(adapter_name)
-            raise
+    with undone_on_error(model) as undo:
+        for path, module in targets:
+            in_place = in_place_of(path, module)
+            for layer, spec in layers_of(in_place, path, config):
+                with at(path):
+                    layer.add_adapter(adapter_name, spec, adapter_dtype)
+                undo.callback(layer.delete_adapter, adapter_name)
+                layers.append(layer)
+            if in_place is not module:
+                replaced[id(module)] = in_place
     install(model, replaced)
     put_back_for_training(model)
     trained = {"none": (), "lora_only": layers, "all": model.modules()}[config.bias]
@@ -119,15 +115,14 @@ def apply_lora(
 
 
 @contextmanager
-def frozen_only_by_success(model: nn.Module) -> Iterator[None]:
-    """Within the block, on an error, requires_grad of all parameters is restored."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
-        raise
+def undone_on_error(model: nn.Module) -> Iterator[ExitStack]:
+    """Within the block, on an error, what the stack holds is called, the last first, and
+    requires_grad of all parameters is restored."""
+    with ExitStack() as undo:
+        for parameter in model.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        yield undo
+        undo.pop_all()
 
 
 def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:

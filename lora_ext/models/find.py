@@ -115,7 +115,8 @@ def _matches_any(patterns: Iterable[str], path: str) -> bool:
     return any(matches(pattern, path) for pattern in patterns)
 
 
-def _is_adaptable(module: nn.Module) -> bool:
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether it may have adapters, or has some."""
     return isinstance(module, LoRALayer) or replacement_for(module) is not None
 
 
@@ -155,14 +156,14 @@ def _matched(
     found = [
         (path, module)
         for path, module in hits
-        if _is_adaptable(module) or (is_name and id(module) in of_mixtures)
+        if is_adaptable(module) or (is_name and id(module) in of_mixtures)
     ]
     if found and not is_name:
         return found
     if len(found) == len(hits) and found:
         return found
     if hits:
-        path, module = next((p, m) for p, m in hits if not _is_adaptable(m))
+        path, module = next((p, m) for p, m in hits if not is_adaptable(m))
         raise ValueError(
             f"lora_ext.apply_lora: target_modules {pattern!r} names {path!r}, a "
             f"{type(module).__module__}.{type(module).__qualname__}; expected nn.Linear, "
@@ -175,7 +176,7 @@ def _matched(
             f"lora_ext.apply_lora: expected target_modules {pattern!r} to match a layer, but "
             "exclude_modules, modules_to_save or layers_to_transform leave out all that it matches"
         )
-    adaptable = [path for path, module in modules if _is_adaptable(module)]
+    adaptable = [path for path, module in modules if is_adaptable(module)]
     raise ValueError(_nothing("target_modules", pattern, adaptable))
 
 
