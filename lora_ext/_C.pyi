@@ -4,15 +4,14 @@ import torch
 
 # What the functions do is said where csrc/ declares them: of panels in cpu/panel_choice.h, brgemm.h
 # and driver.h, of instruction sets in cpu/dispatch.h, of plans in kernels/plan/, of checks in
-# op/check/kernel_check.h, of explanations in op/route/route.h.
+# op/check/kernel_check.h, of explanations in op/route/route.h. What only tests and benchmarks call
+# is not listed.
 
 with_cuda: bool
-compiler: str
 
 def cpu_isa() -> str: ...
 def available_cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
-def set_cpu_min_work(work: int = 262144) -> None: ...
 
 cpu_panel_rows: int
 
@@ -29,13 +28,6 @@ def cpu_product(
     panels: str | None = None,
 ) -> None: ...
 def cpu_panel_candidates(x_dtype: torch.dtype) -> list[torch.dtype]: ...
-def cpu_panel_rule(
-    x_dtype: torch.dtype, features: set[str]
-) -> tuple[torch.dtype | None, list[torch.dtype]]:
-    """(what `cpu_panels` would say, what `cpu_panel_candidates` would) on a processor with these
-    features: "intel", "amx", "avx512_fp16", "avx512_bf16", and "float32" and "bfloat16" where the
-    library multiplies panels of them."""
-
 def set_measured_panels(
     x_dtype: torch.dtype,
     depth: int,
@@ -45,8 +37,6 @@ def set_measured_panels(
 ) -> None: ...
 def cpu_library_reason(x_dtype: torch.dtype, rank: int) -> str:
     """Why a call takes the library route, or "" if the vector kernels compute it."""
-
-def rows_of_block(columns: int, dtype: torch.dtype, device: torch.device) -> int: ...
 
 class Card:
     """The resources of a GPU for kernels; sizes in bytes, arch is 10 major + minor."""
@@ -139,55 +129,6 @@ def plan_as_asked(
 ) -> Plan:
     """The plan for a route and a tile, or the planner's own if the tile is not available; with
     groups, for this number of adapters, in a list or a pool, and an index."""
-
-class Sustained:
-    """What a card is assumed to sustain (csrc/kernels/plan/predict.h)."""
-
-    tflops: float
-    dram_gb_s: float
-    mma_share: float
-    launch_us: float
-
-class Launch:
-    """A predicted launch, or several, or work of the host (csrc/kernels/plan/predict.h)."""
-
-    name: str
-    bytes: float
-    flop: float
-    share: float
-    blocks: int
-    launches: int
-    host_us: float
-    def us(self, card: Card) -> float:
-        """Microseconds on the device."""
-
-def sustained_by(card: Card) -> Sustained: ...
-def library_product(
-    card: Card, rows: int, columns: int, depth: int, accumulate: bool = False
-) -> Launch: ...
-def predicted_launches(plan: Plan) -> list[Launch]: ...
-
-host_us: dict[str, float]
-"""Assumed microseconds of the host: call, launch, library, allocation (plan/predict.h)."""
-
-def plan_numbers(plan: Plan) -> dict[str, int]:
-    """Offsets and pitches in the workspace, shared memory, the tile's size: kernels/plan/plan.h."""
-
-class DecodeShares:
-    """How lora_decode shares its work among blocks (csrc/kernels/plan/decode_shares.h)."""
-
-    def __init__(self, tiles: int, s_tiles: int, steps: int, blocks: int) -> None: ...
-    def first_chunk(self, block: int) -> int: ...
-    def first_unit(self, block: int) -> int: ...
-    def block_of(self, unit: int) -> int: ...
-    def s_parts(self, tile: int) -> tuple[int, int]: ...
-    def s_slot(self, tile: int, chunk: int, block: int) -> int: ...
-    @property
-    def slots(self) -> int: ...
-    @property
-    def s_slots(self) -> int: ...
-    @property
-    def chunks(self) -> int: ...
 
 class AutotuneEntry:
     """The fastest route for a layer and rows on a card (kernels/plan/autotune_cache.h)."""

@@ -87,13 +87,8 @@ class Cache:
     entries: tuple[Entry, ...]
 
     @property
-    def origin(self) -> tuple[str, ...]:
-        """The card and versions that were measured."""
-        return tuple(getattr(self, name) for name in _ORIGIN)
-
-    @property
     def described(self) -> str:
-        """The origin as text."""
+        """The card and versions as text."""
         build = f"lora_ext {self.lora_ext} (build {self.build})"
         return f"{self.card}, torch {self.torch}, CUDA driver {self.driver}, {build}"
 
@@ -124,7 +119,7 @@ def write_cache(cache: Cache, path: Path) -> None:
     """Replaces the file atomically: readers, also after an interrupt, find the old or the new
     one."""
     names = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
-    names |= dict(zip(_ORIGIN, cache.origin, strict=True))
+    names |= {name: getattr(cache, name) for name in _ORIGIN}
     head = json.dumps(names, indent=1)[:-2]
     lines = ",\n  ".join(json.dumps(_plain(e), allow_nan=False) for e in cache.entries)
     text = f'{head},\n "entries": [\n  {lines}\n ]\n}}\n'

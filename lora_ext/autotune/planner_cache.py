@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def user_cache(card: str) -> tuple[Cache, Path]:
     empty = empty_cache(card)
     path = file_of(empty, user_folder())
     found = _read(path) if path.exists() else None
-    return (found if found and found.origin == empty.origin else empty), path
+    return (found if found and replace(found, entries=()) == empty else empty), path
 
 
 def checked_cache(path: Path, card: str) -> Cache:
@@ -70,7 +71,7 @@ def checked_cache(path: Path, card: str) -> Cache:
         OSError: it cannot be read.
     """
     found, expected = read_cache(path), empty_cache(card)
-    if found.origin != expected.origin:
+    if replace(found, entries=()) != expected:
         raise CacheError(
             f"{path}: expected a cache for {expected.described}, but got one for"
             f" {found.described}; lora_ext.warmup(..., cache=...) measures a new one"
@@ -166,7 +167,7 @@ def _caches_in(folder: Path) -> Iterator[Cache]:
         cache = _read(path)
         if cache and file_of(cache, folder) != path:
             _ignored(path, f"it was measured on {cache.card}, torch {cache.torch}")
-        elif cache and cache.origin == empty_cache(cache.card).origin:
+        elif cache and replace(cache, entries=()) == empty_cache(cache.card):
             yield cache
 
 

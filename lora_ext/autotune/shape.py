@@ -78,7 +78,7 @@ def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
         raise TypeError(f"lora_ext.warmup: expected rows as a number or several, but got {rows!r}")
     counts = sorted({rows} if isinstance(rows, int) else set(rows))
     if isinstance(layers, nn.Module):
-        found = {*_own_layers(layers), *_peft_layers(layers)}
+        found = set(_shapes_in(layers))
         if not found:
             raise ValueError(
                 "lora_ext.warmup: expected a model with LoRA linears, but it has none;"
@@ -116,22 +116,18 @@ def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
     return [Shape(rows=count, **own) for count in each]
 
 
-def _own_layers(model: nn.Module) -> Iterator[Shape]:
+def _shapes_in(model: nn.Module) -> Iterator[Shape]:
+    """Those of the adapters of linear layers, ours and PEFT's, with one row."""
+    from ..model_layers import peft_layers
     from ..models.model import lora_layers
     from ..nn import LoRALinear, LoRAQuantizedLinear
 
-    for _, layer in lora_layers(model):
-        if isinstance(layer, LoRALinear | LoRAQuantizedLinear):
-            out_features, in_features = layer.matrix_shape
-            for name, spec in layer.adapters.items():
-                wide = layer.lora_a[name].dtype == torch.float32
-                sizes = (in_features, out_features, spec.r)
-                yield Shape(1, *sizes, wide, spec.lora_dropout > 0.0)
-
-
-def _peft_layers(model: nn.Module) -> Iterator[Shape]:
-    from ..model_layers import peft_layers
-
+    for _, own in lora_layers(model):
+        if isinstance(own, LoRALinear | LoRAQuantizedLinear):
+            out_features, in_features = own.matrix_shape
+            for name, spec in own.adapters.items():
+                wide = own.lora_a[name].dtype == torch.float32
+                yield Shape(1, in_features, out_features, spec.r, wide, spec.lora_dropout > 0.0)
     layer: Any
     for _, layer in peft_layers(model):
         for name, lora_a in layer.lora_A.items():

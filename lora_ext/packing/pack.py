@@ -45,16 +45,11 @@ def pack_weights(
 ) -> Packing:
     """Times plain and packed products for each kind of weight, and packs where this is faster.
     Plain products, packed or not, go by panels or by torch from then on, whichever is faster.
+    Existing packs are replaced.
 
     Args:
-        model: with LoRA layers of this package or accelerated ones of PEFT, on the CPU.
-        rows: batch times sequence length of later calls.
+        model, rows, budget, say: as in `lora_ext.warmup`, on a CPU.
         training: whether to pack for dX also; None: if any parameter of the model is trained.
-        budget: bytes that packed copies may take; None: a quarter of the available memory.
-        say: is called with a line for each kind and direction.
-
-    Returns:
-        What was measured and packed. Existing packs are replaced.
 
     Raises:
         ValueError: budget is negative.
