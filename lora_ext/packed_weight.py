@@ -198,12 +198,8 @@ _packs: WeakSet[PackedWeight] = WeakSet()
 
 def writes_weight(method: Callable[..., None], always: bool = True) -> Any:
     """The method of a PEFT layer, which writes to the data of its base's parameters, and so changes
-    no version: drops the packs of these, whichever layers have them.
-
-    Args:
-        method: PEFT's.
-        always: False: only if the values were changed.
-    """
+    no version: drops the packs of these, whichever layers have them; not always: only if the values
+    were changed."""
 
     @functools.wraps(method)  # callers inspect merge's signature
     def writing(layer: Any, *args: Any, **kwargs: Any) -> None:

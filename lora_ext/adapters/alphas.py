@@ -15,11 +15,8 @@ _MOST_CHARACTERS = 1 << 14  # which the package compiles in a fraction of a seco
 def find_alphas(paths: Iterable[str], config: AdapterConfig) -> dict[str, float]:
     r"""Path -> alpha: that of the first key with ``re.match(rf"(.*\.)?({key})$", path)``, as PEFT.
 
-    The `regex` package matches, since a backtracking match in `re` cannot be ended.
-
-    Raises:
-        AdapterError: a key is not a valid expression or too long, or matching takes more than ten
-            seconds.
+    The `regex` package matches, since a backtracking match in `re` cannot be ended. AdapterError if
+    a key is not a valid expression or too long, or matching takes more than ten seconds.
     """
     if not config.alpha_pattern:
         return dict.fromkeys(paths, config.lora_alpha)

@@ -38,11 +38,8 @@ _SHORT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 def laid_out(
     layout: str, content: Content, config: AdapterConfig, whole: Mapping[str, Tensor]
 ) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """(config, tensors by their keys) in one of LAYOUTS, from those in PEFT's.
-
-    Raises:
-        AdapterError: the layout has no place for a part of the adapter.
-    """
+    """(config, tensors by their keys) in one of LAYOUTS, from those in PEFT's. AdapterError if the
+    layout has no place for a part of the adapter."""
     if layout == "peft":
         return config, dict(whole)
     block, names = _in_checkpoints(content)

@@ -6,10 +6,7 @@ and a key has a ``base_layer`` for each wrapper around its own:
     <path>.base_layer.lora_A.weight     of gate_up_proj, the inner
     <path>.lora_A.weight                of down_proj, the outer
 
-The factors of a stack of E matrices W_e ``[out, in]`` are
-
-    lora_A  [E r, in]      A_e = rows e r to (e + 1) r
-    lora_B  [out, r E]     B_e = columns e, e + E, e + 2 E, ...
+The factors of a stack are those of `LoRAParameter`, lora_A ``[E r, in]``, lora_B ``[out, r E]``.
 
 Before 0.19.1 PEFT interpreted the parameter's dimension 1 as `in`, also where it is `out`, and
 0.19.0 swapped the two also where it is `in`: then B_e^T is stored as A, and A_e^T as B. Unsloth's
@@ -142,15 +139,7 @@ def layers_of(
 
     PEFT wraps the parameters of quantised experts by the alphabet, of others in the module's order,
     and a file of the ones may be loaded into the others: the factors' sizes say what they are of.
-
-    Args:
-        path: of the module.
-        names: of the parameters, in the order of this module's wrappers.
-        around: holds the layers.
-        entries: of the file.
-
-    Raises:
-        AdapterError: a parameter cannot have an adapter.
+    AdapterError if a parameter, of these in the order of the module's wrappers, cannot have one.
     """
     own = {layer.parameter: layer for layer in around.layers()}
     for name in names:

@@ -209,15 +209,9 @@ _READ: dict[str, Callable[[str, Any], Any]] = {
 
 
 def parse_config(data: bytes) -> AdapterConfig:
-    """Reads and checks adapter_config.json.
-
-    Args:
-        data: its bytes; at most 1 MiB, which the caller checks.
-
-    Raises:
-        AdapterError: it is not a JSON object, a value is not valid, or it requests something that
-            is not supported; the message names the field.
-    """
+    """Reads and checks the bytes of adapter_config.json, at most 1 MiB, which the caller checks.
+    AdapterError if it is not a JSON object, a value is not valid, or it requests something that is
+    not supported; the message names the field."""
     table = parse_json(data, max_depth=16)
     if not isinstance(table, dict):
         raise AdapterError(f"expected an object, but got {shown(table)}")
@@ -243,12 +237,8 @@ def _is_of_unsloth(table: dict[str, Any]) -> bool:
 
 
 def render_config(config: AdapterConfig, fan_in_fan_out: bool) -> bytes:
-    """The bytes of adapter_config.json: the same for the same config.
-
-    Args:
-        config: with init_lora_weights True.
-        fan_in_fan_out: whether there are Conv1D layers.
-    """
+    """The bytes of adapter_config.json, the same for the same config, whose init_lora_weights is
+    True; fan_in_fan_out: whether there are Conv1D layers."""
     of_parameters = {"peft_version", "target_parameters"}
     names = _READ.keys() - of_parameters - {"lora_B_layout", "layers_to_transform"}
     table = {name: getattr(config, name) for name in names}

@@ -108,10 +108,7 @@ class Stack:
 
     def alpha(self, config: AdapterConfig) -> float:
         """The alpha that keeps each projection's scaling with the rank of all together.
-
-        Raises:
-            AdapterError: the projections do not have the same alpha.
-        """
+        AdapterError if the projections do not have the same alpha."""
         entries = [entry for own in self.factors.values() for entry in own.values()]
         paths = {path_of_factor(entry.name) or "" for entry in entries}
         alphas = set(find_alphas(paths, config).values())
@@ -164,12 +161,8 @@ def with_stacks(
 ) -> tuple[TensorFile, AdapterConfig]:
     """A file and its config as if PEFT had written them for the model's stacks. Both are returned
     unchanged if no key belongs to a projection of experts, or to a router that target_parameters
-    does not name.
-
-    Raises:
-        AdapterError: an expert's factors are missing, or differ in rank, size or alpha; or there is
-            dropout beside a router.
-    """
+    does not name. AdapterError if an expert's factors are missing or differ in rank, size or alpha,
+    or there is dropout beside a router."""
     modules = base_modules(model)
     at_router = routers(list(modules.items()))
     others: dict[str, Entry] = {}

@@ -11,12 +11,9 @@ from .errors import AdapterError, shown
 
 def parse_json(data: bytes, max_depth: int) -> Any:
     """The value of UTF-8 encoded JSON, of which the caller bounds the length; NaN and Infinity are
-    floats, as in Python's json module.
-
-    Raises:
-        AdapterError: not UTF-8, not JSON, a key twice in one object, a number that is too long, or
-            too deep; the message is the end of a sentence that begins with the file's name.
-    """
+    floats, as in Python's json module. AdapterError if it is not UTF-8 or JSON, has a key twice in
+    an object or a number that is too long, or is too deep; the message ends a sentence that begins
+    with the file's name."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
         _check_depth(value, max_depth)

@@ -79,10 +79,8 @@ def warn_of_others(
     """Warns of layers that target_modules names, not by an expression or an index, and of
     parameters that target_parameters names, but for which the file has no tensors.
 
-    Args:
-        model: before the adapter is added.
-        paths: of the modules that get the adapter.
-        names: of the parameters and layers that get it.
+    The model is as before the adapter is added, to the modules at `paths`: to the layers and
+    parameters `names`.
     """
     modules = base_modules(model)
     targets, excluded = config.target_modules, config.exclude_modules
@@ -114,11 +112,8 @@ def module_names(
 ) -> tuple[str | tuple[str, ...], tuple[str, ...]]:
     """(target_modules, exclude_modules) that select exactly the layers at these paths: the last
     parts of their paths if these suffice, else the paths; others whose paths end alike are
-    excluded.
-
-    Raises:
-        AdapterError: no names select exactly these layers, beside `saved` in modules_to_save.
-    """
+    excluded. AdapterError if no names select exactly these layers, beside `saved` in
+    modules_to_save."""
     paths = tuple(paths)
     short = tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     others = tuple(p for p in selected_paths(model, paths, (), saved) if p not in paths)
@@ -138,10 +133,7 @@ def module_names(
 def parameter_names(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The target_parameters that select exactly the parameters of these names, which they had
     before there were adapters: the last two parts of their names if these suffice, else the names.
-
-    Raises:
-        AdapterError: others have names that end alike.
-    """
+    AdapterError if others have names that end alike."""
     modules = base_modules(model)
     every = _parameters_of(modules)
     short = tuple(sorted({".".join(name.split(".")[-2:]) for name in names}))

@@ -99,12 +99,7 @@ class Cache:
 
 
 def read_cache(path: Path) -> Cache:
-    """The entries in a file.
-
-    Raises:
-        CacheError: it is not one.
-        OSError: it cannot be read.
-    """
+    """The entries in a file. CacheError if it is none, OSError if it cannot be read."""
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:

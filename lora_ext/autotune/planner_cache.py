@@ -22,11 +22,7 @@ pinned: dict[str, tuple[Cache, Path]] = {}
 
 
 def user_folder() -> Path:
-    """The folder in which `lora_ext.warmup` writes its files.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
+    """The folder in which `lora_ext.warmup` writes its files. RuntimeError if there is no home."""
     return Path.home() / ".cache" / "lora_ext" / "autotune"
 
 
@@ -53,10 +49,7 @@ def cache_path(folder: Path, device: torch.device | None = None) -> Path:
 
 def user_cache(card: str) -> tuple[Cache, Path]:
     """The user's cache for a card with this torch and build, which may be empty; and its file.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
+    RuntimeError if there is no home."""
     empty = empty_cache(card)
     path = file_of(empty, user_folder())
     found = _read(path) if path.exists() else None
@@ -64,12 +57,8 @@ def user_cache(card: str) -> tuple[Cache, Path]:
 
 
 def checked_cache(path: Path, card: str) -> Cache:
-    """The cache in a file that the user names.
-
-    Raises:
-        CacheError: it is not a cache file, or for another card, torch, driver or build of lora_ext.
-        OSError: it cannot be read.
-    """
+    """The cache in a file that the user names. CacheError if it is not a cache file, or for another
+    card, torch, driver or build of lora_ext; OSError if it cannot be read."""
     found, expected = read_cache(path), empty_cache(card)
     if replace(found, entries=()) != expected:
         raise CacheError(

@@ -35,18 +35,13 @@ def answers(
 ) -> Iterator[tuple[str, str]]:
     """Runs Python code that reads JSON and prints lines ``["begin"|"end", name, result]``.
 
-    The child imports the same modules as this process would. It is killed, with all processes that
-    it has started, when the iteration ends. It need not answer everything: if it ends between
-    answers, the iteration ends.
+    Yields each name and its result, and calls `begins` with the name before. The child imports the
+    same modules as this process would, and reads the request from standard input. It is killed,
+    with all processes that it has started, when the iteration ends. It need not answer everything:
+    if it ends between answers, the iteration ends.
 
     Args:
-        code: the argument of ``python -c``.
-        request: the input that the child reads from standard input.
         timeout_s: limit for an answer, besides a minute for the host; None: no limit.
-        begins: called with each name when its answer begins.
-
-    Yields:
-        Each name and its result.
 
     Raises:
         CannotStart: no answer was begun, so nothing is known about any name.

@@ -127,10 +127,7 @@ def undone_on_error(model: nn.Module) -> Iterator[ExitStack]:
 
 def in_place_of(path: str, module: nn.Module) -> LoRALayer | LoRAModule:
     """The target itself if it has layers of adapters, else a new module that may replace it.
-
-    Raises:
-        ValueError: it cannot have adapters.
-    """
+    ValueError if it cannot have adapters."""
     if isinstance(module, (LoRALayer, LoRAModule)):
         return module
     kind = replacement_for(module)

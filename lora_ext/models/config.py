@@ -105,16 +105,9 @@ class LoraConfig:
 
 
 def as_config(given: Any, prefix: str = "", others: str = "") -> LoraConfig:
-    """The config itself, or PEFT's as one of ours that means the same.
-
-    Args:
-        prefix: the beginning of a message.
-        others: what else may be passed, for the message.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: PEFT's asks for something that these layers do not have; the message names it.
-    """
+    """The config itself, or PEFT's as one of ours that means the same. TypeError, with `prefix` and
+    what else may be passed, if it is neither; ValueError if PEFT's asks for something that these
+    layers do not have: the message names it."""
     kind: Any = type(given)
     if isinstance(given, LoraConfig):
         return given

@@ -44,11 +44,8 @@ def replacement_for(module: nn.Module) -> type[LoRALayer] | type[LoRAModule] | N
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module]]:
-    """The (path, module) pairs that get the adapter, each module once.
-
-    Raises:
-        ValueError: a pattern matches nothing, or only modules that cannot be adapted.
-    """
+    """The (path, module) pairs that get the adapter, each module once. ValueError if a pattern
+    matches nothing, or only modules that cannot be adapted."""
     modules = _modules_of(model)
     inside_saved = [path for path, _ in modules if _matches_any(config.modules_to_save, path)]
 
@@ -89,11 +86,7 @@ def is_read_directly(model: nn.Module, path: str) -> bool:
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> list[nn.Module]:
-    """The modules that config.modules_to_save names.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
+    """The modules that config.modules_to_save names. ValueError if a pattern matches nothing."""
     modules = _modules_of(model)
     found: dict[int, nn.Module] = {}
     for pattern in config.modules_to_save:

@@ -28,12 +28,8 @@ _FUSED = "gate_up_proj"
 
 
 def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
-    """The ids of routers: modules next to experts whose weight has a row for each expert, and that
-    are not linear layers.
-
-    Args:
-        modules: the (path, module) pairs of a model.
-    """
+    """The ids of routers, of a model's (path, module) pairs: modules next to experts whose weight
+    has a row for each expert, and that are not linear layers."""
     counts = {
         path.rpartition(".")[0]: module.num_experts
         for path, module in modules
@@ -50,11 +46,8 @@ def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
 
 
 def warn_of_other_experts(model: nn.Module, where: str) -> None:
-    """Warns of experts that "all-linear" leaves out, since their layout is unknown.
-
-    Args:
-        where: what was called.
-    """
+    """Warns of experts that "all-linear" leaves out, since their layout is unknown; where: what was
+    called."""
     found = {
         type(module).__name__
         for path, module in model.named_modules()
@@ -84,12 +77,8 @@ def names_parameter(pattern: str, path: str, module: nn.Module) -> bool:
 def chosen(
     module: LoRAModule, path: str, config: LoraConfig
 ) -> Iterable[tuple[LoRAParameter, AdapterSpec]]:
-    """The parameters of a module that the config selects, each with its adapter.
-
-    Args:
-        module: experts or a router, at `path`.
-        config: a config that has the module among its targets.
-    """
+    """The parameters of experts, or of a router, that the config selects, each with its adapter;
+    the module at `path` is among its targets."""
     targets = config.target_modules
     is_whole = any(pattern == ALL_LINEAR or matches(pattern, path) for pattern in targets)
     for layer in module.layers():

@@ -14,11 +14,8 @@ from functools import lru_cache
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether the pattern selects the module at `path`.
-
-    Raises:
-        ValueError: the expression is not valid.
-    """
+    """Whether the pattern selects the module at `path`. ValueError if its expression is not
+    valid."""
     if is_pattern(pattern):
         return _compiled(pattern).fullmatch(path) is not None
     return is_name_of(pattern, path)

@@ -90,16 +90,8 @@ def pack_weights(
 
 
 def pack_for(model: nn.Module, pack: bool | int | Iterable[int]) -> None:
-    """`pack_weights` for the keyword `pack` of other functions, for a model on the CPU.
-
-    Args:
-        model: as in `pack_weights`.
-        pack: False, True, or the rows of later calls.
-
-    Raises:
-        ValueError: a number of rows below 1.
-        TypeError: none of these.
-    """
+    """`pack_weights` for the keyword `pack` of other functions, False, True or the rows of later
+    calls, for a model on the CPU. TypeError if it is none of these; ValueError for rows below 1."""
     if pack is False:
         return
     rows = DECODE_AND_TRAINING if pack is True else (pack,) if isinstance(pack, int) else pack

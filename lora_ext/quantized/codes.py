@@ -65,11 +65,8 @@ class Nested(NamedTuple):
     dtype: torch.dtype
 
     def values(self, codes: Tensor, first: int = 0) -> Tensor:
-        """The scales of consecutive codes, rounded after the product and after the sum.
-
-        Args:
-            first: the number of the first code.
-        """
+        """The scales of consecutive codes, of which `first` is the number of the first, rounded
+        after the product and after the sum."""
         numbers = torch.arange(first, first + codes.numel(), device=codes.device)
         scale = self.scale.float()[numbers.div(self.block, rounding_mode="floor")]
         product = self.table[codes.flatten().int()] * scale

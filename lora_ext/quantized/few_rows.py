@@ -40,13 +40,8 @@ def own_product_wins(
     weight: QuantizedWeight, x: Tensor, dtype: torch.dtype, most_rows: int
 ) -> bool:
     """Whether x ``[..., in]`` is to be multiplied with the layer's own product; within
-    `lora_ext.batch_invariant` none is.
-
-    Args:
-        weight: the layer's.
-        x: the input, which needs no gradient.
-        dtype: of the product.
-        most_rows: the own product is taken up to this number of rows if nothing was measured.
+    `lora_ext.batch_invariant` none is. If nothing was measured, it is taken up to `most_rows` rows.
+    The product is in `dtype`, and x needs no gradient.
     """
     if is_on():
         return False

@@ -51,11 +51,8 @@ class Call(NamedTuple):
 def quantized_linear(
     call: Call, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """y with one adapter or many, in the autocast dtype of x, or in x's dtype.
-
-    Args:
-        factors: first each lora_a, then each lora_b.
-    """
+    """y with one adapter or many, in the autocast dtype of x, or in x's dtype; factors: first each
+    lora_a, then each lora_b."""
     _check(call.weight, x)
     if is_autocast(x):
         # As in the op's own autocast, float32 adapters are never rounded.
