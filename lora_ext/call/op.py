@@ -14,7 +14,7 @@ from torch import Tensor
 from ..dropout import draw_seed
 from ..invariance import refuse, row_block
 from ..packed_weight import PackedWeight
-from ..quantized.linear import Call, quantized_linear, quantized_product
+from ..quantized.linear import Call, quantized_linear
 from ..quantized.weight import QuantizedWeight
 
 Factors: TypeAlias = Tensor | Sequence[Tensor]
@@ -198,7 +198,7 @@ def base_linear(
 ) -> Tensor:
     """x W^T + bias, the base alone, for any weight that `lora_linear` accepts."""
     if isinstance(weight, QuantizedWeight):
-        return quantized_product(x, weight, bias)
+        return quantized_linear(Call(weight), x, bias, ())
     return F.linear(x, weight.matrix if isinstance(weight, PackedWeight) else weight, bias)
 
 

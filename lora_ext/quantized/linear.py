@@ -37,9 +37,9 @@ class Call(NamedTuple):
     """
 
     weight: QuantizedWeight
-    scaling: Any
-    dropout_p: float
-    seed: Tensor | None
+    scaling: Any = 1.0
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
     groups: tuple[Tensor | None, ...] = (None, None, None)
     row_block: int = 0
 
@@ -51,8 +51,8 @@ class Call(NamedTuple):
 def quantized_linear(
     call: Call, x: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
 ) -> Tensor:
-    """y with one adapter or many, in the autocast dtype of x, or in x's dtype; factors: first each
-    lora_a, then each lora_b."""
+    """y with one adapter, many or none, in the autocast dtype of x, or in x's dtype; factors: first
+    each lora_a, then each lora_b."""
     _check(call.weight, x)
     if is_autocast(x):
         # As in the op's own autocast, float32 adapters are never rounded.
@@ -61,6 +61,8 @@ def quantized_linear(
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return quantized_linear(call, x.to(dtype), bias, factors)
+    if not factors:
+        return _QuantizedProduct.apply(call.weight, x, None if bias is None else bias.to(x.dtype))
     if not torch.is_grad_enabled():
         # needs_input_grad is true here too, so S would be computed without being used.
         with dense(call.weight, x) as weight:
@@ -72,16 +74,6 @@ def quantized_linear(
             "lora_ext.reference.lora_linear_reference"
         )
     return _QuantizedLinear.apply(call, x, bias, *factors)
-
-
-def quantized_product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias of the dequantised weight, in x's dtype or autocast's; nothing is saved."""
-    _check(weight, x)
-    if is_autocast(x):
-        x = x.to(compute_dtype(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return quantized_product(x, weight, bias)
-    return _QuantizedProduct.apply(weight, x, None if bias is None else bias.to(x.dtype))
 
 
 def _check(weight: QuantizedWeight, x: Tensor) -> None:
@@ -132,6 +124,8 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 class _QuantizedProduct(torch.autograd.Function):
+    """x W^T + bias of the dequantised weight; nothing is saved."""
+
     @staticmethod
     def forward(ctx: Any, weight: QuantizedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.like, ctx.versions = weight, x.new_empty(0), Versions(weight)
