@@ -2,8 +2,7 @@
 merges and removes adapters is `lora_ext`'s."""
 
 from .model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
-from .optimizer import lora_plus_groups
-from .trainable import TrainableParameters, trainable_parameters
+from .trainable import TrainableParameters, lora_plus_groups, trainable_parameters
 
 __all__ = [
     "TrainableParameters",

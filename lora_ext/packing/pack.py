@@ -13,8 +13,7 @@ import lora_ext._C as _C
 
 from ..packed_weight import PackedWeight, Wins, pack_weight
 from .layers import Kind, Weight, packable_layers, weights_of
-from .report import Packing, Products
-from .trial import Trial
+from .trial import Packing, Products, Trial
 
 # A trial alternates between weights of this many bytes, if the model has them: more than a core's
 # share of the last-level cache.
