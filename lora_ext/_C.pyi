@@ -62,23 +62,14 @@ class Card:
 class Problem:
     """One LoRA linear as the planner's input (csrc/kernels/plan/problem.h)."""
 
-    m: int
-    n: int
-    k: int
     rank: int
     dtype: torch.dtype
     float_adapters: bool
     dropout: bool
-    given_base: bool
-    weight_row_major: bool
     aligned: bool
     aligned_weight: bool
     aligned_a: bool
     aligned_b: bool
-    factor_rows: bool
-    need_dx: bool
-    need_dlora_a: bool
-    need_dlora_b: bool
     def __init__(self, m: int, n: int, k: int, rank: int) -> None: ...
 
 class Plan:
@@ -111,7 +102,6 @@ class Kernels:
     name: str
     backward: bool
     dtype: torch.dtype
-    def small_case(self, card: Card) -> tuple[Problem, Plan]: ...
 
 def all_grouped_kernels(card: Card) -> list[Kernels]: ...
 def all_kernels(card: Card, use_pdl: bool) -> list[Kernels]: ...

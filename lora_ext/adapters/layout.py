@@ -107,14 +107,8 @@ def stored_tensors(
     adapted: set[str],
     saved: Mapping[str, nn.Module],
 ) -> Iterator[Stored]:
-    """What an adapter stores of its base.
-
-    Args:
-        modules: path -> module of the model, at each of its paths.
-        bias: "none", "all" or "lora_only".
-        adapted: paths of the modules with adapters.
-        saved: path -> module that is stored whole.
-    """
+    """What an adapter stores of its base: biases of the modules, at each of their paths, all or
+    those of `adapted` paths alone, and the modules that are saved whole."""
     for path, module in {"": model, **modules}.items():
         own = bias_of(module)
         if own is not None and (bias == "all" or (bias == "lora_only" and path in adapted)):
