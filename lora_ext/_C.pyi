@@ -138,11 +138,9 @@ class AutotuneEntry:
         measured: str,
     ) -> None: ...
 
-def replace_autotune_cache(card: str, entries: list[AutotuneEntry], pinned: bool = False) -> None:
-    """Replaces all entries of the autotune cache for a card, given by the driver's name.
-
-    Pinned entries are also used under torch.use_deterministic_algorithms.
-    """
+def replace_autotune_cache(
+    card: str, entries: list[AutotuneEntry], pinned: bool = False
+) -> None: ...
 
 # Without CUDA kernels in the build (with_cuda) the rest finds no card and runs nothing.
 class Explained:
@@ -169,16 +167,12 @@ def explain_backward(
     grad: torch.Tensor | None = None,
 ) -> Explained: ...
 def explain_problem(device: torch.device, problem: Problem) -> Explained: ...
+
+# A result is "passed", "not yet" or what failed; the device has an index.
 def check_kernels(device: torch.device, kernels: Kernels) -> str: ...
-def check_result(device: torch.device, kernels: Kernels) -> str:
-    """ "passed", "not yet", or what failed. The device has an index."""
-
-def check_results(device: torch.device) -> list[tuple[str, str]]:
-    """Names of kernels, and "passed" or what failed. The device has an index."""
-
-def remember_check(device: torch.device, kernels: Kernels, result: str) -> None:
-    """Stores a result from another process: "passed", or what failed."""
-
+def check_result(device: torch.device, kernels: Kernels) -> str: ...
+def check_results(device: torch.device) -> list[tuple[str, str]]: ...
+def remember_check(device: torch.device, kernels: Kernels, result: str) -> None: ...
 def set_check_timeout(seconds: float) -> None: ...
 def check_timeout() -> float: ...
 def use_pdl() -> bool: ...
