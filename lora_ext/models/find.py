@@ -151,9 +151,7 @@ def _matched(
         for path, module in hits
         if is_adaptable(module) or (is_name and id(module) in of_mixtures)
     ]
-    if found and not is_name:
-        return found
-    if len(found) == len(hits) and found:
+    if found and (not is_name or len(found) == len(hits)):
         return found
     if hits:
         path, module = next((p, m) for p, m in hits if not is_adaptable(m))
