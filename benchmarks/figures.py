@@ -15,27 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
-# Ours are red to orange, and so are PEFT's models accelerated; PEFT is blue.
-COLOURS = {
-    "merged": "#777777",
-    "frozen": "#777777",
-    "ours": "#c1272d",
-    "ours_packed": "#f28e2b",
-    "ours_dropout": "#f2b134",
-    "ours_fp32": "#8c1d40",
-    "ours_kernel": "#e0651f",
-    "ours_library": "#d99a9b",
-    "ours_fp32_kernel": "#b5541c",
-    "peft_accelerated": "#e08214",
-    "peft_default_accelerated": "#b35806",
-    "unsloth": "#7b52ab",
-    "triton_pair": "#8fbc3b",
-    "compiled": "#00a3a3",
-    "loralib": "#2a9d5c",
-    "naive": "#3b4a6b",
-    "peft": "#1f6fb4",
-    "peft_default": "#7aa6cf",
-}
 _GRID = {"color": "#dddddd", "linewidth": 0.7}
 
 

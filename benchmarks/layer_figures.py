@@ -8,30 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from . import figures as shared
-from .figures import COLOURS, Figure, plt
+from .figures import Figure, plt
 from .markdown import device_of
 from .results import Document, Row, is_disturbed, median_ratio, peak_ratio, times_of
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
-from .variants import LABELS, floor_of
+from .variants import LOOKS, floor_of
 
-_MARKERS = {
-    "ours": "o",
-    "ours_packed": "D",
-    "ours_fp32": "s",
-    "ours_kernel": "X",
-    "ours_library": "v",
-    "ours_fp32_kernel": "P",
-    "peft": "o",
-    "peft_default": "s",
-    "naive": "^",
-    "loralib": "v",
-    "unsloth": "P",
-    "triton_pair": "d",
-    "compiled": "X",
-}
 _STYLES = {
-    name: shared.Dot(LABELS[name], COLOURS[name], marker, name.startswith("ours"))
-    for name, marker in _MARKERS.items()
+    name: shared.Dot(*look, name.startswith("ours")) for name, look in LOOKS.items() if look.marker
 }
 _WHAT = {
     FORWARD: "forward",

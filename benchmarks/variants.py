@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +17,36 @@ from .shapes import FORWARD, Cell
 ROUTES = ("ours_kernel", "ours_library", "ours_fp32_kernel")
 OURS = ("ours", "ours_fp32", "ours_packed", *ROUTES)
 
-LABELS = {
-    "merged": "merged",
-    "frozen": "frozen",
-    "merged_packed": "merged, packed",
-    "ours": "ours",
-    "ours_packed": "ours packed",
-    "ours_fp32": "ours fp32",
-    "ours_kernel": "ours, kernel route",
-    "ours_library": "ours, library route",
-    "ours_fp32_kernel": "ours fp32, kernel route",
-    "ours_no_dropout": "ours, dropout 0",
-    "peft": "PEFT",
-    "peft_default": "PEFT default",
-    "naive": "naive",
-    "loralib": "loralib",
-    "unsloth": "Unsloth-style",
-    "triton_pair": "Triton pair",
-    "compiled": "torch.compile",
+
+class Look(NamedTuple):
+    """What a variant is called in reports, and how it is drawn, if it is."""
+
+    label: str
+    colour: str = ""
+    marker: str = ""
+
+
+# Ours are red to orange, and PEFT is blue.
+LOOKS = {
+    "merged": Look("merged", "#777777"),
+    "frozen": Look("frozen", "#777777"),
+    "merged_packed": Look("merged, packed"),
+    "ours": Look("ours", "#c1272d", "o"),
+    "ours_packed": Look("ours packed", "#f28e2b", "D"),
+    "ours_fp32": Look("ours fp32", "#8c1d40", "s"),
+    "ours_kernel": Look("ours, kernel route", "#e0651f", "X"),
+    "ours_library": Look("ours, library route", "#d99a9b", "v"),
+    "ours_fp32_kernel": Look("ours fp32, kernel route", "#b5541c", "P"),
+    "ours_no_dropout": Look("ours, dropout 0"),
+    "peft": Look("PEFT", "#1f6fb4", "o"),
+    "peft_default": Look("PEFT default", "#7aa6cf", "s"),
+    "naive": Look("naive", "#3b4a6b", "^"),
+    "loralib": Look("loralib", "#2a9d5c", "v"),
+    "unsloth": Look("Unsloth-style", "#7b52ab", "P"),
+    "triton_pair": Look("Triton pair", "#8fbc3b", "d"),
+    "compiled": Look("torch.compile", "#00a3a3", "X"),
 }
+LABELS = {name: look.label for name, look in LOOKS.items()}
 
 
 class Unavailable(RuntimeError):

@@ -6,29 +6,17 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..figures import COLOURS, Dot, Figure, finish, plt
+from ..figures import Dot, Figure, finish, plt
 from ..results import Document, Row, is_disturbed, median_ratio
 from ..shapes import FORWARD, STEP
+from ..variants import LOOKS as COLOURS
 from ..variants import floor_of
-from .variants import LABELS, OURS
+from .variants import LOOKS, OURS
 
-# A colour of another variant's, and a marker.
-_STYLES = {
-    "ours": ("ours", "o"),
-    "ours_offs": ("ours_fp32", "s"),
-    "ours_pool": ("ours_packed", "D"),
-    "ours_kernel": ("ours_library", "X"),
-    "one": ("frozen", "^"),
-    "peft": ("peft", "o"),
-    "loop": ("peft_default", "s"),
-    "loop_ours": ("loralib", "v"),
-    "grouped": ("unsloth", "P"),
-    "gather": ("compiled", "X"),
-    "bmm": ("triton_pair", "d"),
-}
 STYLES = {
-    name: Dot(LABELS[name], COLOURS[colour], marker, name in OURS)
-    for name, (colour, marker) in _STYLES.items()
+    name: Dot(label, COLOURS[colour].colour, marker, name in OURS)
+    for name, (label, colour, marker) in LOOKS.items()
+    if marker
 }
 # Of Okabe and Ito's colours, which the colour-blind tell apart; markers differ, too.
 _LINES = {

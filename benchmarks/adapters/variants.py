@@ -16,27 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shapes import STEP
-from ..variants import Unavailable, Variant, floor_of
+from ..variants import Look, Unavailable, Variant, floor_of
 from .batch import SCALING, Batch
 from .cases import Case
 
 _MOST_MODULES = 64  # of PEFT, which takes 0.1 s to make an adapter
 
-LABELS = {
-    "merged": "merged",
-    "frozen": "frozen",
-    "ours": "ours",
-    "ours_offs": "ours, ranges",
-    "ours_pool": "ours, a pool",
-    "ours_kernel": "ours, kernel route",
-    "one": "one adapter",
-    "peft": "PEFT",
-    "loop": "loop",
-    "loop_ours": "loop of ours",
-    "grouped": "grouped_mm",
-    "gather": "gather",
-    "bmm": "bmm",
+# Colours are those of variants of one linear.
+LOOKS = {
+    "merged": Look("merged"),
+    "frozen": Look("frozen"),
+    "ours": Look("ours", "ours", "o"),
+    "ours_offs": Look("ours, ranges", "ours_fp32", "s"),
+    "ours_pool": Look("ours, a pool", "ours_packed", "D"),
+    "ours_kernel": Look("ours, kernel route", "ours_library", "X"),
+    "one": Look("one adapter", "frozen", "^"),
+    "peft": Look("PEFT", "peft", "o"),
+    "loop": Look("loop", "peft_default", "s"),
+    "loop_ours": Look("loop of ours", "loralib", "v"),
+    "grouped": Look("grouped_mm", "unsloth", "P"),
+    "gather": Look("gather", "compiled", "X"),
+    "bmm": Look("bmm", "triton_pair", "d"),
 }
+LABELS = {name: look.label for name, look in LOOKS.items()}
 OURS = ("ours", "ours_offs", "ours_pool", "ours_kernel")
 PEERS = ("peft", "loop", "loop_ours", "grouped", "gather", "bmm")
 

@@ -7,11 +7,11 @@ from typing import Any
 from .. import figures as shared
 from .. import layer_figures
 from ..adapters.adapters_figures import STYLES
-from ..figures import COLOURS, Figure, plt
+from ..figures import Figure, plt
 from ..layer_figures import AXIS, title_of
 from ..results import Document, is_disturbed, median_ratio, times_of
 from ..shapes import FORWARD, STEP
-from ..variants import LABELS, floor_of
+from ..variants import LOOKS, floor_of
 from .cases import reading_order
 
 _FLOORS = ("merged", "frozen")
@@ -49,7 +49,8 @@ def _roofline(document: Document) -> Figure | None:
                 points.append((flop / moved, flop / timing[name]["ms"] / 1e9))
         if points:
             intensities += [x for x, _ in points]
-            axes.scatter(*zip(*points, strict=True), s=22, c=COLOURS[name], label=LABELS[name])
+            look = LOOKS[name]
+            axes.scatter(*zip(*points, strict=True), s=22, c=look.colour, label=look.label)
     low, high = min(intensities) / 1.5, max(intensities) * 1.5
     steps = [low * (high / low) ** (i / 99) for i in range(100)]
     roof = [min(ceilings["tflops"], ceilings["dram_gb_s"] * x / 1e3) for x in steps]
@@ -66,11 +67,11 @@ def _predictions(document: Document) -> Figure | None:
     if not entries:
         return None
     figure, axes = plt.subplots(figsize=(6.5, 6))
-    for name, colour in COLOURS.items():
+    for name, look in LOOKS.items():
         mine = [e for e in entries if e["variant"] == name]
         if mine:
             x, y = ([e[key] for e in mine] for key in ("predicted_us", "measured_us"))
-            axes.scatter(x, y, s=18, c=colour, label=LABELS[name])
+            axes.scatter(x, y, s=18, c=look.colour, label=look.label)
     values = [e[key] for e in entries for key in ("predicted_us", "measured_us")]
     ends = [min(values) / 1.3, max(values) * 1.3]
     axes.plot(ends, ends, color="black", linewidth=1.0)
