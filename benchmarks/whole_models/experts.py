@@ -22,6 +22,7 @@ from ..markdown import Column, quotient, table_of
 from ..memory import peak_bytes
 from ..results import Row, ratio
 from ..timing import Plan, compared
+from .calls import inner, with_adapters
 
 TOKENS = 1024
 _COPIES = 3
@@ -89,25 +90,15 @@ def base_model(mixture: Mixture, device: str = "cpu") -> nn.Module:
 def adapted(base: nn.Module, variant: str) -> nn.Module:
     """The base with the variant's adapters; the frozen weights are the same tensors."""
     model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-    if variant == "frozen":
-        return model
-    import peft
-
-    torch.manual_seed(0)
+    words: dict[str, Any] = {"target_modules": _ATTENTION, "target_parameters": _EXPERTS}
     if variant.startswith("peft_default"):
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    else:
-        config = peft.LoraConfig(
-            r=16, lora_alpha=32, target_modules=_ATTENTION, target_parameters=_EXPERTS
-        )
-    wide = variant.startswith("peft_default")
-    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
+        words = {"target_modules": "all-linear"}
+    model = with_adapters(model, variant, **words)
     if variant.endswith("accelerated"):
-        lora_ext.accelerate(wrapped)
-        left = [layer for layer in lora_ext.explain(wrapped) if layer.path == "peft"]
+        left = [layer for layer in lora_ext.explain(model) if layer.path == "peft"]
         if left:
             raise RuntimeError(f"expected no layer on PEFT's own forward, but got {left}")
-    return wrapped.base_model.model
+    return inner(model, variant)
 
 
 def forward_of(model: nn.Module, tokens: int) -> Callable[[], None]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 import lora_ext
 
 from ..markdown import Column, ratio_columns, table_of
 from ..results import Row
 from ..timing import Plan, compared
+from .calls import with_adapters
+from .cases import llama_config
 from .packed import FROZEN_PACKED, frozen_packed
 
 BATCHES = (1, 8)
@@ -37,44 +38,22 @@ def _base(dtype: str, layers: int) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=4096,
-        tie_word_embeddings=True,
-    )
+    config = llama_config(True, vocab_size=4096)
+    config.update({"num_hidden_layers": layers, "tie_word_embeddings": True, "use_cache": True})
     model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.generation_config.pad_token_id = 0
     return model.eval().requires_grad_(False)
 
 
-def _paths(model: nn.Module) -> list[str]:
-    return [path for path, m in model.named_modules() if path.endswith("_proj")]
-
-
 def _models(dtype: str, layers: int) -> dict[str, Any]:
-    import peft
-
     base = _base(dtype, layers)
+    paths = [path for path, _ in base.named_modules() if path.endswith("_proj")]
     names = ["ours", "peft", "peft_accelerated"]
     if dtype != "float32":
         names += ["ours_fp32", "peft_default", "peft_default_accelerated"]
     found: dict[str, Any] = {"merged": base}
     for name in names:
-        torch.manual_seed(0)
-        model = copy.deepcopy(base)
-        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=_paths(model))
-        if name.startswith("ours"):
-            kind = torch.float32 if name == "ours_fp32" else getattr(torch, dtype)
-            model = lora_ext.apply_lora(model, config, adapter_dtype=kind)
-        else:
-            wide = name.startswith("peft_default")
-            model = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
-            if name.endswith("accelerated"):
-                lora_ext.accelerate(model)
+        model = with_adapters(copy.deepcopy(base), name, target_modules=paths)
         found[name] = model.eval().requires_grad_(False)
     packed = copy.deepcopy(found["ours"])
     lora_ext.warmup(packed, rows=(*BATCHES, PROMPT), progress=False)

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 import lora_ext
@@ -15,9 +14,9 @@ from ..markdown import Column, floor_column, peak_columns, present, ratio_column
 from ..memory import peak_bytes
 from ..results import Row
 from ..timing import Plan, compared
-from .calls import Pairs, forward_of, hidden, step_of
+from .calls import Pairs, forward_of, hidden, step_of, with_adapters
 from .cases import BATCH, Case, base_model, inputs
-from .step import own_model, peft_model
+from .step import words_of
 
 LABELS = {
     "frozen": "frozen",
@@ -75,14 +74,11 @@ def measure(case: Case, plan: Plan, progress: Callable[[str], None]) -> Row:
     base = base_model(case)
     pairs = inputs(case, base, _COPIES)
     names = names_of(case)
-    paths = [path for path, module in base.named_modules() if case.is_target(path, module)]
-    own, alone = (  # of the second, adapters take turns in being the one that is trained
-        own_model(copy.deepcopy(base), paths, getattr(torch, case.dtype), names) for _ in range(2)
+    words = words_of(case, base)
+    own, alone, theirs, accelerated = (  # of the second, adapters take turns in being trained
+        with_adapters(copy.deepcopy(base), variant, names, **words).train()
+        for variant in ("ours", "ours", "peft", "peft_accelerated")
     )
-    theirs, accelerated = (
-        peft_model(copy.deepcopy(base), paths, False, names).train() for _ in range(2)
-    )
-    lora_ext.accelerate(accelerated)
     models = {"frozen": base, "ours": own, "accelerated": accelerated, "peft": theirs}
     steps: dict[str, Call] = {}
     forwards: dict[str, Call] = {}

@@ -19,7 +19,7 @@ from ..markdown import Column, floor_column, ratio_columns, table_of
 from ..results import Row
 from ..shapes import DROPOUT
 from ..timing import Plan, compared
-from .calls import ALPHA, RANK, Pairs, step_of
+from .calls import Pairs, step_of, with_adapters
 
 FORMS = {"nf4": "NF4, scales quantised", "int8": "LLM.int8"}
 _WIDTHS, _ROWS = (1024, 4096), (1, 16, 512, 2048)
@@ -74,7 +74,6 @@ def mark(model: Any, form: str) -> None:
 
 def _layers(width: int, form: str) -> dict[str, nn.Module]:
     """The base alone, PEFT's layer over it with bfloat16 adapters, and the same accelerated."""
-    import peft
 
     def base() -> nn.Module:
         torch.manual_seed(0)
@@ -84,12 +83,9 @@ def _layers(width: int, form: str) -> dict[str, nn.Module]:
         return holder
 
     def adapted() -> Any:
-        config = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=["0"]
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.get_peft_model(base(), config, autocast_adapter_dtype=False)
+            model = with_adapters(base(), "peft", lora_dropout=DROPOUT, target_modules=["0"])
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape).mul(0.02).to(torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lora_ext.quantized import workspace
 from ..memory import peak_bytes
 from ..shapes import DROPOUT
 from ..timing import Plan, compared
-from .calls import ALPHA, RANK, forward_of, step_of
+from .calls import forward_of, inner, step_of, with_adapters
 from .cases import Case, base_model, inputs
 
 # Accelerated: the model of PEFT that the name begins with, after lora_ext.accelerate.
@@ -34,44 +34,16 @@ _WARMUP_STEPS = 2
 
 def adapted(case: Case, base: nn.Module, variant: str) -> nn.Module:
     """A copy of the base with the variant's adapters; "frozen" has none."""
-    model = copy.deepcopy(base)
-    paths = [path for path, module in model.named_modules() if case.is_target(path, module)]
-    torch.manual_seed(0)
-    if variant == "frozen":
-        return model
-    if variant.startswith("ours"):
-        dtype = torch.float32 if variant == "ours_fp32" else getattr(torch, case.dtype)
-        return own_model(model, paths, dtype)
-    model = peft_model(model, paths, wide=variant.startswith("peft_default"))
+    model = with_adapters(copy.deepcopy(base), variant, **words_of(case, base))
     if variant.endswith("accelerated"):
-        lora_ext.accelerate(model)
         check_fused(model)
-    return model.base_model.model
+    return inner(model, variant)
 
 
-def own_model(
-    model: nn.Module, paths: list[str], dtype: torch.dtype, names: Sequence[str] = ("default",)
-) -> nn.Module:
-    """The model with adapters of ours, all of them active."""
-    config = lora_ext.LoraConfig(paths, r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT)
-    for name in names:
-        lora_ext.apply_lora(model, config, name, adapter_dtype=dtype)
-    lora_ext.set_adapter(model, list(names))
-    return model
-
-
-def peft_model(
-    model: nn.Module, paths: list[str], wide: bool, names: Sequence[str] = ("default",)
-) -> Any:
-    """The same of PEFT's. wide: float32 adapters, whatever the base has."""
-    import peft
-
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=paths)
-    model = peft.get_peft_model(model, config, names[0], autocast_adapter_dtype=wide)
-    for name in names[1:]:
-        model.add_adapter(name, config, autocast_adapter_dtype=wide)
-    model.base_model.set_adapter(list(names))
-    return model
+def words_of(case: Case, base: nn.Module) -> dict[str, Any]:
+    """Of PEFT's config."""
+    paths = [path for path, module in base.named_modules() if case.is_target(path, module)]
+    return {"target_modules": paths, "lora_dropout": DROPOUT}
 
 
 def check_fused(model: nn.Module) -> None:

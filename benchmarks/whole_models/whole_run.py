@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import lora_ext
-
 from .. import minilm
 from ..markdown import Column, mebibytes, quotient, table_of
 from ..real_model import sentences
 from ..results import Row, ratio
 from ..shapes import DROPOUT
 from ..timing import Plan, compared
-from .calls import ALPHA, RANK
+from .calls import with_adapters
 from .cases import llama_config
 
 ROWS, LENGTH = 4, 512
@@ -58,17 +56,13 @@ def batches() -> list[Tensor]:
 
 def make(run: Run, variant: str) -> Any:
     """A causal LM with PEFT's adapters on all linear layers of its blocks, in training mode."""
-    import peft
     import transformers
 
     torch.manual_seed(0)
     config = llama_config(run.model != "Llama", vocab_size=30522)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     words = {"lora_dropout": run.dropout, "target_modules": "all-linear"}
-    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **words))
-    if variant.endswith("accelerated"):
-        lora_ext.accelerate(model)
-    return model.train()
+    return with_adapters(model, variant, **words).train()
 
 
 def training(model: Any, data: Sequence[Tensor]) -> Iterator[float]:
