@@ -163,7 +163,8 @@ def _check_index(
 
 def _dropout_of(adapters: Sequence[ExpertsAdapter]) -> float:
     """The probability of dropout of a projection's adapters."""
-    found = sorted({adapter.dropout for adapter in adapters})
+    # Numbers, where a traced program has made them inputs.
+    found = sorted({float(adapter.dropout) for adapter in adapters})
     if not all(0.0 <= p < 1.0 for p in found):
         raise ValueError(
             f"lora_ext.experts.lora_experts: expected dropout in [0, 1), but got {found}"
