@@ -1,20 +1,16 @@
-"""Experts in 4 bits as bitsandbytes' parametrization keeps them, without bitsandbytes, beside the
-same experts dense; and PEFT's models of both."""
+"""Weights in 4 bits as bitsandbytes' parametrization keeps them, without bitsandbytes."""
 
 from __future__ import annotations
 
-import copy
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from expert_helpers import both, make_experts, mixture, run
 from helpers import F32
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-HIDDEN, INNER, BLOCK = 64, 96, 32
+BLOCK = 32
 # The library's tables, rounded: any sixteen values would do.
 TABLES = {
     "nf4": [-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6, 0.7, 1],
@@ -105,57 +101,3 @@ def parts_of(module: nn.Module) -> list[Any]:
 
 def states_of(module: nn.Module) -> list[Any]:
     return [part.quant_state for part in parts_of(module)]
-
-
-def two_experts(
-    kind: str = "plain", form: str = "nf4", dtype: torch.dtype = F32, experts: int = 6
-) -> tuple[nn.Module, nn.Module]:
-    """(experts in 4 bits, the same experts dense)."""
-    dense = make_experts(kind, experts, (HIDDEN, INNER)).to(dtype)
-    packed = copy.deepcopy(dense)
-    for name in both(dense):
-        make_four_bits(packed, name, form)
-        found = packed.parametrizations[name]
-        part = found[0]
-        dense.get_parameter(name).data = dequantised(found.original, part.quant_state)
-    return packed, dense
-
-
-def two_mixtures(
-    kind: str = "plain",
-    form: str = "nf4",
-    dtype: torch.dtype = F32,
-    adapters: dict[str, dict[str, Any]] | None = None,
-    **words: Any,
-) -> tuple[nn.Module, nn.Module]:
-    """PEFT's models of `two_experts`, with the same random adapters."""
-    packed, dense = (
-        mixture(adapters=adapters, dtype=dtype, base=base, **words)
-        for base in two_experts(kind, form, dtype)
-    )
-    own = factors(packed)
-    with torch.no_grad():
-        for name, parameter in factors(dense).items():
-            parameter.copy_(own[name])
-    for part in parts_of(packed):
-        part.calls = 0  # PEFT reads the parameter when it makes a wrapper
-    return packed, dense
-
-
-def factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's factors by names that do not depend on the order of PEFT's wrappers."""
-    return {
-        f"{module.parameter_name}.{table}.{name}": layer.weight
-        for module in model.modules()
-        if isinstance(module, ParamWrapper)
-        for table in ("lora_A", "lora_B")
-        for name, layer in getattr(module, table).items()
-    }
-
-
-def step(model: nn.Module, operands: tuple) -> dict[str, Tensor]:
-    """`run`, with the factors' gradients under the names of `factors`."""
-    found = run(model, *operands)
-    found = {name: value for name, value in found.items() if "lora_" not in name}
-    gradients = {name: factor.grad for name, factor in factors(model).items()}
-    return found | {name: value for name, value in gradients.items() if value is not None}

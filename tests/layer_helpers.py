@@ -163,5 +163,8 @@ def assert_same_state(module: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
+    """torchao's tensors have those of what they stand for."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        tensor = tensor.dequantize()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(integers[tensor.element_size()])

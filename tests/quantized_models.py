@@ -82,6 +82,16 @@ def hqq_four_bits(layer: nn.Linear, dtype: torch.dtype, optimize=True) -> nn.Mod
     return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", initialize=True)
 
 
+def fp8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """With the weight as a checkpoint that is not quantised leaves it."""
+    module = importlib.import_module("transformers.integrations.finegrained_fp8")
+    made = module.FP8Linear(layer.in_features, layer.out_features, (16, 16), has_bias=True)
+    made.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    made.bias.data = layer.bias.detach().to(dtype, copy=True)
+    nn.init.ones_(made.weight_scale_inv)  # as it is made, it may be NaN, which equals nothing
+    return made
+
+
 MAKERS = {
     "bnb nf4": (bnb_four_bits, "bitsandbytes"),
     "bnb int8": (bnb_eight_bits, "bitsandbytes"),

@@ -9,7 +9,6 @@ REST = {
     "contract/test_recompile.py",
     "cpu",
     "experts/test_experts_compile.py",
-    "experts/test_experts_distributed.py",
     "experts/test_experts_types.py",
     "layers/test_distributed.py",
     "layers/test_modules_compile.py",

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from helpers import BF16, F64
+from helpers import BF16
 from torch import nn
 
 from lora_ext import LoraConfig, LoRALinear, apply_lora
@@ -154,9 +154,6 @@ LAYERS = {
     "no bias": (partial(linear, bias=False), ROWS),
     "pissa": (partial(linear, init_lora_weights="pissa"), ROWS),
     "olora": (partial(linear, init_lora_weights="olora"), ROWS),
-    "fan_in_fan_out": (partial(linear, fan_in_fan_out=True), ROWS),
-    "float64": (partial(linear, dtype=F64), ROWS),
-    "bfloat16": (partial(linear, dtype=BF16), ROWS),
     "several": (several, ROWS),
     "several, one scaling": (partial(several, alphas=(4, 8)), ROWS),
     "several, other dropout": (partial(several, dropouts=(0.0, 0.6)), ROWS),

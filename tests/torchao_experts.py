@@ -1,16 +1,12 @@
-"""Experts in torchao's tensors, its own or stand-ins for them, beside the same experts dense."""
+"""Weights of experts in torchao's tensors, its own or stand-ins for them."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from expert_helpers import both, make_experts, mixture
 from format_helpers import needs
-from four_bit_experts import HIDDEN, INNER, factors
-from helpers import F32
 from torch import Tensor, nn
 
 GROUP = 32
@@ -105,28 +101,3 @@ def quantise(module: nn.Module, name: str, form: str) -> None:
     from torchao.quantization import FqnToConfig, quantize_
 
     quantize_(module, FqnToConfig({name: config(form)}), filter_fn=None)
-
-
-def two_experts(
-    kind: str = "plain", form: str = "stand-in", dtype: torch.dtype = F32
-) -> tuple[nn.Module, nn.Module]:
-    """(quantised experts, the same experts dense)."""
-    dense = make_experts(kind, sizes=(HIDDEN, INNER)).to(dtype)
-    packed = copy.deepcopy(dense)
-    for name in both(dense):
-        quantise(packed, name, form)
-        dense.get_parameter(name).data = packed.get_parameter(name).dequantize()
-    return packed, dense
-
-
-def two_mixtures(
-    kind: str = "plain", form: str = "stand-in", dtype: torch.dtype = F32, **words: Any
-) -> tuple[nn.Module, nn.Module]:
-    """PEFT's models of `two_experts`, with the same random adapters."""
-    made = [mixture(dtype=dtype, base=base, **words) for base in two_experts(kind, form, dtype)]
-    packed, dense = made
-    own = factors(packed)
-    with torch.no_grad():
-        for name, parameter in factors(dense).items():
-            parameter.copy_(own[name])
-    return packed, dense

@@ -12,6 +12,7 @@ from peft_helpers import HEIGHT, TARGETS, WIDTH, Net, exact_model, make_base, pe
 from torch import nn
 
 import lora_ext
+from contract import bases
 from contract.adapters import ADAPTERS, dropouts
 from contract.subject import Kind, Subject
 
@@ -24,6 +25,8 @@ class PeftSubject(Subject):
     def x(self, rows=60, dtype=F32):
         if self.name == "net":
             return peft_helpers.make_ids(rows)
+        if bases.is_there(self.name, is_pefts=True):
+            return bases.make_x(self.name, dtype, rows)
         return peft_helpers.make_x(self.name, dtype, rows)
 
     def factors(self, name):
@@ -82,6 +85,8 @@ class PeftKind(Kind):
     sharded = 1e-6
 
     def has(self, layer, adapters):
+        if bases.is_there(layer, is_pefts=True):
+            return bases.has(layer, adapters)
         if "lora_bias" in adapters and layer in ("embedding", "net"):
             return False  # PEFT has none on embeddings
         if adapters == "dora" and layer in ("subclass", "hooked"):
@@ -90,12 +95,20 @@ class PeftKind(Kind):
 
     def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
         torch.manual_seed(1)
-        base, targets = (Net(), TARGETS) if layer == "net" else (_base(layer), ["0"])
+        base, targets = _base(layer, dtype)
         words = {
             name: {**one, "lora_dropout": dropouts(dropout, name)}
             for name, one in ADAPTERS[adapters].items()
         }
-        model = lora_ext.accelerate(peft_model(base, words, targets, dtype))
+        of_experts = None
+        if layer in bases.EXPERTS:
+            # PEFT has no dropout there; `accelerate` has one for all adapters.
+            of_experts = dropouts(dropout, "a")
+            own = {"target_parameters": [t for t in targets if t.startswith("experts.")]}
+            targets = [t for t in targets if not t.startswith("experts.")]
+            words = {name: {**one, **own, "lora_dropout": 0.0} for name, one in words.items()}
+        model = peft_model(base, words, targets, dtype)
+        model = lora_ext.accelerate(model, expert_dropout=of_experts)
         subject = PeftSubject(self, layer, model)
         if layer == "hooked":
             subject.layer.base_layer.register_forward_hook(_unused_hook)
@@ -108,17 +121,23 @@ class PeftKind(Kind):
         return [active]  # PEFT's merged layer computes its base alone
 
     def has_blocks(self, layer, adapters):
-        return adapters == "dora" or layer in ("embedding", "net")
+        is_base = bases.is_there(layer, is_pefts=True)
+        return adapters == "dora" or is_base or layer in ("embedding", "net")
 
     def unmerged(self, dtype):
         tolerance = 1e-10 if dtype == torch.float64 else 1e-5
         return {"rtol": tolerance, "atol": tolerance}  # what was added is subtracted
 
 
-def _base(layer: str) -> nn.Module:
+def _base(layer: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """The model and the paths of what gets adapters."""
+    if bases.is_there(layer, is_pefts=True):
+        return bases.make(layer, dtype)
+    if layer == "net":
+        return Net(), TARGETS
     if layer == "subclass":
-        return nn.Sequential(Called(WIDTH, HEIGHT))
-    return nn.Sequential(make_base("linear" if layer == "hooked" else layer))
+        return nn.Sequential(Called(WIDTH, HEIGHT)), ["0"]
+    return nn.Sequential(make_base("linear" if layer == "hooked" else layer)), ["0"]
 
 
 def _unused_hook(*_: object) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from step_helpers import assert_same
 
+from contract import bases
 from contract.accelerated import PEFT
 from contract.ours import OURS
 from contract.subject import Subject
@@ -19,6 +20,8 @@ LINEAR = ("linear", "conv1d", "fan_in_fan_out", "merged_linear")  # x is [..., i
 CALLED = ("subclass", "hooked")  # linear ones whose base has to be called as it is
 MATRIX = (*LINEAR, "conv2d")
 LAYERS = (*MATRIX, "embedding")
+QUANTISED = bases.FEW  # one form of each
+EXPERTS = (*bases.DENSE, *bases.PACKED)
 
 Step = dict[str, torch.Tensor | None]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

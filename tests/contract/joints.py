@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from contract.accelerated import PEFT, PeftSubject
+from contract.bases import Routed
 from contract.ours import OURS, OurSubject
 from contract.subject import Subject
 from lora_ext import AdapterPool, apply_lora
@@ -52,20 +53,6 @@ class Router(nn.Module):
         return torch.cat([logits, weights], -1).view(*x.shape[:2], -1)
 
 
-class Experts(nn.Module):
-    """Each token has two of three experts in turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = make_experts("plain", 3, (IN, 4))
-        self.experts.config._experts_implementation = "batched_mm"  # a graph can have it
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        index = torch.arange(2 * len(rows)).view(-1, 2) % 3
-        return self.experts(rows, index, rows[:, :2].sigmoid()).view_as(x)
-
-
 # ---- kinds of layer ----
 
 BASES: dict[str, Callable[[], nn.Module]] = {
@@ -77,7 +64,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "quantised": lambda: gguf_eight_bits(nn.Linear(BLOCK, OUT), F64),
     "saved": lambda: nn.Linear(IN, OUT),
     "router": Router,
-    "experts": Experts,
+    "experts": lambda: Routed(make_experts("plain", 3, (IN, 4))),
 }
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import layer_helpers
 import torch
 from adapter_helpers import EVERYTHING, make_zoo
-from helpers import F32
-from torch import nn
+from helpers import F32, F64
 
 import lora_ext
+from contract import bases
 from contract.adapters import ADAPTERS, dropouts
 from contract.subject import Kind, Subject
 from lora_ext import LoraConfig, apply_lora
@@ -23,6 +23,8 @@ class OurSubject(Subject):
     def x(self, rows=60, dtype=F32):
         if self.name == "net":
             return torch.randint(20, (rows, 5), generator=torch.Generator().manual_seed(1))
+        if bases.is_there(self.name, is_pefts=False):
+            return bases.make_x(self.name, dtype, rows)
         if self.name == "conv2d":
             pixels = layer_helpers.make_input("linear", dtype, (max(1, rows // 15), 3, 5))
             return pixels.movedim(-1, 1).contiguous()
@@ -99,6 +101,8 @@ class OurKind(Kind):
     sharded = 0.0
 
     def has(self, layer, adapters):
+        if bases.is_there(layer, is_pefts=False):
+            return bases.has(layer, adapters)
         has_bias = layer not in ("embedding", "net")
         return (
             layer in self.layers
@@ -108,7 +112,14 @@ class OurKind(Kind):
 
     def make(self, layer, adapters="one", dtype=F32, adapter_dtype=None, dropout=0.0):
         if layer == "net":
-            return self._net(adapters, dtype, dropout)
+            targets = [*EVERYTHING, "head.0"]
+            return self._applied(layer, make_zoo(dtype).train(), targets, adapters, dropout)
+        if bases.is_there(layer, is_pefts=False):
+            model, targets = bases.make(layer, dtype)
+            if layer in bases.EXPERTS:
+                dropout = dropouts(dropout, "a")  # they have one
+            adapter_dtype = F64 if dtype == F64 else adapter_dtype
+            return self._applied(layer, model, targets, adapters, dropout, adapter_dtype)
         torch.manual_seed(1)
         specs = {
             name: AdapterSpec(
@@ -123,18 +134,17 @@ class OurKind(Kind):
         model = layer_helpers.make_layer(layer, specs, dtype, adapter_dtype)
         return OurSubject(self, layer, model)
 
-    def _net(self, adapters, dtype, dropout) -> OurSubject:
-        model: nn.Module = make_zoo(dtype).train()
+    def _applied(self, layer, model, targets, adapters, dropout, adapter_dtype=None) -> OurSubject:
         for name, words in ADAPTERS[adapters].items():
             config = LoraConfig(
-                [*EVERYTHING, "head.0"],
+                targets,
                 words["r"],
                 words["lora_alpha"],
                 lora_dropout=dropouts(dropout, name),
                 use_rslora=words.get("use_rslora", False),
             )
-            apply_lora(model, config, name)
-        subject = OurSubject(self, "net", layer_helpers.randomize(model))
+            apply_lora(model, config, name, adapter_dtype=adapter_dtype)
+        subject = OurSubject(self, layer, layer_helpers.randomize(model))
         subject.set_adapter(list(ADAPTERS[adapters]))
         return subject
 
@@ -142,7 +152,7 @@ class OurKind(Kind):
         return [active, active[-1:], active[:1]]
 
     def has_blocks(self, layer, adapters):
-        return False
+        return bases.is_there(layer, is_pefts=False)
 
     def unmerged(self, dtype):
         return {"rtol": 0, "atol": 0}  # the weight was never written

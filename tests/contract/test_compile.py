@@ -13,11 +13,12 @@ from step_helpers import assert_same, compiled_under_autocast, differing, run, u
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contract.adapters import DIFFERENT
-from contract.cases import LAYERS, assert_as_eager, cases
+from contract.cases import LAYERS, QUANTISED, assert_as_eager, assert_close, cases
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 
-EVERYTHING = (*LAYERS, "subclass")
+EVERYTHING = (*LAYERS, "subclass", *QUANTISED)
+BIASES = "experts, transposed, biases, interleaved"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -49,7 +50,7 @@ def test_a_whole_model_is_one_graph(device, counter, kind, layer, adapters):
     assert counter.frame_count == 1
 
 
-@cases(["linear", "conv2d", "subclass"], ["one", "three", "dora"])
+@cases(["linear", "conv2d", "subclass", *QUANTISED, "experts, plain"], ["one", "three", "dora"])
 def test_dropout_changes_with_the_seed_in_training_alone(counter, kind, layer, adapters):
     subject = kind.make(layer, adapters, dropout=DIFFERENT)
     model, x = subject.model, subject.x()
@@ -59,7 +60,8 @@ def test_dropout_changes_with_the_seed_in_training_alone(counter, kind, layer, a
     model.eval()
     assert_same(run(compiled, model, x, seed=1), run(compiled, model, x, seed=2))
     assert_as_eager(subject, adapters, run(compiled, model, x), run(model, model, x))
-    assert counter.frame_count == 2
+    # bitsandbytes makes its state of 8 bits in a forward in eval.
+    assert counter.frame_count == 2 + (layer == "int8")
 
 
 def merge(subject):
@@ -88,13 +90,17 @@ def test_one_graph_in_every_state(device, counter, kind, layer, adapters, state)
 
 
 @pytest.mark.usefixtures("cxx_compiler")
-@cases(["linear", "conv2d", "subclass"], ["one", "three", "dora"])
+@cases(["linear", "conv2d", "subclass", *QUANTISED, BIASES], ["one", "three", "dora"])
 def test_inductor(kind, layer, adapters):
     subject = kind.make(layer, adapters, dropout=DIFFERENT)
     model, x = subject.model, subject.x()
     with torch._inductor.config.patch(fallback_random=True):
         compiled = run(torch.compile(model, fullgraph=True), model, x)
-    torch.testing.assert_close(compiled, run(model, model, x), rtol=1e-5, atol=1e-5)
+    for name, value in run(model, model, x).items():
+        assert (value is None) == (compiled[name] is None), name
+        if value is not None:
+            limit = 1e-5 * max(1.0, value.abs().max().item())
+            assert_close(compiled[name], value, rtol=1e-5, atol=limit, msg=name)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -142,7 +148,7 @@ def test_autocast_state_is_part_of_the_guards(counter, kind, layer, adapters):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
-@cases(["net", *EVERYTHING], ["one", "three", "dora", "lora_bias", "rslora"])
+@cases(["net", *LAYERS, "subclass"], ["one", "three", "dora", "lora_bias", "rslora"])
 def test_no_read_of_the_device(kind, layer, adapters, dtype, dropout):
     """A step on tensors without values: what asked for one, a host sync on a GPU, would raise.
 

@@ -5,6 +5,9 @@ What both processes compute is compared with the two halves of the batch in one,
 averaged: the same sums, so that the bits agree.
 """
 
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 import two_processes
@@ -13,6 +16,9 @@ from torch import nn
 from two_processes import WORLD, CallsOfOps, gradients_of, half, whole
 
 import lora_ext
+import lora_ext.nn.experts
+import lora_ext.peft.experts
+from contract import bases
 from contract.cases import KINDS
 
 case, test_two_processes = two_processes.cases(__name__)
@@ -24,12 +30,11 @@ EXACT = 0.0
 NEAR_PEFT = 2e-4
 
 
-def alike(*adapters, dropout=0.0, count=2):
+def alike(*adapters, dropout=0.0, count=2, nets=("net",)):
     """Subjects of the same values, for each kind that has such adapters."""
-    for kind in KINDS:
-        for names in adapters:
-            if kind.has("net", names):
-                yield tuple(kind.make("net", names, dropout=dropout) for _ in range(count))
+    for kind, net, names in itertools.product(KINDS, nets, adapters):
+        if kind.has(net, names):
+            yield tuple(kind.make(net, names, dropout=dropout) for _ in range(count))
 
 
 def train(subject, forward, ranks, seeds=None):
@@ -206,6 +211,33 @@ def fsdp2_after_another_adapter_was_set(rank):
         with torch.no_grad(), subject.disabled(), alone.disabled():
             x = subject.x(4)
             torch.testing.assert_close(subject(x), alone(x))
+
+
+# ---- experts ----
+
+
+def shard_experts(subject):
+    """Each module of them is a unit, its gathered weights one call's."""
+    from torch.distributed.fsdp import fully_shard
+
+    for path, module in list(subject.model.named_modules()):
+        if path.endswith("mlp.experts"):
+            fully_shard(module)
+    assert any(hasattr(p, "full_tensor") for name, p in named(subject) if "down" in name)
+    fully_shard(subject.model)
+
+
+@case
+def experts_train_as_one_process(rank):
+    """In each step each layer of experts is one call of `lora_experts`."""
+    for wrap in (parallel, shard_experts):
+        for subject, alone in alike("one", nets=bases.MIXTURES):
+            module = {"peft": lora_ext.peft.experts, "ours": lora_ext.nn.experts}[subject.kind.name]
+            with mock.patch.object(module, "lora_experts", wraps=module.lora_experts) as calls:
+                gradients = train(subject, wrap(subject) or subject.model, [rank])
+            assert calls.call_count == STEPS * 2
+            assert len(gradients) == 2 * 3 * 2
+            assert_trained_alike(subject, gradients, alone)
 
 
 # ---- FSDP1 ----

@@ -211,35 +211,7 @@ def test_repeats(kind, layer, adapters):
         assert subject(x).shape == wanted.shape
 
 
-# ---- compiled ----
-
-
-@pytest.mark.parametrize("before", [False, True], ids=["", "called before"])
-@cases(["linear", "conv1d", "conv2d", "subclass", "embedding", "net"], ["three"])
-def test_another_index_does_not_recompile_sglang_28371(
-    forget_graphs, counter, kind, layer, adapters, before
-):
-    """A graph must not bake in which adapters were in the batch that it was made of, nor that there
-    was none."""
-    subject = kind.make(layer, adapters, F64)
-    x = batch(subject)
-    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
-    if before:
-        compiled(x)
-    seen = []
-    for index in ([0, -1, 2, 1, 0, 2], [1, 1, 1, 1, 1, 1], [-1] * 6, [2, 0, 1, 2, 0, 1]):
-        rows = torch.tensor(index, dtype=torch.int32)
-
-        def mixed(x, rows=rows):
-            with lora_ext.use_adapters(subject.model, ABC, rows):
-                return compiled(x)
-
-        found = differentiated(subject, x, mixed)
-        assert_equal_steps(found, run_alone(subject, ABC, x, rows), 1e-10)
-        seen.append(counter.frame_count)
-    assert seen == [1 + before] * 4
-    assert_close(compiled(x), subject(x))
-    assert counter.frame_count == 2 + before
+# ---- what stays ----
 
 
 def test_inference_leaves_no_trace(subject):

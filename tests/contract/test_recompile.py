@@ -7,16 +7,24 @@ The tests hold it to these numbers:
     set_adapter                     once for each choice of names, in their order; never again for
                                     a choice that was seen
     no_grad, inference_mode         once
+    another adapter for each row    never
 """
 
 from itertools import pairwise
 
 import pytest
 import torch
+from four_bit_experts import parts_of
+from helpers import F32, F64
+from row_helpers import assert_equal_steps, batch, differentiated, run_alone
 from step_helpers import run
 from torch import nn
 
-from contract.cases import LAYERS, assert_as_eager, cases
+import lora_ext
+from contract.cases import EXPERTS, LAYERS, QUANTISED, assert_as_eager, assert_close, cases
+
+MIXED = ("linear", "conv1d", "conv2d", "subclass", "embedding")
+ABC = ["a", "b", "c"]
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
 
@@ -38,14 +46,15 @@ def test_batch_sizes_compile_once_more(counter, kind, layer, adapters, dropout):
         assert counter.frame_count == count, rows
 
 
-@cases(["net", "linear", "subclass"], ["one", "three"])
+@cases(["net", "linear", "subclass", *QUANTISED, *EXPERTS], ["one", "three"])
 def test_batch_sizes_with_dynamic_shapes_never_recompile(counter, kind, layer, adapters):
     subject = kind.make(layer, adapters, dropout=0.4)
     compiled = torch.compile(subject.model, backend=counter, fullgraph=True, dynamic=True)
-    counts = []
+    counts, calls = [], [part.calls for part in parts_of(subject.model)]
     for rows in (8, 60, 6, 51, 130, 700):
         check(subject, adapters, compiled, subject.x(rows))
         counts.append(counter.frame_count)
+    assert calls == [part.calls for part in parts_of(subject.model)]  # of 4 bits, all at once
     # The first call may start over: it makes symbols of floats, and finds that they are constants.
     assert counts[0] <= 2 and set(counts) == {counts[0]}
 
@@ -82,7 +91,7 @@ def test_other_values_do_not_recompile(counter, kind, layer, adapters):
         assert not torch.equal(one, other)
 
 
-@cases(["linear", "conv2d", "embedding", "subclass"], ["three"])
+@cases(["linear", "conv2d", "embedding", "subclass", "gguf", "experts, plain"], ["three"])
 def test_switching_compiles_once_for_each_choice(counter, kind, layer, adapters):
     subject = kind.make(layer, adapters, dropout=0.4)
     compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
@@ -99,7 +108,7 @@ def test_switching_compiles_once_for_each_choice(counter, kind, layer, adapters)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@cases([*LAYERS, "subclass"], ["one", "three"])
+@cases([*LAYERS, "subclass", *QUANTISED], ["one", "three"])
 def test_without_grad_and_back(counter, kind, layer, adapters, mode):
     subject = kind.make(layer, adapters)
     x = subject.x()
@@ -110,3 +119,31 @@ def test_without_grad_and_back(counter, kind, layer, adapters, mode):
         assert_as_eager(subject, adapters, {"y": y}, {"y": wanted})
         check(subject, adapters, compiled, x)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["", "called before"])
+@cases(["net", *MIXED, *QUANTISED, "experts, plain"], ["three"])
+def test_another_index_does_not_recompile_sglang_28371(counter, kind, layer, adapters, before):
+    """A graph must not bake in which adapters were in the batch that it was made of, nor that there
+    was none."""
+    dtype, tolerance = (F32, 1e-5) if layer in QUANTISED else (F64, 1e-10)
+    subject = kind.make(layer, adapters, dtype)
+    x = batch(subject, 18, dtype)  # more than GGUF's kernels for few rows take
+    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
+    if before:
+        compiled(x)
+    seen = []
+    for index in ([0, -1, 2, 1, 0, 2], [1, 1, 1, 1, 1, 1], [-1] * 6, [2, 0, 1, 2, 0, 1]):
+        rows = torch.tensor(3 * index, dtype=torch.int32)
+
+        def mixed(x, rows=rows):
+            with lora_ext.use_adapters(subject.model, ABC, rows):
+                return compiled(x)
+
+        found = differentiated(subject, x, mixed)
+        assert_equal_steps(found, run_alone(subject, ABC, x, rows), tolerance)
+        seen.append(counter.frame_count)
+    again = layer == "int8"  # whose state is made in a forward
+    assert seen == [1 + before, *[1 + before + again] * 3]
+    assert_close(compiled(x), subject(x), rtol=tolerance, atol=tolerance)
+    assert counter.frame_count == 2 + before + again

@@ -161,20 +161,6 @@ def test_generation_and_beams(whose):
         assert torch.equal(found[row], own[0])
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("whose", MODELS)
-def test_activation_checkpointing(whose, use_reentrant):
-    """What is repeated in backward has its adapters after the block, too."""
-    model = MODELS[whose]("qwen3_moe").train()
-    exact = step(model, NAMES)
-    words = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    model.gradient_checkpointing_enable(**words)
-    model.enable_input_require_grads()
-    found = step(model, NAMES)
-    assert torch.equal(found[0], exact[0])
-    assert all(torch.equal(found[1][name], value) for name, value in exact[1].items())
-
-
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_a_module_is_called_for_the_rows_of_each(is_compiled, monkeypatch):
     """In a traced program for all rows, of which its own are taken."""

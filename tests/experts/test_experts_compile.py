@@ -2,31 +2,13 @@
 
 import pytest
 import torch
-import torchao_experts
 from expert_helpers import Mixture, assert_close, make_experts, make_routes, mixture, run
-from four_bit_experts import HIDDEN as HIDDEN_OF_4_BITS
-from four_bit_experts import parts_of, two_mixtures
 from helpers import BF16, F32, F64
 from peft_helpers import accelerated
-from torchao_experts import forms
 
 import lora_ext
 
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
-
-
-@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
-@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "no gate", "norm"])
-def test_one_graph(kind, adapters, forget_graphs, counter):
-    model = accelerated(mixture(kind, adapters))
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    counts = []
-    for tokens in (9, 17, 4):
-        operands = make_routes(tokens)
-        assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1  # fullgraph: no break; and nothing is compiled again
 
 
 def test_one_projection_whose_factors_alone_are_trained(forget_graphs, counter):
@@ -60,67 +42,6 @@ def test_the_first_call_has_the_bits_of_the_next(grad, forget_graphs):
     with torch.set_grad_enabled(grad):
         first, second = compiled(*operands), compiled(*operands)
     assert torch.equal(first, second)
-
-
-def test_dropout(forget_graphs, counter):
-    """Seeds are drawn in the graph, by the generator's state."""
-    model = lora_ext.accelerate(mixture("plain", TWO), expert_dropout=0.3).train()
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    counts, found = [], {}
-    for tokens in (9, 17):
-        for name, one in (("eager", model), ("compiled", compiled)):
-            torch.manual_seed(tokens)
-            found[name] = run(one, *make_routes(tokens))
-        assert_close(found["compiled"], found["eager"], 1e-12)
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1
-
-
-def test_tokens_with_adapters_of_their_own(forget_graphs, counter):
-    model = accelerated(mixture("plain", TWO))
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    for tokens in (9, 18):
-        with lora_ext.use_adapters(model, ["x", None, "y"]):
-            operands = make_routes(tokens)
-            assert_close(run(compiled, *operands), run(model, *operands), 1e-12)
-
-
-@pytest.mark.parametrize("form", ["nf4", "straddling"])
-def test_experts_in_4_bits(form, forget_graphs, counter):
-    model = lora_ext.accelerate(two_mixtures(form=form)[0])
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    counts = []
-    for tokens in (9, 17):
-        operands = make_routes(tokens, dtype=F32, hidden=HIDDEN_OF_4_BITS)
-        assert_close(run(compiled, *operands), run(model, *operands), 1e-6)
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1
-    assert all(part.calls == 0 for part in parts_of(model))
-
-
-@pytest.mark.parametrize("form", forms("stand-in points", "int8"))
-def test_experts_of_torchao(form, forget_graphs, counter):
-    model = lora_ext.accelerate(torchao_experts.two_mixtures(form=form)[0])
-    compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True, dynamic=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    counts = []
-    for tokens in (9, 17):
-        operands = make_routes(tokens, dtype=F32, hidden=HIDDEN_OF_4_BITS)
-        assert_close(run(compiled, *operands), run(model, *operands), 1e-6)
-        counts.append(counter.frame_count)
-    assert len(set(counts)) == 1
-
-
-def test_inductor(forget_graphs, cxx_compiler):
-    """The gate, the router's weights and the sums between the ops become code of inductor."""
-    model = accelerated(mixture("transposed, biases, interleaved", dtype=F32))
-    compiled = torch.compile(model.base_model.model, fullgraph=True)
-    compiled.zero_grad, compiled.named_parameters = model.zero_grad, model.named_parameters
-    operands = make_routes(9, dtype=F32)
-    assert_close(run(compiled, *operands), run(model, *operands), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["experts_forward", "experts_backward", "experts_sum_of_slots"])

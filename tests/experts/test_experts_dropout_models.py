@@ -13,7 +13,6 @@ from mixture_helpers import edit, logits, mixture, peft_mixture, randomized, som
 from peft.tuners.lora.layer import ParamWrapper
 from peft_helpers import accelerated, reasons
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext import LoraConfig, apply_lora
@@ -64,25 +63,6 @@ def test_without_dropout_it_is_the_model_without():
     for other in (dropping(model).eval(), dropping(model, 0), dropping(model, 0.0)):
         found = run(other, *make_routes(9))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_a_checkpoint_has_the_same_masks_again(kind, use_reentrant):
-    """Of the part between the forward and its repetition another forward draws other seeds."""
-    model = dropping(small(kind))
-
-    def region(*operands):
-        y = checkpoint(model, *operands, use_reentrant=use_reentrant)
-        model(*operands)
-        return y
-
-    region.zero_grad, region.named_parameters = model.zero_grad, model.named_parameters
-    torch.manual_seed(0)
-    plain = run(model, *make_routes(9))
-    torch.manual_seed(0)
-    found = run(region, *make_routes(9))
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_peft_and_ours_are_the_same_layer(tmp_path, monkeypatch):

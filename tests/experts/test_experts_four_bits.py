@@ -1,106 +1,26 @@
-"""Experts in bitsandbytes' 4 bits, in PEFT's models: the numbers of the same experts dense, and
-only those that have rows are dequantised, one at a time."""
+"""Experts in bitsandbytes' 4 bits, in PEFT's models: few tokens, and what PEFT computes.
+
+`test_experts_quantised` has what torchao's tensors do, too.
+"""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
-from expert_helpers import assert_close, make_routes
-from four_bit_experts import (
-    BLOCK,
-    FORMS,
-    HIDDEN,
-    INNER,
-    make_four_bits,
-    parts_of,
-    quantised,
-    states_of,
-    step,
-    two_experts,
-    two_mixtures,
-)
-from four_bit_experts import (
-    dequantised as values_of,
-)
+from four_bit_experts import BLOCK, FORMS, dequantised, make_four_bits, parts_of, quantised
 from helpers import BF16, F16, F32, F64, short
 from peft_helpers import reasons
+from quantised_experts import of_one_expert, poison_all_but, routes, two_experts, two_mixtures
 from torch import nn
 
 import lora_ext
 from lora_ext.experts import Experts, few_rows, lora_experts
 from lora_ext.experts.operands import Projection
 from lora_ext.experts.routing import Routes
-from lora_ext.quantized import workspace
 from lora_ext.quantized.of_bitsandbytes import four_bit_stack
 from lora_ext.quantized.stack import QuantizedStack
 from lora_ext.quantized.stacks import stack_of
-
-KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
-TOKENS = [0, 1, 7, 64]
-
-
-def routes(tokens, dtype=F32, **words):
-    return make_routes(tokens, dtype=dtype, hidden=HIDDEN, **words)
-
-
-def of_one_expert(tokens, expert, dtype=F32):
-    x, index, weights = routes(tokens, dtype)
-    return x, torch.full_like(index[:, :1], expert), weights[:, :1]
-
-
-def assert_same_bits(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
-
-
-def assert_not_dequantised_whole(model):
-    assert parts_of(model) and all(part.calls == 0 for part in parts_of(model))
-
-
-@pytest.fixture
-def dequantised(monkeypatch):
-    """The numbers of the experts that are dequantised, in their order."""
-    numbers, stored = [], QuantizedStack.stored
-    monkeypatch.setattr(
-        QuantizedStack,
-        "stored",
-        lambda self, number: numbers.append(number) or stored(self, number),
-    )
-    return numbers
-
-
-# ---- numbers ----
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_bits_of_dense_experts(kind, form, tokens):
-    packed, dense = map(lora_ext.accelerate, two_mixtures(kind, form))
-    assert_same_bits(step(packed, routes(tokens)), step(dense, routes(tokens)))
-    assert_not_dequantised_whole(packed)
-
-
-@pytest.mark.parametrize("tokens", TOKENS[1:])  # of no token PEFT's own has no gradient
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
-def test_the_numbers_of_peft_on_dense_experts(dtype, tokens):
-    packed, dense = two_mixtures(dtype=dtype, adapter_dtype=F32)
-    x, index, weights = routes(tokens, dtype)
-    exact = step(dense.double(), (x.double(), index, weights.double()))
-    found = step(lora_ext.accelerate(packed), (x, index, weights))
-    assert_close(found, exact, {F32: 1e-5, BF16: 3e-2, F16: 4e-3}[dtype])
-    assert_not_dequantised_whole(packed)
-
-
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_dropout(kind):
-    found = []
-    for model in two_mixtures(kind, "nested"):
-        lora_ext.accelerate(model, expert_dropout=0.3).train()
-        torch.manual_seed(3)
-        found.append(step(model, routes(7)))
-    assert_same_bits(*found)
 
 
 def test_one_quantised_parameter_beside_a_dense_one():
@@ -115,41 +35,19 @@ def test_one_quantised_parameter_beside_a_dense_one():
 # ---- what is read ----
 
 
-@torch.no_grad()
-def poison_all_but(expert, model):
-    """Every scale that is not of the expert becomes NaN."""
-    for state in states_of(model):
-        count = len(state.absmax) // 6
-        first, last, floats = expert * count, (expert + 1) * count, state.absmax
-        if state.nested:
-            floats, second = state.state2.absmax, state.state2.blocksize
-            first, last = first // second, -(-last // second)
-        floats[:first] = floats[last:] = float("nan")
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_experts_without_rows_are_not_read(form, tokens, dequantised):
-    """One expert is dequantised, once in each direction for each projection."""
-    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
-    operands = of_one_expert(tokens, 3)
-    wanted = step(dense, operands)
-    poison_all_but(3, packed)
-    assert_same_bits(step(packed, operands), wanted)
-    assert dequantised == [3, 3, 3, 3]
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=short)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_few_tokens_take_the_bits_of_dense_experts(tokens, dtype, form, dequantised, isa):
+def test_few_tokens_take_the_bits_of_dense_experts(tokens, dtype, form, isa):
     """In the op for few rows, by strips: no expert is dequantised as a whole."""
     packed, dense = map(lora_ext.accelerate, two_mixtures("plain", form, dtype, adapter_dtype=F32))
     operands = of_one_expert(tokens, 3, dtype)
     poison_all_but(3, packed)
-    with torch.no_grad():
-        assert torch.equal(packed(*operands), dense(*operands))
-    assert (dequantised == []) == (isa != "library")
+    wanted, stored = dense(*operands), QuantizedStack.stored
+    with torch.no_grad(), mock.patch.object(QuantizedStack, "stored", autospec=True) as calls:
+        calls.side_effect = stored
+        assert torch.equal(packed(*operands), wanted)
+    assert calls.called == (isa == "library")
 
 
 @pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
@@ -159,7 +57,7 @@ def test_matrices_of_more_than_one_strip(nested, threads, request):
     request.getfixturevalue(threads)
     packed, state = quantised(torch.randn(3, 192, 128).to(BF16), "nf4", nested)
     x = torch.randn(1, 128).to(BF16)
-    weights = four_bit_stack(packed, state), values_of(packed, state)
+    weights = four_bit_stack(packed, state), dequantised(packed, state)
     order, ends = torch.arange(1), [0, 1, 1]
     calls = [Projection(w, None, Routes(order, order, torch.tensor(ends))) for w in weights]
     (found, _), (wanted, _) = (few_rows.forward(x, call, ends) for call in calls)
@@ -204,50 +102,6 @@ def test_the_op_without_input_features():
     assert torch.equal(y, torch.zeros(1, 4, dtype=BF16))
 
 
-def test_the_workspace_is_one_expert(monkeypatch):
-    packed, _ = two_mixtures()
-    model = lora_ext.accelerate(packed)
-    workspace.release()
-    try:
-        step(model, routes(64))
-        assert workspace.nbytes() == 2 * INNER * HIDDEN * 4
-        assert lora_ext.explain(model).workspace_bytes == 2 * INNER * HIDDEN * 4
-    finally:
-        workspace.release()
-
-
-def test_nothing_is_written_to():
-    packed, _ = two_mixtures(form="nested")
-    model = lora_ext.accelerate(packed)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    states = copy.deepcopy(states_of(model))
-    step(model, routes(7))
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    for found, wanted in zip(states_of(model), states, strict=True):
-        assert torch.equal(found.absmax, wanted.absmax)
-        assert torch.equal(found.state2.absmax, wanted.state2.absmax)
-    # Of the parametrizations nothing is left over, as in PEFT's own forward.
-    assert [
-        len(each)
-        for each in packed.base_model.model.experts.get_base_layer().parametrizations.values()
-    ] == [1, 1]
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing(use_reentrant):
-    model = lora_ext.accelerate(two_mixtures()[0])
-    wanted = step(model, routes(7))
-
-    def region(*operands):
-        return torch.utils.checkpoint.checkpoint(model, *operands, use_reentrant=use_reentrant)
-
-    region.zero_grad, region.named_parameters = model.zero_grad, model.named_parameters
-    region.modules = model.modules
-    assert_same_bits(step(region, routes(7)), wanted)
-
-
 def test_adapters_that_are_off():
     """The base, too, is computed without dequantising all experts."""
     packed, dense = map(lora_ext.accelerate, two_mixtures())
@@ -256,18 +110,7 @@ def test_adapters_that_are_off():
         ((path, reason),) = reasons(packed)
     assert path == "base"
     assert reason == "adapters are disabled: rows of each expert, nf4, one dequantised at a time"
-    assert_not_dequantised_whole(packed)
-
-
-def test_autocast_inference_mode_and_a_copy():
-    packed, dense = map(lora_ext.accelerate, two_mixtures())
-    with torch.autocast("cpu", BF16):
-        assert_same_bits(step(packed, routes(7)), step(dense, routes(7)))
-    with torch.inference_mode():
-        assert torch.equal(packed(*routes(7)), dense(*routes(7)))
-    twin = copy.deepcopy(packed)
-    assert_same_bits(step(twin, routes(7)), step(dense, routes(7)))
-    assert_not_dequantised_whole(twin)
+    assert all(part.calls == 0 for part in parts_of(packed))
 
 
 # ---- what PEFT computes ----
@@ -352,17 +195,3 @@ def test_a_router_in_4_bits_is_pefts():
     model = nn.ModuleDict({"gate": Router()})
     make_four_bits(model["gate"], "weight")
     assert stack_of(model["gate"], "weight") == "a quantised parameter is not a stack of matrices"
-
-
-def test_samples_without_an_adapter():
-    """Also in a block of `use_adapters` no expert without rows is dequantised."""
-    packed, dense = map(lora_ext.accelerate, two_mixtures())
-    for names in (["x", None], [None, None]):
-        found = []
-        for model in (packed, dense):
-            with lora_ext.use_adapters(model, names):
-                found.append(step(model, routes(6)))
-                with model.disable_adapter():
-                    found[-1]["base"] = model(*routes(6))
-        assert_close(*found, 1e-5)
-    assert_not_dequantised_whole(packed)

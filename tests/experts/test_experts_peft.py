@@ -3,11 +3,10 @@
 import copy
 import filecmp
 
-import four_bit_experts
 import peft
 import pytest
+import quantised_experts
 import torch
-import torchao_experts
 from accelerate import hooks
 from expert_helpers import (
     HIDDEN,
@@ -25,7 +24,6 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft_helpers import accelerated, randomize, reasons
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from lora_ext.experts import decorated
@@ -331,19 +329,6 @@ def test_under_torch_func():
 # ---- steps ----
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_checkpointing(kind, use_reentrant):
-    model = accelerated(mixture(kind))
-
-    def region(*operands):
-        return checkpoint(model, *operands, use_reentrant=use_reentrant)
-
-    region.zero_grad, region.named_parameters = model.zero_grad, model.named_parameters
-    plain, found = run(model, *make_routes(9)), run(region, *make_routes(9))
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
-
-
 def gate_with_product(z):
     """Whose product autocast would make in bfloat16."""
     gate, up = z.chunk(2, -1)
@@ -405,13 +390,12 @@ def test_what_is_kept_for_backward(kind, whose):
 @pytest.mark.parametrize("form", ["dense", "nested", "stand-in points"])
 def test_weights_that_change_after_forward(form, name):
     """They are refused in backward with the words that linear layers have."""
-    message, hidden = "changed in place between forward and backward", four_bit_experts.HIDDEN
+    message, hidden = "changed in place between forward and backward", quantised_experts.HIDDEN
     if form == "dense":
         message, hidden = "modified by an inplace operation", HIDDEN
         model = mixture(BIASES, dtype=F32)
     else:
-        of = four_bit_experts if form == "nested" else torchao_experts
-        model = of.two_mixtures(form=form)[0]
+        model = quantised_experts.two_mixtures(form=form)[0]
     model = lora_ext.accelerate(model)
     x, index, weights = make_routes(9, dtype=F32, hidden=hidden)
     base = experts_of(model)

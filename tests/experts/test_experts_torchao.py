@@ -1,57 +1,24 @@
-"""Experts in torchao's tensors, in PEFT's models and in ours: the numbers of the same experts
-dense, and only those that have rows are dequantised, one at a time."""
+"""Experts in torchao's tensors: one expert of a stack, forms that are known and not.
 
-import copy
-import dataclasses
+`test_experts_quantised` and `test_experts_quantised_apply` have what those in 4 bits do, too.
+"""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
-from expert_helpers import assert_close, both, make_routes
+from expert_helpers import both
 from format_helpers import needs
-from four_bit_experts import HIDDEN, INNER, step
 from helpers import BF16, F16, F32, short
-from mixture_helpers import loaded_by_peft, logits, randomized
-from mixture_helpers import mixture as language_model
 from peft_helpers import reasons
+from quantised_experts import HIDDEN, INNER, routes, two_experts, two_mixtures
 from torch import nn
-from torchao_experts import forms, quantise, stand_in, two_experts, two_mixtures
+from torchao_experts import forms, stand_in
 
 import lora_ext
 from lora_ext import LoraConfig, apply_lora
-from lora_ext.quantized import of_torchao, workspace
-from lora_ext.quantized.stack import QuantizedStack
+from lora_ext.quantized import of_torchao
 from lora_ext.quantized.stacks import flat_weight, stack_of, weight_from_flat
-
-KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
-
-
-def routes(tokens, dtype=F32, **words):
-    return make_routes(tokens, dtype=dtype, hidden=HIDDEN, **words)
-
-
-def of_one_expert(tokens, expert):
-    x, index, weights = routes(tokens)
-    return x, torch.full_like(index[:, :1], expert), weights[:, :1]
-
-
-def assert_same_bits(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
-
-
-@pytest.fixture
-def dequantised(monkeypatch):
-    """The numbers of the experts that are dequantised, in their order."""
-    numbers, stored = [], QuantizedStack.stored
-    monkeypatch.setattr(
-        QuantizedStack,
-        "stored",
-        lambda self, number: numbers.append(number) or stored(self, number),
-    )
-    return numbers
-
 
 # ---- numbers ----
 
@@ -78,25 +45,6 @@ def test_one_expert_has_the_bits_of_torchaos_slice(form):
         assert torch.equal(stack.stored(number).dequantize(BF16), tensor[number].dequantize())
 
 
-@pytest.mark.parametrize("tokens", [0, 7, 64])
-@pytest.mark.parametrize("form", forms("stand-in", "stand-in points", "int8 groups", "float8"))
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_bits_of_dense_experts(kind, form, tokens):
-    packed, dense = map(lora_ext.accelerate, two_mixtures(kind, form))
-    assert_same_bits(step(packed, routes(tokens)), step(dense, routes(tokens)))
-
-
-@pytest.mark.parametrize("tokens", [1, 7])
-@pytest.mark.parametrize("form", forms("stand-in", "int8", "float8"))
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=short)
-def test_the_numbers_of_peft_on_dense_experts(dtype, form, tokens):
-    packed, dense = two_mixtures(form=form, dtype=dtype, adapter_dtype=F32)
-    x, index, weights = routes(tokens, dtype)
-    exact = step(dense.double(), (x.double(), index, weights.double()))
-    found = step(lora_ext.accelerate(packed), (x, index, weights))
-    assert_close(found, exact, {BF16: 3e-2, F16: 4e-3}[dtype])
-
-
 @needs("torchao")
 @pytest.mark.parametrize("form", ["int8", "int8 groups", "float8", "float8 groups"])
 def test_the_base_alone_has_the_numbers_of_torchaos_own_forward(form):
@@ -106,120 +54,6 @@ def test_the_base_alone_has_the_numbers_of_torchaos_own_forward(form):
         torch.testing.assert_close(packed(*routes(7)), wanted)
         ((path, reason),) = reasons(packed)
     assert path == "base" and reason.endswith(", one dequantised at a time")
-
-
-# ---- what is read ----
-
-
-@pytest.mark.parametrize("form", forms("stand-in", "stand-in points", "int8", "float8 groups"))
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_experts_without_rows_are_not_read(form, tokens, dequantised):
-    """One expert is dequantised, once in each direction for each projection."""
-    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
-    wanted = step(dense, of_one_expert(tokens, 3))
-    base = packed.base_model.model.experts.get_base_layer()
-    with torch.no_grad():
-        for name in both(base):
-            base.get_parameter(name).scale[:3] = float("nan")
-            base.get_parameter(name).scale[4:] = float("nan")
-    assert_same_bits(step(packed, of_one_expert(tokens, 3)), wanted)
-    assert dequantised == [3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("form", forms("stand-in", "int8", "float8"))
-def test_the_workspace_is_one_expert_and_nothing_is_written_to(form):
-    packed, dense = two_mixtures(form=form)
-    model = lora_ext.accelerate(packed)
-    ((path, reason),) = reasons(model)
-    kind = "float8_e4m3fn" if form == "float8" else "int8"
-    assert path == "fused" and reason.endswith(f", {kind}, one dequantised at a time")
-    before = {name: copy.deepcopy(value) for name, value in model.state_dict().items()}
-    workspace.release()
-    try:
-        step(model, routes(64))
-        assert workspace.nbytes() == 2 * INNER * HIDDEN * 4
-        assert lora_ext.explain(model).workspace_bytes == 2 * INNER * HIDDEN * 4
-    finally:
-        workspace.release()
-    after = model.state_dict()
-    assert list(after) == list(before) == list(dense.state_dict())
-    for name, value in before.items():
-        assert torch.equal(whole(after[name]), whole(value))
-
-
-def whole(value):
-    return value.dequantize() if hasattr(value, "qdata") else value
-
-
-@pytest.mark.parametrize("form", forms("stand-in", "int8", "float8"))
-def test_autocast_inference_mode_a_copy_and_samples_without_an_adapter(form):
-    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
-    with torch.autocast("cpu", BF16):
-        assert_same_bits(step(packed, routes(7)), step(dense, routes(7)))
-    with torch.inference_mode():
-        assert torch.equal(packed(*routes(7)), dense(*routes(7)))
-    twin = copy.deepcopy(packed)
-    assert_same_bits(step(twin, routes(7)), step(dense, routes(7)))
-    with lora_ext.use_adapters(packed, ["x", None]), lora_ext.use_adapters(dense, ["x", None]):
-        assert_close(step(packed, routes(6)), step(dense, routes(6)), 1e-5)
-
-
-# ---- models of ours ----
-
-
-def two_models(form):
-    """(a model with quantised experts, the same model dense)."""
-    packed = language_model("qwen3_moe", F32, hidden_size=64, moe_intermediate_size=96)
-    dense = copy.deepcopy(packed)
-    for path, module in packed.named_modules():
-        if path.endswith("mlp.experts"):
-            for name in both(module):
-                quantise(module, name, form)
-                value = module.get_parameter(name).dequantize()
-                dense.get_submodule(path).get_parameter(name).data = value
-    return packed, dense
-
-
-@pytest.mark.parametrize("form", forms("stand-in", "int8", "float8 groups"))
-def test_apply_lora(form, tmp_path):
-    packed, dense = two_models(form)
-    plain, keys, kinds = logits(packed), list(packed.state_dict()), [*map(type, packed.modules())]
-    config = LoraConfig("all-linear", r=3, lora_alpha=6, lora_dropout=0.2)
-    found = []
-    for model in (packed, dense):
-        randomized(apply_lora(model, config)).train()
-        torch.manual_seed(2)
-        y = logits(model)
-        y.square().sum().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n} | {"y": y})
-    assert_same_bits(*found)
-    assert ", one dequantised at a time" in str(lora_ext.explain(packed))
-    assert all("lora_" in name for name, p in packed.named_parameters() if p.requires_grad)
-    numbers = [lora_ext.models.trainable_parameters(model) for model in (packed, dense)]
-    assert dataclasses.astuple(numbers[0]) == dataclasses.astuple(numbers[1])
-
-    packed.eval(), dense.eval()
-    with pytest.raises(RuntimeError, match="expected a dense 'gate_up_proj' to merge into"):
-        lora_ext.merge_adapter(packed)
-    lora_ext.save_adapter(packed, tmp_path)
-    base_packed, base_dense = two_models(form)
-    assert torch.equal(logits(lora_ext.load_adapter(base_dense, tmp_path)), logits(dense))
-    theirs = lora_ext.accelerate(loaded_by_peft(base_packed, tmp_path))
-    torch.testing.assert_close(logits(theirs), logits(packed))
-    lora_ext.unload(packed)
-    assert list(packed.state_dict()) == keys and [*map(type, packed.modules())] == kinds
-    assert torch.equal(logits(packed), plain)
-
-
-def test_another_forward_dequantises_all():
-    """Where the experts cannot be computed here, W + B A has the whole stack."""
-    packed, dense = two_models("stand-in")
-    config = LoraConfig("experts", r=3)
-    for model in (packed, dense):
-        for module in randomized(apply_lora(model, config)).modules():
-            if isinstance(module, lora_ext.nn.LoRAExperts):
-                module._is_expert_parallel = True
-    torch.testing.assert_close(logits(packed), logits(dense))
 
 
 # ---- what is refused ----
@@ -264,7 +98,7 @@ CASES = [*REASONS.items(), *((UNKNOWN, changed(**values)) for values in FORMS.va
 
 @pytest.mark.parametrize(("reason", "change"), CASES, ids=[*REASONS, *FORMS])
 def test_reasons(reason, change):
-    packed, _ = two_mixtures()
+    packed, _ = two_mixtures(form="stand-in")
     experts = packed.base_model.model.experts.get_base_layer()
     change(experts)
     assert reasons(lora_ext.accelerate(packed)) == {("peft", reason)}

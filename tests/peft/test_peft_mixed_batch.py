@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import copy
 import itertools
 
 import pytest
@@ -59,24 +58,6 @@ def generated(model, ids, **words):
         return model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **words
         )
-
-
-def test_training_where_peft_raises():
-    """PEFT refuses adapter_names in training mode; here each adapter gets its rows' gradient."""
-    model = net("three", F64).train()
-    with pytest.raises(ValueError, match="training mode"):
-        model(make_ids(), adapter_names=NAMES)
-    fast = accelerated(model)
-    fast(make_ids(), adapter_names=NAMES).square().sum().backward()
-    for name in ("a", "b", "c"):
-        alone = copy.deepcopy(model)
-        alone.base_model.set_adapter([name])
-        rows = [i for i, other in enumerate(NAMES) if other == name]
-        alone(make_ids()[rows]).square().sum().backward()
-        wanted = {k: p.grad for k, p in alone.named_parameters() if f".{name}" in k}
-        found = {k: p.grad for k, p in fast.named_parameters() if f".{name}" in k}
-        assert wanted
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_decelerate_gives_pefts_behaviour_back():

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from contract import bases
+from contract.bases import QUANTISED
 from format_helpers import needs, plain_linear
 from helpers import BF16, F32, F64
 from layer_helpers import randomize
-from quantized_models import (
-    bnb_eight_bits,
-    bnb_four_bits,
-    gguf_eight_bits,
-    hqq_four_bits,
-    torchao_int8,
-)
 from torch import Tensor, nn
 
 import lora_ext
@@ -30,49 +23,24 @@ WIDTH, HEIGHT = 128, 96
 ROWS = 20  # more than GGUF's kernels for few rows take
 
 
-def of(make: Callable[..., nn.Module], **words: Any) -> Callable[[torch.dtype], nn.Module]:
-    """A maker of quantized_models.py on the linear layer of these tests."""
-    return lambda dtype: make(plain_linear(HEIGHT, WIDTH), dtype, **words).requires_grad_(False)
-
-
-def fp8(dtype: torch.dtype) -> nn.Module:
-    """With the weight as a checkpoint that is not quantised leaves it."""
-    module = importlib.import_module("transformers.integrations.finegrained_fp8")
-    plain = plain_linear(HEIGHT, WIDTH, True, dtype)
-    layer = module.FP8Linear(WIDTH, HEIGHT, (16, 16), has_bias=True)
-    layer.weight = nn.Parameter(plain.weight.detach(), requires_grad=False)
-    layer.bias.data = plain.bias.detach().clone()
-    nn.init.ones_(layer.weight_scale_inv)  # as it is made, it may be NaN, which equals nothing
-    return layer.requires_grad_(False)
-
-
-MAKERS: dict[str, Callable[[torch.dtype], nn.Module]] = {
-    "nf4": of(bnb_four_bits),
-    "fp4": of(bnb_four_bits, kind="fp4"),
-    "nf4 plain scales": of(bnb_four_bits, nested=False),
-    "int8": of(bnb_eight_bits),
-    "torchao": of(torchao_int8),
-    "hqq": of(hqq_four_bits, optimize=False),
-    "gguf": of(gguf_eight_bits),
-    "fp8": fp8,
-}
-_PACKAGES = {"torchao": "torchao", "hqq": "hqq", "gguf": "transformers", "fp8": "transformers"}
 KINDS = [
-    pytest.param(kind, marks=needs(_PACKAGES.get(kind, "bitsandbytes")), id=kind) for kind in MAKERS
+    pytest.param(kind, marks=needs(package), id=kind)
+    for kind, (_, package, _) in QUANTISED.items()
+    if kind != "torchao int4"
 ]
-MAKERS["dense"] = of(lambda layer, dtype: layer.to(dtype))  # to compare with
 # Whose own product is not that of the op: torchao scales after it, the others round before they add
 # the bias.
 ROUNDED = {"torchao": DTYPES, "hqq": (BF16,), "gguf": (BF16,)}
 # Those that PEFT has layers for.
-OF_PEFT = [param for param in KINDS if param.id not in ("gguf", "fp8")]
-# One of each library.
-FEW = [param for param in KINDS if param.id not in ("fp4", "nf4 plain scales", "fp8")]
+OF_PEFT = [param for param in KINDS if QUANTISED[param.id][2]]
+FEW = [param for param in KINDS if param.id in bases.FEW]
 
 
 def base(kind: str, dtype: torch.dtype = F32) -> nn.Module:
-    """A frozen layer ``[HEIGHT, WIDTH]`` with a bias, in training mode."""
-    return MAKERS[kind](dtype)
+    """A frozen layer ``[HEIGHT, WIDTH]`` with a bias, in training mode; "dense" to compare with."""
+    plain = plain_linear(HEIGHT, WIDTH)
+    made = plain.to(dtype) if kind == "dense" else QUANTISED[kind][0](plain, dtype)
+    return made.requires_grad_(False)
 
 
 class Net(nn.Module):

@@ -1,13 +1,11 @@
 """bitsandbytes' parametrization of experts: its bits one expert at a time, and a model of PEFT."""
 
-import copy
-
 import pytest
 import torch
-from expert_helpers import assert_close, both, make_experts, make_routes, mixture
-from four_bit_experts import factors, step
+from expert_helpers import assert_close, both, make_experts, mixture
 from helpers import BF16, F16, F32, short
 from peft_helpers import reasons
+from quantised_experts import HIDDEN, routes, step, two_mixtures
 
 import lora_ext
 from lora_ext.quantized.stack import QuantizedStack
@@ -15,14 +13,6 @@ from lora_ext.quantized.stacks import stack_of
 
 bnb = pytest.importorskip("bitsandbytes")
 parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
-
-HIDDEN, INNER = 64, 128
-
-
-def quantised(experts, nested, kind="nf4", block=64):
-    for name in both(experts):
-        parametrize.replace_parameter_4bit(experts, name, nested, kind, block)
-    return experts
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
@@ -46,25 +36,13 @@ def test_one_expert_at_a_time(shape, block, kind, nested, dtype, isa):
         assert torch.equal(stack.stored(number).dequantize(dtype), wanted)
 
 
-def two_mixtures(dtype, nested):
-    base = make_experts("plain", sizes=(HIDDEN, INNER)).to(dtype)
-    dense = copy.deepcopy(base)
-    packed = quantised(base, nested)
-    for name in both(dense):
-        dense.get_parameter(name).data = getattr(packed, name).clone()
-    models = [mixture(base=each, dtype=dtype, adapter_dtype=F32) for each in (packed, dense)]
-    with torch.no_grad():
-        for name, factor in factors(models[1]).items():
-            factor.copy_(factors(models[0])[name])
-    return models
-
-
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
 def test_pefts_model_on_its_experts(dtype, nested, tokens, monkeypatch):
-    packed, dense = two_mixtures(dtype, nested)
-    x, index, weights = make_routes(tokens, dtype=dtype, hidden=HIDDEN)
+    form = "bitsandbytes nested" if nested else "bitsandbytes"
+    packed, dense = two_mixtures("plain", form, dtype, adapter_dtype=F32)
+    x, index, weights = routes(tokens, dtype)
     before = {name: value.clone() for name, value in packed.state_dict().items()}
     lora_ext.accelerate(packed)
     ((path, reason),) = reasons(packed)
@@ -80,7 +58,9 @@ def test_pefts_model_on_its_experts(dtype, nested, tokens, monkeypatch):
 
 
 def test_blocks_across_rows_are_pefts():
-    module = quantised(make_experts("plain", sizes=(HIDDEN, 96)).float(), False)
+    module = make_experts("plain", sizes=(HIDDEN, 96)).float()
+    for name in both(module):
+        parametrize.replace_parameter_4bit(module, name, False, "nf4", 64)
     model = lora_ext.accelerate(mixture(base=module, dtype=F32))
     ((path, reason),) = reasons(model)
     assert path == "peft" and reason.startswith("bitsandbytes' kernels on the CPU read blocks")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, by_pickle, by_torch_save, pair_id, rms_error, short
+from helpers import BF16, F16, F32, pair_id, rms_error, short
 from own_helpers import (
     DTYPES,
     FEW,
@@ -157,20 +157,6 @@ def test_an_x_of_another_dtype_is_the_bases_matter():
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", FEW)
-def test_compile(kind):
-    layer, x = one_layer(kind), make_x()
-    wanted = gradients(layer, x)
-    wanted = {name: value.clone() for name, value in wanted.items()}
-    layer.zero_grad()
-    torch._dynamo.reset()
-    found = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
-    assert {name.removeprefix("_orig_mod.") for name in found} == set(wanted)
-    for name, value in found.items():
-        own = wanted[name.removeprefix("_orig_mod.")]
-        torch.testing.assert_close(value, own, rtol=1e-4, atol=1e-4 * own.abs().max().item())
-
-
 def test_functional_transforms_take_torch():
     """The op has no batching rule: the base is called, and torch adds."""
     pytest.importorskip("torchao")
@@ -205,20 +191,6 @@ def test_inits_from_a_weight_that_cannot_be_had():
     ):
         layer.add_adapter("a", AdapterSpec(4, 4.0, init_lora_weights="pissa"))
     assert not layer.adapters and not len(layer.lora_a)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_and_pickles(kind):
-    """Of the same class, with tensors of their own and the same numbers."""
-    layer, x = one_layer(kind), make_x()
-    y = layer(x)
-    copies = [copy.deepcopy(layer)]
-    if kind != "torchao":  # which gives its layers a method that cannot be pickled
-        copies += [by_torch_save(layer), by_pickle(layer)]
-    for other in copies:
-        assert type(other) is type(layer) and torch.equal(other(x), y)
-        nn.init.zeros_(other.lora_b["default"])
-        assert torch.equal(layer(x), y) and not torch.equal(other(x), y)
 
 
 @pytest.mark.parametrize("kind", KINDS)

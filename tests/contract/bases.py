@@ -1,0 +1,129 @@
+"""Bases that are more than a plain layer: quantised ones of each library, and experts."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import quantized_models as models
+import torch
+from expert_helpers import both, make_experts
+from format_helpers import plain_linear
+from helpers import BF16, F32, F64
+from mixture_helpers import mixture, some_ids
+from quantised_experts import two_experts
+from torch import Tensor, nn
+
+WIDTH, HEIGHT = 64, 128
+
+# Name -> (maker of a frozen linear layer, package that it needs, whether PEFT has layers for it).
+QUANTISED: dict[str, tuple[Callable[..., nn.Module], str, bool]] = {
+    "nf4": (models.bnb_four_bits, "bitsandbytes", True),
+    "fp4": (partial(models.bnb_four_bits, kind="fp4"), "bitsandbytes", True),
+    "nf4 plain scales": (partial(models.bnb_four_bits, nested=False), "bitsandbytes", True),
+    "int8": (models.bnb_eight_bits, "bitsandbytes", True),
+    "torchao": (models.torchao_int8, "torchao", True),
+    "torchao int4": (models.torchao_int4_groups, "torchao", True),
+    "hqq": (partial(models.hqq_four_bits, optimize=False), "hqq", True),
+    "gguf": (models.gguf_eight_bits, "transformers", False),
+    "fp8": (models.fp8, "transformers", False),
+}
+FEW = [name for name in QUANTISED if name not in ("fp4", "nf4 plain scales", "fp8")]
+# Name -> kind of experts, or form of quantised ones.
+DENSE = {
+    f"experts, {kind}": kind
+    for kind in ("plain", "transposed, biases, interleaved", "no gate", "norm")
+}
+PACKED = {
+    "experts, nf4": "nf4",
+    "experts, straddling nf4": "straddling",
+    "experts, torchao with points": "stand-in points",
+    "experts, torchao int8": "int8",
+}
+# Name -> a language model with experts, and its dtype.
+MIXTURES = {"mixture of gpt_oss": ("gpt_oss", F32), "mixture of qwen3": ("qwen3_moe", BF16)}
+EXPERTS = (*DENSE, *PACKED, *MIXTURES)
+
+
+class Routed(nn.Module):
+    """Each row has two of its first three experts, by its own numbers."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        # A graph can have it, where the experts are transformers' own.
+        experts.config._experts_implementation = "batched_mm"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        index = rows.detach()[:, :3].argsort(-1)[:, :2]
+        return self.experts(rows, index, rows[:, :2].sigmoid()).view_as(x)
+
+
+class Logits(nn.Module):
+    """Of a language model, which takes ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids).logits
+
+
+def is_there(name: str, is_pefts: bool) -> bool:
+    """Whether there is such a base, for PEFT's layers or for ours."""
+    needed = "torchao" if name == "experts, torchao int8" else "torch"
+    _, package, has_peft = QUANTISED.get(name, (None, needed, True))
+    known = name in QUANTISED or name in EXPERTS
+    return known and importlib.util.find_spec(package) is not None and (has_peft or not is_pefts)
+
+
+def has(name: str, adapters: str) -> bool:
+    """PEFT takes a second adapter on experts in 4 bits for one without targets."""
+    return adapters == "one" or (adapters == "three" and name not in (*PACKED, *MIXTURES))
+
+
+def has_float64(name: str) -> bool:
+    return name in ("int8", "hqq", "gguf") or name not in (*QUANTISED, *PACKED)
+
+
+def has_dense_weight(name: str) -> bool:
+    """In which a merged adapter has a place."""
+    return name not in (*QUANTISED, *PACKED)
+
+
+def can_be_pickled(name: str) -> bool:
+    """torchao gives its layers a method that cannot, torch refuses parametrizations."""
+    return "torchao" not in name and name not in PACKED
+
+
+def make(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+    """A model of the base alone, and the paths of what gets adapters, of experts their weights."""
+    if dtype == F64 and not has_float64(name):
+        pytest.skip("its library has no float64")
+    torch.manual_seed(1)
+    if name in MIXTURES:
+        model = Logits(mixture(*MIXTURES[name]))
+        return model, ["experts.gate_up_proj", "experts.down_proj", "q_proj"]
+    if name in EXPERTS:
+        if name in DENSE:
+            experts = make_experts(DENSE[name], 3, (WIDTH, 96)).to(dtype)
+        else:
+            experts = two_experts(form=PACKED[name], dtype=dtype)[0]
+        model = Routed(experts)
+        return model, [f"experts.{each}" for each in both(model.experts)]
+    base = QUANTISED[name][0](plain_linear(HEIGHT, WIDTH), dtype).requires_grad_(False)
+    model = nn.Sequential(base)
+    # By which PEFT knows what it has before it.
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = "f" in name and "4" in name, name == "int8"
+    return model, ["0"]
+
+
+def make_x(name: str, dtype: torch.dtype, rows: int) -> Tensor:
+    if name in MIXTURES:
+        return some_ids(shape=(rows, 7))
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(rows, WIDTH, generator=generator, dtype=F64).to(dtype)

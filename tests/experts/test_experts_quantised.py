@@ -1,0 +1,143 @@
+"""Experts in bitsandbytes' 4 bits and in torchao's tensors, in PEFT's models: the numbers of the
+same experts dense, and only those that have rows are dequantised, one at a time."""
+
+import copy
+
+import pytest
+import torch
+import torchao_experts
+from expert_helpers import assert_close
+from four_bit_experts import parts_of, states_of
+from helpers import BF16, F16, F32, short
+from peft_helpers import reasons
+from quantised_experts import (
+    HIDDEN,
+    INNER,
+    assert_same_bits,
+    forms,
+    of_one_expert,
+    poison_all_but,
+    routes,
+    step,
+    two_mixtures,
+)
+
+import lora_ext
+from lora_ext.quantized import workspace
+from lora_ext.quantized.stack import QuantizedStack
+
+KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
+FORMS = forms("stand-in", "stand-in points", "int8", "int8 groups", "float8", "float8 groups")
+
+
+def assert_not_dequantised_whole(model):
+    assert all(part.calls == 0 for part in parts_of(model))
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64])
+@pytest.mark.parametrize("form", forms("stand-in", "stand-in points", "int8 groups", "float8"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_of_dense_experts(kind, form, tokens):
+    packed, dense = map(lora_ext.accelerate, two_mixtures(kind, form))
+    assert_same_bits(step(packed, routes(tokens)), step(dense, routes(tokens)))
+    assert_not_dequantised_whole(packed)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])  # of no token PEFT's own has no gradient
+@pytest.mark.parametrize("form", ["nf4", *torchao_experts.forms("stand-in", "int8", "float8")])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+def test_the_numbers_of_peft_on_dense_experts(dtype, form, tokens):
+    packed, dense = two_mixtures(form=form, dtype=dtype, adapter_dtype=F32)
+    x, index, weights = routes(tokens, dtype)
+    exact = step(dense.double(), (x.double(), index, weights.double()))
+    found = step(lora_ext.accelerate(packed), (x, index, weights))
+    assert_close(found, exact, {F32: 1e-5, BF16: 3e-2, F16: 4e-3}[dtype])
+    assert_not_dequantised_whole(packed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_dropout(kind):
+    found = []
+    for model in two_mixtures(kind, "nested"):
+        lora_ext.accelerate(model, expert_dropout=0.3).train()
+        torch.manual_seed(3)
+        found.append(step(model, routes(7)))
+    assert_same_bits(*found)
+
+
+# ---- what is read and written ----
+
+
+@pytest.mark.parametrize("form", forms("stand-in", "stand-in points", "int8", "float8 groups"))
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_experts_without_rows_are_not_read(form, tokens, monkeypatch):
+    """One expert is dequantised, once in each direction for each projection."""
+    numbers, stored = [], QuantizedStack.stored
+    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
+    operands = of_one_expert(tokens, 3)
+    wanted = step(dense, operands)
+    poison_all_but(3, packed)
+    noted = lambda stack, number: numbers.append(number) or stored(stack, number)  # noqa: E731
+    monkeypatch.setattr(QuantizedStack, "stored", noted)
+    assert_same_bits(step(packed, operands), wanted)
+    assert numbers == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_workspace_is_one_expert_and_nothing_is_written_to(form):
+    packed, dense = two_mixtures(form=form)
+    model = lora_ext.accelerate(packed)
+    ((path, reason),) = reasons(model)
+    known = {"fp4": "fp4", "float8": "float8_e4m3fn", "float8 groups": "float8_e4m3fn"}
+    code = known.get(form, "nf4" if parts_of(model) else "int8")
+    assert path == "fused" and f", {code}" in reason
+    assert reason.endswith(", one dequantised at a time")
+    before = copy.deepcopy(model.state_dict())
+    states = copy.deepcopy(states_of(model))
+    workspace.release()
+    try:
+        step(model, routes(64))
+        assert workspace.nbytes() == 2 * INNER * HIDDEN * 4
+        assert lora_ext.explain(model).workspace_bytes == 2 * INNER * HIDDEN * 4
+    finally:
+        workspace.release()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert torch.equal(whole(after[name]), whole(value))
+    for found, wanted in zip(states_of(model), states, strict=True):
+        assert torch.equal(found.absmax, wanted.absmax)
+        assert not found.nested or torch.equal(found.state2.absmax, wanted.state2.absmax)
+    if states:  # of the parametrizations nothing is left over, as in PEFT's own forward
+        base = packed.base_model.model.experts.get_base_layer()
+        assert [len(each) for each in base.parametrizations.values()] == [1, 1]
+    else:
+        assert list(after) == list(dense.state_dict())
+
+
+def whole(value):
+    return value.dequantize() if hasattr(value, "qdata") else value
+
+
+@pytest.mark.parametrize("form", forms("stand-in", "int8", "float8"))
+def test_autocast_inference_mode_a_copy_and_samples_without_an_adapter(form):
+    packed, dense = map(lora_ext.accelerate, two_mixtures(form=form))
+    with torch.autocast("cpu", BF16):
+        assert_same_bits(step(packed, routes(7)), step(dense, routes(7)))
+    with torch.inference_mode():
+        assert torch.equal(packed(*routes(7)), dense(*routes(7)))
+    twin = copy.deepcopy(packed)
+    assert_same_bits(step(twin, routes(7)), step(dense, routes(7)))
+    for names in (["x", None], [None, None]):
+        found = []
+        for model in (packed, dense):
+            with lora_ext.use_adapters(model, names):
+                found.append(step(model, routes(6)))
+                with model.disable_adapter():
+                    found[-1]["base"] = model(*routes(6))
+        assert_close(*found, 1e-5)
+    assert_not_dequantised_whole(packed)
+    assert_not_dequantised_whole(twin)
