@@ -23,6 +23,7 @@ from ..memory import peak_bytes
 from ..results import Row, ratio
 from ..timing import Plan, compared
 from .calls import inner, with_adapters
+from .calls import step_of as step_on
 
 TOKENS = 1024
 _COPIES = 3
@@ -121,16 +122,8 @@ def step_of(model: nn.Module, tokens: int = TOKENS) -> Callable[[], None]:
     width = model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
     shape, device = (1, tokens, width), next(model.parameters()).device
     drawn = [torch.randn(shape, generator=generator) for _ in range(_COPIES + 1)]
-    drawn = [x.bfloat16().to(device) for x in drawn]
-    given = itertools.cycle([x.requires_grad_() for x in drawn[1:]])
-    leaves = [p for p in model.parameters() if p.requires_grad] + drawn[1:]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        model(inputs_embeds=next(given)).last_hidden_state.backward(drawn[0])
-
-    return step
+    grad, *inputs = [x.bfloat16().to(device) for x in drawn]
+    return step_on(model, [(x.requires_grad_(), grad) for x in inputs])
 
 
 def measure(

@@ -78,6 +78,9 @@ class OurSubject(Subject):
 
     def in_float64(self):
         model = copy.deepcopy(self.model).double()
+        if self.name in bases.EXPERTS:
+            model.experts._is_expert_parallel = True  # transformers' own forward, with W + s B A
+            return model.eval()
         for layer in self.holding(model).layers:
             # The sum of weights would give no gradient to B at the padding index.
             is_embedding = isinstance(layer, LoRAEmbedding)

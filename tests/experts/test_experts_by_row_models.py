@@ -232,19 +232,6 @@ def test_a_matrix_whose_module_keeps_the_samples(names, is_traced, monkeypatch):
             torch.testing.assert_close(y[sample], plain_copy(model)(x)[sample])
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_samples_are_found_in_the_rows(tokens):
-    model = alone_on_experts()
-    x, index, weights = make_routes(3 * tokens)
-    y = of_rows(model, ["y", None, "x"], (x, index, weights))
-    for sample, name in enumerate(["y", None, "x"]):
-        own = slice(sample * tokens, (sample + 1) * tokens)
-        model.base_model.set_adapter(name or [])
-        with torch.no_grad():
-            wanted = plain_copy(model)(x[own], index[own], weights[own])
-        torch.testing.assert_close(y[own], wanted, rtol=1e-10, atol=1e-10)
-
-
 def test_rows_that_are_no_samples_are_refused():
     model = alone_on_experts()
     with pytest.raises(ValueError, match="expected x of shape"):

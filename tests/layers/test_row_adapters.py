@@ -76,18 +76,9 @@ def test_a_packed_weight(dtype):
     torch.testing.assert_close(by_rows(layer, x), plain)
 
 
-def test_a_trained_bias_of_the_base_has_the_gradient_of_all_rows():
-    layer = make_layer("linear", specs(), F64)
-    assert layer.bias.requires_grad
-    y = by_rows(layer, make_input("linear", F64))
-    y.sum().backward()
-    torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 20.0))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_pixels_of_a_convolution_have_their_samples_adapter(stride):
+def test_pixels_of_a_convolution_with_strides_have_their_samples_adapter():
     torch.manual_seed(0)
-    layer = LoRAConv2d.around(nn.Conv2d(5, 7, 1, stride=stride, dtype=F64))
+    layer = LoRAConv2d.around(nn.Conv2d(5, 7, 1, stride=2, dtype=F64))
     for name, spec in specs().items():
         layer.add_adapter(name, spec)
     randomize(layer)
@@ -126,17 +117,3 @@ def test_an_export_to_onnx_is_refused():
     x = make_input("linear")
     with lora_ext.use_adapters(layer, NAMES), pytest.raises(Exception, match="lora_grouped"):
         torch.onnx.export(layer, (x,), io.BytesIO(), dynamo=False)
-
-
-def test_deleted_and_added_adapters_between_blocks():
-    layer = make_layer("linear", specs())
-    x = make_input("linear")
-    by_rows(layer, x)
-    layer.delete_adapter("b")
-    with pytest.raises(ValueError, match=r"names out of \['a'\].*, but got \['b'\]"):
-        by_rows(layer, x)
-    layer.add_adapter("b", AdapterSpec(6, 1.0))
-    randomize(layer)
-    y = by_rows(layer, x)
-    assert torch.equal(y, by_rows(layer, x))
-    torch.testing.assert_close(y, one_by_one(layer, NAMES, x), rtol=1e-5, atol=1e-5)

@@ -1,8 +1,10 @@
 """A pool with two adapters, what it computes, what it has to compute, and what it holds."""
 
+import pytest
 import torch
 from adapter_helpers import LINEAR, make_ids, make_zoo
 from helpers import F32, F64
+from mixture_helpers import mixture
 
 import lora_ext
 from lora_ext import AdapterPool, LoraConfig
@@ -12,11 +14,20 @@ LAYERS = ["layers.0.q_proj", "layers.0.mlp", "layers.1.q_proj", "layers.1.mlp"]
 LAYERS += ["layers.2.q_proj", "layers.2.mlp", "c_attn"]
 
 
-def make_pool(capacity=4, max_rank=6, dtype=F32, **words):
+TARGETS = {"linear": LINEAR, "experts": ["experts"]}
+each_kind = pytest.mark.parametrize("of", TARGETS)
+
+
+def base_of(of, dtype):
+    return make_zoo(dtype) if of == "linear" else mixture(dtype=dtype)
+
+
+def make_pool(capacity=4, max_rank=6, dtype=F32, of="linear"):
     """A pool with "a" of rank 4 in all its layers, and "b" of rank 2 in some."""
-    pool = AdapterPool(make_zoo(dtype), capacity, max_rank, LINEAR, **words)
-    pool.add_adapter("a", LoraConfig(LINEAR, r=4, lora_alpha=6, lora_dropout=0.3))
-    pool.add_adapter("b", LoraConfig(["q_proj"], r=2, lora_alpha=-3, use_rslora=True))
+    targets, some = TARGETS[of], {"linear": "q_proj", "experts": "experts.down_proj"}[of]
+    pool = AdapterPool(base_of(of, dtype), capacity, max_rank, targets)
+    pool.add_adapter("a", LoraConfig(targets, r=4, lora_alpha=6, lora_dropout=0.3))
+    pool.add_adapter("b", LoraConfig([some], r=2, lora_alpha=-3, use_rslora=True))
     for seed, name in enumerate(pool):
         randomize(pool.parameters(name), seed)
     return pool
@@ -29,25 +40,43 @@ def randomize(parameters, seed=0):
         parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator, dtype=F64))
 
 
+def output(model):
+    y = model(make_ids())
+    return getattr(y, "logits", y)
+
+
 def mixed(pool, names=NAMES):
     with lora_ext.use_adapters(pool.model, names):
-        return pool.model(make_ids())
+        return output(pool.model)
 
 
+def own_factors(model, name):
+    """A model's factors of an adapter by the pool's keys."""
+    return {
+        key.removesuffix(f".{name}").replace(".lora.", "."): factor
+        for key, factor in model.named_parameters()
+        if key.endswith(f".{name}")
+    }
+
+
+@torch.no_grad()
 def reference(pool, names=NAMES):
     """The same by a model with the pool's adapters as its own, one after the other."""
     rows = []
     for row, name in enumerate(names):
-        model = make_zoo(next(pool.model.parameters()).dtype)
-        for path, spec in ({} if name is None else pool.specs(name)).items():
+        of = "experts" if any("experts" in path for path in pool.layers) else "linear"
+        model = base_of(of, next(pool.model.parameters()).dtype)
+        specs = {} if name is None else pool.specs(name)
+        for path, spec in specs.items():
             own = path.replace(".", "_")
-            config = LoraConfig([f"re:{path}"], spec.r, spec.lora_alpha, use_rslora=spec.use_rslora)
-            layer = lora_ext.apply_lora(model, config, own).get_submodule(path)
-            layer.set_adapter(own)
-            for table in ("lora_a", "lora_b"):
-                getattr(layer, table)[own].data.copy_(pool.tensors(name)[f"{path}.{table}"])
-        rows.append(model(make_ids())[row])
-    return torch.stack(rows).detach()
+            config = LoraConfig([path], spec.r, spec.lora_alpha, use_rslora=spec.use_rslora)
+            lora_ext.apply_lora(model, config, own)
+            for key, factor in own_factors(model, own).items():
+                factor.copy_(pool.tensors(name)[key])
+        if specs:
+            lora_ext.set_adapter(model, [path.replace(".", "_") for path in specs])
+        rows.append(output(model)[row])
+    return torch.stack(rows)
 
 
 def assert_close(found, wanted, tolerance=1e-5):

@@ -12,6 +12,7 @@ from adapter_helpers import peft_model as zoo_of_peft
 from helpers import BF16, F16, F32, F64, by_pickle, by_torch_save
 from pool_helpers import (
     LAYERS,
+    TARGETS,
     assert_close,
     assert_same,
     assert_served,
@@ -224,9 +225,11 @@ def test_what_an_optimizer_holds_of_a_former_adapter_reaches_no_slot():
 
 
 @pytest.mark.parametrize("rank", [4, 2])
-@pytest.mark.parametrize("at", range(len(LAYERS)))
-def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
-    pool = make_pool()
+@pytest.mark.parametrize(
+    ("of", "at"), [("linear", at) for at in range(7)] + [("experts", at) for at in range(4)]
+)
+def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, of, at, rank):
+    pool, targets = make_pool(of=of), TARGETS[of]
     before, parameters, specs = values(pool, "a"), pool.parameters("a"), pool.specs("a")
     write, calls = layer_pool.LayerPool.write, itertools.count()
 
@@ -237,18 +240,16 @@ def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
 
     monkeypatch.setattr(layer_pool.LayerPool, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pool.replace_adapter(
-            "a", LoraConfig(["q_proj", "mlp", "c_attn"], r=rank, init_lora_weights="gaussian")
-        )
+        pool.replace_adapter("a", LoraConfig(targets, r=rank, init_lora_weights="gaussian"))
     calls = itertools.count()
     with pytest.raises(KeyboardInterrupt):
-        pool.add_adapter("c", LoraConfig(LINEAR, r=rank))
+        pool.add_adapter("c", LoraConfig(targets, r=rank))
     monkeypatch.undo()
     assert pool.names == ["a", "b"] and pool.specs("a") == specs
     assert_same(values(pool, "a"), before)
     assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
     assert_served(pool)
-    pool.add_adapter("c", LoraConfig(LINEAR, r=3, init_lora_weights="gaussian"))
+    pool.add_adapter("c", LoraConfig(targets, r=3, init_lora_weights="gaussian"))
     assert_served(pool, ["a", "c", "b"])
 
 

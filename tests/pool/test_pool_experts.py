@@ -2,19 +2,17 @@
 itself, each alone and many in one batch."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from four_bit_experts import make_four_bits, parts_of
 from helpers import BF16, F32, by_pickle
 from mixture_helpers import edited, loaded_by_peft, logits, mixture, peft_mixture, some_ids
-from pool_helpers import assert_same, buffers, randomize, slots, values
+from pool_helpers import assert_same, buffers, own_factors, randomize, slots, values
 
 import lora_ext
 from lora_ext import AdapterPool, LoraConfig
 from lora_ext.adapters import AdapterError
-from lora_ext.nn import layer_pool
 
 NAMES = ["a", "b", None, "c", "a"]
 ROUTERS = {"qwen3_moe": "mlp.gate", "gpt_oss": "mlp.router"}
@@ -59,15 +57,6 @@ def twin_of(pool, model, configs):
         for key, factor in own_factors(model, name).items():
             factor.copy_(pool.tensors(name)[key])
     return model
-
-
-def own_factors(model, name):
-    """By the pool's keys."""
-    return {
-        key.removesuffix(f".{name}").replace(".lora.", "."): factor
-        for key, factor in model.named_parameters()
-        if key.endswith(f".{name}")
-    }
 
 
 def mixed(model, names=NAMES, tokens=4):
@@ -204,32 +193,6 @@ def test_lives_of_a_slot(tmp_path):
     assert torch.equal(logits(pool.model), before)
 
 
-@pytest.mark.parametrize("rank", [3, 1])
-@pytest.mark.parametrize("at", range(4))
-def test_an_interrupt_leaves_the_old_adapter_whole(monkeypatch, at, rank):
-    pool = pool_of(mixture(), on_experts())
-    before, parameters, specs = values(pool, "a"), pool.parameters("a"), pool.specs("a")
-    y = mixed(pool.model)
-    write, calls = layer_pool.LayerPool.write, itertools.count()
-
-    def interrupted(self, *arguments):
-        write(self, *arguments)
-        if next(calls) % 4 == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(layer_pool.LayerPool, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pool.replace_adapter("a", LoraConfig("experts", r=rank, init_lora_weights="gaussian"))
-    calls = itertools.count()
-    with pytest.raises(KeyboardInterrupt):
-        pool.add_adapter("d", LoraConfig("experts", r=rank, init_lora_weights="gaussian"))
-    monkeypatch.undo()
-    assert pool.names == ["a", "b", "c"] and pool.specs("a") == specs
-    assert_same(values(pool, "a"), before)
-    assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
-    assert torch.equal(mixed(pool.model), y)
-
-
 def without(part):
     def change(tensors):
         for key in [key for key in tensors if part in key]:
@@ -310,29 +273,6 @@ def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
         slot = wanted[key][pool.slot("c")]  # its first numbers; the rest, and other slots, stay
         slot.view(-1)[: factor.numel()] = factor.detach().flatten()
     assert_same(slots(pool), wanted)
-
-
-def test_a_change_between_forward_and_backward_is_an_error():
-    pool = pool_of(mixture(), on_experts())
-    for change in (
-        lambda: pool.replace_adapter("a", values(pool, "a"), on_experts()["a"]),
-        lambda: pool.delete_adapter("a"),
-    ):
-        y = mixed(pool.model)
-        change()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-
-
-def test_an_adapter_that_is_removed_within_its_block():
-    pool = pool_of(mixture(), on_experts())
-    ids = some_ids(shape=(2, 4))
-    with torch.no_grad(), lora_ext.use_adapters(pool.model, ["a", "b"]):
-        pool.model(ids)
-        pool.delete_adapter("a")
-        pool.add_adapter("d", on_experts()["a"])  # in its slot
-        with pytest.raises(RuntimeError, match="'a' was removed since"):
-            pool.model(ids)
 
 
 def test_copies_moves_and_adapters_of_the_model():

@@ -6,9 +6,11 @@ from adapter_helpers import LINEAR, make_ids, make_zoo
 from helpers import F32, F64
 from pool_helpers import (
     NAMES,
+    TARGETS,
     assert_close,
     assert_same,
     assert_served,
+    each_kind,
     make_pool,
     mixed,
     randomize,
@@ -85,10 +87,11 @@ def test_parameters_are_not_the_models():
     pool.model.load_state_dict(make_zoo().state_dict())
 
 
-def test_a_change_between_forward_and_backward_is_an_error():
-    pool = make_pool()
+@each_kind
+def test_a_change_between_forward_and_backward_is_an_error(of):
+    pool = make_pool(of=of)
     for change in (
-        lambda: pool.replace_adapter("a", values(pool, "a"), LoraConfig(LINEAR, lora_alpha=6)),
+        lambda: pool.replace_adapter("a", values(pool, "a"), LoraConfig(TARGETS[of], lora_alpha=6)),
         lambda: torch.optim.SGD(pool.parameters("a"), lr=0.1).step(),
         lambda: pool.delete_adapter("a"),
     ):
@@ -151,20 +154,22 @@ def test_fused_optimizers_step_ranks_below_the_pools(name):
     assert_same(slots(pool), wanted)
 
 
+@each_kind
 @pytest.mark.parametrize("dtype", [F64, F32])  # from lists, from the pool itself
-def test_an_adapter_that_is_removed_within_its_block(dtype):
+def test_an_adapter_that_is_removed_within_its_block(dtype, of):
     """Not the base in its place, nor who is added to its slot."""
-    pool = make_pool(capacity=2, dtype=dtype)
+    pool = make_pool(capacity=2, dtype=dtype, of=of)
+    some = {"linear": "q_proj", "experts": "experts.down_proj"}[of]
     pool.model.eval()
     with torch.no_grad(), lora_ext.use_adapters(pool.model, NAMES):
-        pool.replace_adapter("b", values(pool, "b"), LoraConfig(["q_proj"], lora_alpha=2))
+        pool.replace_adapter("b", values(pool, "b"), LoraConfig([some], lora_alpha=2))
         pool.model(make_ids())
         pool.delete_adapter("a")
         for name in ("c", None, "a"):  # in the slot, then by the name
             with pytest.raises(RuntimeError, match="'a' was removed since"):
                 pool.model(make_ids())
             pool.delete_adapter("c") if name is None else pool.add_adapter(
-                name, LoraConfig(LINEAR, r=3)
+                name, LoraConfig(TARGETS[of], r=3)
             )
     assert_served(pool)
 
