@@ -29,13 +29,13 @@ TOKENS = 1024
 _COPIES = 3
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-VARIANTS = ("frozen", "peft", "peft_accelerated", "peft_default", "peft_default_accelerated")
 _LABELS = {
     "peft": "PEFT",
     "peft_accelerated": "PEFT, accelerated",
     "peft_default": "PEFT default",
     "peft_default_accelerated": "PEFT default, accelerated",
 }
+VARIANTS = ("frozen", *_LABELS)
 
 
 @dataclass(frozen=True)

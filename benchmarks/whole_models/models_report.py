@@ -10,16 +10,8 @@ from ..markdown import Column, mebibytes, milliseconds, quotient, table, table_o
 from ..results import Document, Row, median_ratio, peak_ratio, ratio
 from . import experts, generate, mixed_batch, packed, quantized, whole_run
 from .overhead import overheads
+from .step import LABELS
 
-LABELS = {
-    "frozen": "frozen",
-    "ours": "ours",
-    "ours_fp32": "ours, float32 adapters",
-    "peft": "PEFT, bf16 adapters",
-    "peft_default": "PEFT default",
-    "peft_accelerated": "PEFT, bf16 adapters, accelerated",
-    "peft_default_accelerated": "PEFT default, accelerated",
-}
 # Time of a step over the frozen model's.
 TIME_TARGETS = {
     "ours": 1.06,

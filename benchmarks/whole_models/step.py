@@ -19,15 +19,16 @@ from .calls import forward_of, inner, step_of, with_adapters
 from .cases import Case, base_model, inputs
 
 # Accelerated: the model of PEFT that the name begins with, after lora_ext.accelerate.
-VARIANTS = (
-    "frozen",
-    "ours",
-    "ours_fp32",
-    "peft",
-    "peft_default",
-    "peft_accelerated",
-    "peft_default_accelerated",
-)
+LABELS = {
+    "frozen": "frozen",
+    "ours": "ours",
+    "ours_fp32": "ours, float32 adapters",
+    "peft": "PEFT, bf16 adapters",
+    "peft_default": "PEFT default",
+    "peft_accelerated": "PEFT, bf16 adapters, accelerated",
+    "peft_default_accelerated": "PEFT default, accelerated",
+}
+VARIANTS = tuple(LABELS)
 _COPIES = 3
 _WARMUP_STEPS = 2
 
