@@ -72,7 +72,9 @@ def test_a_layer_that_cannot_be_adapted_leaves_the_model_alone():
         lora_ext.apply_lora(model, LoraConfig("all-linear"))
     assert type(model.up) is type(base("nf4"))
     model.odd = type("Other", (type(model.up),), {})(WIDTH, WIDTH)  # which may compute otherwise
-    with pytest.raises(ValueError, match=r"'odd' names 'odd', .*a quantised linear layer that lora"):
+    with pytest.raises(
+        ValueError, match=r"'odd' names 'odd', .*a quantised linear layer that lora"
+    ):
         lora_ext.apply_lora(model, LoraConfig("odd"))
 
 
