@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,9 +126,12 @@ def exact(layer: LoRALayer, x: Tensor, names: Sequence[str] | None = None) -> Te
     return forward(layer, x.double() if x.is_floating_point() else x, weight, bias)
 
 
-def in_peft_order(layer: LoRALayer, x: Tensor) -> Tensor:
-    """The layer as PEFT computes it in the same dtypes: what errors are compared with."""
-    y = forward(layer, x, layer.weight, layer.bias)
+def in_peft_order(layer: LoRALayer, x: Tensor, base: Any = None) -> Tensor:
+    """The layer as PEFT computes it in the same dtypes: what errors are compared with.
+
+    base: computes y of the base, in the place of torch
+    """
+    y = forward(layer, x, layer.weight, layer.bias) if base is None else base(x)
     dtype = y.dtype
     for name in layer.active_adapters:
         lora_a, lora_b = layer.factors(name)

@@ -70,10 +70,16 @@ class PeftSubject(Subject):
         return self.model.disable_adapter()
 
     def in_float64(self):
-        return exact_model(self.model).eval()
+        if self.name not in bases.QUANTISED:
+            return exact_model(self.model).eval()
+        model = peft_helpers.plain_copy(self.model)
+        layer = model.base_model.model[0]
+        layer.base_layer = bases.dense(layer.base_layer, self.name, self.dtype)
+        return model.double().eval()
 
     def in_peft_order(self):
-        return peft_helpers.plain_copy(self.model).eval()
+        # In eval bitsandbytes quantises x, too.
+        return peft_helpers.plain_copy(self.model).train(self.name in bases.QUANTISED)
 
 
 class PeftKind(Kind):
@@ -86,7 +92,7 @@ class PeftKind(Kind):
 
     def has(self, layer, adapters):
         if bases.is_there(layer, is_pefts=True):
-            return bases.has(layer, adapters)
+            return bases.has(layer, adapters, is_pefts=True)
         if "lora_bias" in adapters and layer in ("embedding", "net"):
             return False  # PEFT has none on embeddings
         if adapters == "dora" and layer in ("subclass", "hooked"):
@@ -110,6 +116,7 @@ class PeftKind(Kind):
         model = peft_model(base, words, targets, dtype)
         model = lora_ext.accelerate(model, expert_dropout=of_experts)
         subject = PeftSubject(self, layer, model)
+        subject.dtype = dtype
         if layer == "hooked":
             subject.layer.base_layer.register_forward_hook(_unused_hook)
         if adapter_dtype is not None:

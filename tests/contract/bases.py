@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import quantized_models as models
@@ -15,6 +16,8 @@ from helpers import BF16, F32, F64
 from mixture_helpers import mixture, some_ids
 from quantised_experts import two_experts
 from torch import Tensor, nn
+
+from lora_ext.quantized.layers import QuantizedBase, quantized_base
 
 WIDTH, HEIGHT = 64, 128
 
@@ -81,13 +84,33 @@ def is_there(name: str, is_pefts: bool) -> bool:
     return known and importlib.util.find_spec(package) is not None and (has_peft or not is_pefts)
 
 
-def has(name: str, adapters: str) -> bool:
+def has(name: str, adapters: str, is_pefts: bool) -> bool:
     """PEFT takes a second adapter on experts in 4 bits for one without targets."""
+    if adapters == "lora_bias":
+        return name in QUANTISED and not (is_pefts and name in ("torchao", "torchao int4", "hqq"))
     return adapters == "one" or (adapters == "three" and name not in (*PACKED, *MIXTURES))
 
 
 def has_float64(name: str) -> bool:
     return name in ("int8", "hqq", "gguf") or name not in (*QUANTISED, *PACKED)
+
+
+def weight_of(layer: nn.Module, x: Tensor, kind: type | None = None) -> Tensor:
+    """W ``[out, in]`` in float64, as a quantised layer has it for x; kind: that of its base."""
+    found = quantized_base(layer, x, kind)
+    assert isinstance(found, QuantizedBase), found
+    return found.weight.dequantize(found.dtype).double()
+
+
+def dense(
+    layer: Any, name: str, of: torch.dtype, kind: type | None = None, dtype: torch.dtype = F64
+) -> nn.Linear:
+    """A quantised layer as a dense one, of the numbers that it multiplies an x in `of` by."""
+    weight = weight_of(layer, make_x(name, of, 1), kind)
+    made = nn.Linear(WIDTH, HEIGHT, dtype=dtype).requires_grad_(False)
+    made.weight.copy_(weight)
+    made.bias.copy_(layer.bias)
+    return made
 
 
 def has_dense_weight(name: str) -> bool:

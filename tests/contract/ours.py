@@ -15,7 +15,8 @@ import lora_ext
 from contract import bases
 from contract.adapters import ADAPTERS, dropouts
 from contract.subject import Kind, Subject
-from lora_ext import LoraConfig, apply_lora
+from lora_ext import LoraConfig, LoRALinear, apply_lora
+from lora_ext.models import lora_state_dict
 from lora_ext.nn import AdapterSpec, LoRAEmbedding, LoRALayer
 
 
@@ -76,8 +77,20 @@ class OurSubject(Subject):
     def disabled(self):
         return self._do("disable_adapter")
 
+    def _copy(self, dtype=None):
+        """Of a quantised layer a dense one of the same numbers."""
+        if self.name not in bases.QUANTISED:
+            return copy.deepcopy(self.model).to(dtype)
+        layer, dtype = self.layer, dtype or self.dtype
+        made = LoRALinear.around(bases.dense(layer, self.name, self.dtype, layer.base_type, dtype))
+        for name, spec in layer.adapters.items():
+            made.add_adapter(name, spec, dtype if dtype == F64 else layer.lora_a[name].dtype)
+        made.load_state_dict(lora_state_dict(self.model[0]), strict=False)
+        made.set_adapter(layer.active_adapters)
+        return torch.nn.Sequential(made)
+
     def in_float64(self):
-        model = copy.deepcopy(self.model).double()
+        model = self._copy(F64)
         if self.name in bases.EXPERTS:
             model.experts._is_expert_parallel = True  # transformers' own forward, with W + s B A
             return model.eval()
@@ -89,9 +102,10 @@ class OurSubject(Subject):
         return model.eval()
 
     def in_peft_order(self):
-        model = copy.deepcopy(self.model)
+        model = self._copy()
+        base = self.layer.base_forward if self.name in bases.QUANTISED else None
         for layer in self.holding(model).layers:
-            layer.forward = partial(layer_helpers.in_peft_order, layer)
+            layer.forward = partial(layer_helpers.in_peft_order, layer, base=base)
         return model.eval()
 
 
@@ -105,7 +119,7 @@ class OurKind(Kind):
 
     def has(self, layer, adapters):
         if bases.is_there(layer, is_pefts=False):
-            return bases.has(layer, adapters)
+            return bases.has(layer, adapters, is_pefts=False)
         has_bias = layer not in ("embedding", "net")
         return (
             layer in self.layers
@@ -122,7 +136,9 @@ class OurKind(Kind):
             if layer in bases.EXPERTS:
                 dropout = dropouts(dropout, "a")  # they have one
             adapter_dtype = F64 if dtype == F64 else adapter_dtype
-            return self._applied(layer, model, targets, adapters, dropout, adapter_dtype)
+            subject = self._applied(layer, model, targets, adapters, dropout, adapter_dtype)
+            subject.dtype = dtype
+            return subject
         torch.manual_seed(1)
         specs = {
             name: AdapterSpec(
@@ -145,6 +161,7 @@ class OurKind(Kind):
                 words["lora_alpha"],
                 lora_dropout=dropouts(dropout, name),
                 use_rslora=words.get("use_rslora", False),
+                lora_bias=words.get("lora_bias", False),
             )
             apply_lora(model, config, name, adapter_dtype=adapter_dtype)
         subject = OurSubject(self, layer, layer_helpers.randomize(model))

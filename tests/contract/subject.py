@@ -76,6 +76,7 @@ class Subject:
 
     def __init__(self, kind: Kind, name: str, model: nn.Module) -> None:
         self.kind, self.name, self.model = kind, name, model
+        self.dtype = F32  # of the base
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.model(x)

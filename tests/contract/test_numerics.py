@@ -7,6 +7,7 @@ from helpers import BF16, F16, F32, F64, HALVES, max_error, rms_error, short
 from layer_helpers import assert_same_state, snapshot
 from peft_helpers import FAST, as_float64, step
 
+from contract import bases
 from contract.cases import CALLED, LAYERS, LINEAR, MATRIX, cases
 
 EVERYTHING = ("net", "linear without bias", *LAYERS, *CALLED)
@@ -26,7 +27,7 @@ def test_same_in_float64(kind, layer, adapters):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(short, mode)))
-@cases(EVERYTHING[1:], ADAPTERS)
+@cases((*EVERYTHING[1:], *bases.QUANTISED), ADAPTERS)
 def test_errors_no_larger_than_pefts(kind, layer, adapters, mode):
     """y, dx and each gradient against float64: at most twice PEFT's error, plus a floor."""
     subject = kind.make(layer, adapters, *mode)

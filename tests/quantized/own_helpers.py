@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext.nn import LoRALayer
-from lora_ext.quantized.layers import QuantizedBase, quantized_base
 
 DTYPES = (F32, BF16)
 WIDTH, HEIGHT = 128, 96
@@ -86,10 +84,7 @@ def same(first: Tensor, second: Tensor) -> bool:
 
 def weight_of(layer: nn.Module, x: Tensor) -> Tensor:
     """W ``[out, in]`` in float64, as the layer has it for x."""
-    kind = layer.base_type if isinstance(layer, LoRALayer) else type(layer)
-    found = quantized_base(layer, x, kind)
-    assert isinstance(found, QuantizedBase), found
-    return found.weight.dequantize(found.dtype).double()
+    return bases.weight_of(layer, x, layer.base_type if isinstance(layer, LoRALayer) else None)
 
 
 def exact(layer: LoRALayer, x: Tensor) -> Tensor:
@@ -110,19 +105,6 @@ def make_grad(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(y.dtype)
 
 
-def exact_gradients(layer: LoRALayer, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Of x and of the default adapter, from the formulas in float64."""
-    grad, x, weight = grad.double(), x.double(), weight_of(layer, x)
-    lora_a, lora_b = (factor.detach().double() for factor in layer.factors("default"))
-    scaling = layer.adapters["default"].scaling
-    return {
-        "x": grad @ weight + scaling * (grad @ lora_b @ lora_a),
-        "lora_a.default": scaling * (grad @ lora_b).t() @ x,
-        "lora_b.default": scaling * grad.t() @ (x @ lora_a.t()),
-        "lora_bias.default": scaling * grad.sum(0),
-    }
-
-
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """y, the gradient of x and those of all parameters that have one, for a fixed dy."""
     leaf = x.detach().clone().requires_grad_()
@@ -130,22 +112,3 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     y.backward(make_grad(y))
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": leaf.grad, **found}
-
-
-def in_peft(layer: nn.Module, ours: LoRALayer, **words: Any) -> nn.Module:
-    """PEFT's model over the same base, with the factors of a layer of ours."""
-    from peft import LoraConfig, get_peft_model
-
-    holder = nn.Sequential(layer)
-    holder.is_loaded_in_4bit = type(layer).__name__ == "Linear4bit"
-    holder.is_loaded_in_8bit = type(layer).__name__ == "Linear8bitLt"
-    spec = ours.adapters["default"]
-    config = LoraConfig(r=spec.r, lora_alpha=spec.lora_alpha, target_modules=["0"], **words)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(holder, config, autocast_adapter_dtype=False)
-    theirs = model.base_model.model[0]
-    with torch.no_grad():
-        for table, own in ((theirs.lora_A, ours.lora_a), (theirs.lora_B, ours.lora_b)):
-            table["default"].weight.data = own["default"].detach().clone()
-    return model
