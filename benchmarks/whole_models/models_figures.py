@@ -7,6 +7,8 @@ from typing import Any
 
 from ..figures import Figure, finish, plt
 from ..results import Document, Row, median_ratio
+from ..shapes import DROPOUT
+from . import passes
 from .cases import BATCH, LENGTH
 
 _PEFT, _ACCELERATED = "peft_default", "peft_default_accelerated"
@@ -18,8 +20,13 @@ _MIB = 2**20
 
 
 def figures(document: Document) -> dict[str, Figure | None]:
-    """models.png: time and memory of a step; experts.png: time of one token."""
-    return {"models.png": _steps(document), "experts.png": _tokens(document)}
+    """models.png: time and memory of a step, passes.png: why; experts.png: time of one token."""
+    steps = _steps(document)
+    return {
+        "models.png": steps,
+        "passes.png": steps and passes.figure(),
+        "experts.png": _tokens(document),
+    }
 
 
 def _pairs(
@@ -78,7 +85,8 @@ def _steps(document: Document) -> Figure | None:
         finish(axes, title, size=11)
     [tokens] = _TOKENS
     what = (
-        f"{tokens} tokens, adapters of rank 16 on all linear layers\nforward and backward, no head"
+        f"{tokens} tokens, adapters of rank 16 on all linear layers,\n"
+        f"dropout {DROPOUT}; forward and backward, no head"
     )
     return _finish(figure, upper, document, f"{what}, weights not counted in memory")
 

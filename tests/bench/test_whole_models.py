@@ -2,11 +2,13 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from bench_helpers import summary
 from pack_helpers import packable
 from peft_helpers import net
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
 from benchmarks.whole_models import generate, mixed_batch, models_report, packed
@@ -156,3 +158,38 @@ def test_generate_is_measured_by_every_variant(monkeypatch, always_packs):
     assert generate.table(rows).splitlines()[-1].count("1.00 (") == len(generate._LABELS) - len(
         wide
     )
+
+
+class Recorder(TorchDispatchMode):
+    """Bytes that each operation reads and writes; a view and an empty tensor take none."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in ("t", "empty_like"):
+            read = sum(each.nbytes for each in args if isinstance(each, torch.Tensor))
+            self.found.append((read * (name != "bernoulli_"), out.nbytes))
+        return out
+
+
+def test_the_passes_that_are_drawn_are_pefts():
+    """On torch's CPU, by what it dispatches; ours read x twice, W once, and write y once."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.whole_models import passes
+
+    shape = passes.TOKENS, passes.WIDTH
+    config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["0"])
+    layer = torch.nn.Linear(shape[1], shape[1], bias=False, dtype=torch.bfloat16)
+    model = peft.get_peft_model(torch.nn.Sequential(layer), config)
+    x = torch.ones(shape, dtype=torch.bfloat16)
+    with Recorder() as recorder:
+        y = model(x)
+    assert recorder.found == [(each.read, each.written) for each in passes.PEFT]
+    s = 4 * shape[0] * 16
+    factors = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    total = 2 * x.nbytes + layer.weight.nbytes + y.nbytes + factors + 2 * s
+    assert passes.mebibytes(passes.OURS) * 2**20 == total
