@@ -16,7 +16,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc emulator examples lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-gpu nightly bench bench-full bench-models
+.PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-ptx test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters gpu help
 .PHONY: sass sanitize docs wheel clean
 
@@ -144,6 +144,9 @@ OF_ONE := tests/emulated/test_clean.py tests/emulated/test_mutants.py -k
 test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.kernel-oracles)  ## runs the CUDA kernels on the CPU
 	$(PYTEST) --dist loadfile -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
 	    --durations=25 $(ARGS)
+
+test-ptx: $(VENV)/.extras  ## runs the CUDA kernels on the CPU from nvcc's PTX
+	$(PYTEST) --dist loadfile -m kernels tests/emulated/ptx --durations=25 $(ARGS)
 
 sass: $(VENV)/.kernel-oracles  ## registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)

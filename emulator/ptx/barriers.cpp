@@ -1,0 +1,365 @@
+// Barriers of blocks, warps and clusters, mbarriers, fences, and what lanes of a warp exchange.
+#include "emulator/ptx/loops.h"
+
+namespace emulator::ptx {
+
+void arrive(Mbarrier& mbarrier, uint32_t arrivals, int64_t bytes) {
+  mbarrier.pending -= arrivals, mbarrier.bytes += bytes;
+  if (mbarrier.pending != 0 || mbarrier.bytes != 0) return;
+  ++mbarrier.phase;
+  mbarrier.pending = mbarrier.count;
+  mbarrier.released.learn(mbarrier.gathered);
+}
+
+Mbarrier& mbarrier_at(Warp& warp, const Operation& o, Place place) {
+  const auto found = place.block->mbarriers.find(place.offset);
+  if (found == place.block->mbarriers.end())
+    fail_at(warp, o, ErrorKind::Misuse,
+            format("no mbarrier was initialised at shared offset %u of block %u", place.offset,
+                   place.block->rank));
+  return found->second;
+}
+
+namespace {
+
+Step blocked(Warp& warp, const std::string& on) {
+  warp.waits_for = on;
+  return Step::kBlocked;
+}
+
+// ---- bar.sync and bar.arrive --------------------------------------------------------------------
+
+// a: the barrier, b: how many threads; mode: only arrive.
+Step bar(Warp& warp, const Operation& o, uint32_t lanes) {
+  demand_whole_warp(warp, o, lanes);
+  const uint32_t id = warp.lanes_of<uint32_t>(o.a)[__builtin_ctz(lanes)];
+  if (id >= 16) fail_at(warp, o, ErrorKind::Misuse, format("barrier %u of 16", id));
+  NamedBarrier& barrier = warp.block->barriers[id];
+  if (!warp.waits_at(&barrier)) {
+    const uint32_t all = (warp.block->threads + 31) / 32 * 32;
+    const uint32_t expected =
+        o.b == kNone ? all : warp.lanes_of<uint32_t>(o.b)[__builtin_ctz(lanes)];
+    if (expected == 0 || expected % 32 != 0 || expected > all)
+      fail_at(warp, o, ErrorKind::Misuse, format("a barrier of %u threads", expected));
+    if (barrier.arrived != 0 && barrier.expected != expected)
+      fail_at(warp, o, ErrorKind::Misuse,
+              format("barrier %u is of %u threads here and of %u elsewhere", id, expected,
+                     barrier.expected));
+    barrier.expected = expected;
+    barrier.gathered.learn(warp.knows);
+    warp.phase = barrier.phase;
+    barrier.arrived += 32;
+    if (barrier.arrived == expected) {
+      barrier.arrived = 0, ++barrier.phase;
+      barrier.released = std::move(barrier.gathered);
+      barrier.gathered = {};
+    }
+    if (o.mode != 0) return warp.meet(), Step::kNext;
+    warp.waiting = &barrier;
+  }
+  if (barrier.phase == warp.phase)
+    return blocked(warp, format("barrier %u: %u of %u threads", id, barrier.arrived, barrier.expected));
+  warp.waiting = nullptr;
+  warp.knows.learn(barrier.released);
+  warp.meet();
+  return Step::kYield;
+}
+
+Step bar_warp(Warp& warp, const Operation& o, uint32_t lanes) {
+  const uint32_t named = warp.lanes_of<uint32_t>(o.a)[__builtin_ctz(lanes)];
+  if ((named & warp.lanes) != lanes)
+    fail_at(warp, o, ErrorKind::Misuse, format("lanes 0x%x meet, but 0x%x are named", lanes, named));
+  warp.meet();
+  return Step::kNext;
+}
+
+// ---- clusters -----------------------------------------------------------------------------------
+
+Step cluster_arrive(Warp& warp, const Operation& o, uint32_t lanes) {
+  demand_whole_warp(warp, o, lanes);
+  Cluster& cluster = *warp.block->cluster;
+  NamedBarrier& barrier = cluster.barrier;
+  // A relaxed arrival publishes what a release fence before it covers.
+  barrier.gathered.learn(o.mode == 0 ? warp.knows : warp.released);
+  warp.cluster_phase = barrier.phase + 1;
+  uint32_t warps = 0;
+  for (const auto& block : cluster.blocks) warps += static_cast<uint32_t>(block->warps.size());
+  if (++barrier.arrived == warps) {
+    barrier.arrived = 0, ++barrier.phase;
+    barrier.released = std::move(barrier.gathered);
+    barrier.gathered = {};
+  }
+  warp.meet();
+  return Step::kNext;
+}
+
+Step cluster_wait(Warp& warp, const Operation& o, uint32_t lanes) {
+  demand_whole_warp(warp, o, lanes);
+  NamedBarrier& barrier = warp.block->cluster->barrier;
+  if (warp.cluster_phase == 0)
+    fail_at(warp, o, ErrorKind::Misuse, "waits at the cluster's barrier without an arrival");
+  if (barrier.phase < warp.cluster_phase)
+    return blocked(warp, format("the cluster's barrier: %u warps have arrived", barrier.arrived));
+  warp.cluster_phase = 0;
+  warp.knows.learn(barrier.released);
+  warp.meet();
+  return Step::kYield;
+}
+
+Step map_address(Warp& warp, const Operation& o, uint32_t lanes) {
+  uint32_t* d = warp.lanes_of<uint32_t>(o.d);
+  const uint32_t *a = warp.lanes_of<uint32_t>(o.a), *rank = warp.lanes_of<uint32_t>(o.b);
+  for_lanes(lanes, [&](uint32_t lane) { d[lane] = a[lane] | (rank[lane] + 1) << kRankShift; });
+  follow(warp, lanes, o.d, o.a, o.b);
+  return Step::kNext;
+}
+
+// ---- mbarriers ----------------------------------------------------------------------------------
+
+Place place_of(Warp& warp, const Operation& o, uint32_t lane) {
+  if (warp.undefined[o.a] >> lane & 1)
+    fail_at(warp, o, ErrorKind::Uninitialised, "an undefined address");
+  return shared_place(warp, o, warp.lanes_of<uint32_t>(o.a)[lane] + static_cast<uint32_t>(o.offset), 8, 8);
+}
+
+Step mbarrier_init(Warp& warp, const Operation& o, uint32_t lanes) {
+  for (uint32_t left = lanes; left != 0; left &= left - 1) {
+    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+    const Place place = place_of(warp, o, lane);
+    const std::string wrong = place.block->shadow.write(place.offset, 8, accessor(warp, lane));
+    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
+    const uint32_t count = warp.lanes_of<uint32_t>(o.b)[lane];
+    if (count == 0 || count >= 1u << 20)
+      fail_at(warp, o, ErrorKind::Misuse, format("an mbarrier of %u arrivals", count));
+    Mbarrier& made = place.block->mbarriers[place.offset];
+    made = {};
+    made.count = made.pending = count;
+  }
+  return Step::kNext;
+}
+
+// b: the bytes of expect_tx; mode: of the scope of the cluster.
+Step mbarrier_arrive(Warp& warp, const Operation& o, uint32_t lanes) {
+  for (uint32_t left = lanes; left != 0; left &= left - 1) {
+    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+    const Place place = place_of(warp, o, lane);
+    Mbarrier& mbarrier = mbarrier_at(warp, o, place);
+    if (place.block != warp.block && !mbarrier.fenced)
+      fail_at(warp, o, ErrorKind::Misuse, "no fence.mbarrier_init after the mbarrier's init");
+    const std::string wrong = place.block->shadow.read(place.offset, 8, accessor(warp, lane));
+    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
+    if (mbarrier.pending == 0)
+      fail_at(warp, o, ErrorKind::Misuse,
+              format("an arrival too many: the phase expects %u", mbarrier.count));
+    mbarrier.gathered.learn(warp.knows);
+    const int64_t bytes = o.b == kNone ? 0 : warp.lanes_of<uint32_t>(o.b)[lane];
+    if (mbarrier.bytes + bytes >= 1 << 20)
+      fail_at(warp, o, ErrorKind::Misuse, "more than 2^20 - 1 bytes are expected of a phase");
+    arrive(mbarrier, 1, bytes);
+  }
+  warp.tick();
+  return Step::kYield;
+}
+
+// d: the predicate, b: the parity. It waits until the phase has completed.
+Step mbarrier_wait(Warp& warp, const Operation& o, uint32_t lanes) {
+  for (uint32_t left = lanes; left != 0; left &= left - 1) {
+    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+    const Place place = place_of(warp, o, lane);
+    Mbarrier& mbarrier = mbarrier_at(warp, o, place);
+    if (warp.undefined[o.b] >> lane & 1)
+      fail_at(warp, o, ErrorKind::Uninitialised, "an undefined parity");
+    const uint32_t parity = warp.lanes_of<uint32_t>(o.b)[lane];
+    if (parity > 1) fail_at(warp, o, ErrorKind::Misuse, format("parity %u", parity));
+    if ((mbarrier.phase & 1) == parity)
+      return blocked(warp, format("mbarrier %u, parity %u: phase %llu, %u of %u arrivals and %lld "
+                                  "bytes pending",
+                                  place.offset, parity,
+                                  static_cast<unsigned long long>(mbarrier.phase), mbarrier.pending,
+                                  mbarrier.count, static_cast<long long>(mbarrier.bytes)));
+    const std::string wrong = place.block->shadow.read(place.offset, 8, accessor(warp, lane));
+    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
+    warp.knows.learn(mbarrier.released);
+  }
+  warp.predicate(o.d) |= lanes;
+  warp.define(o.d, lanes);
+  return Step::kNext;
+}
+
+Maker of_mbarrier(Run run, bool waits, bool sink, bool second, uint32_t mode) {
+  return [=](Decoder& decoder, const Statement& statement, Operation& made) {
+    decoder.demand_operands(statement, size_t{1} + waits + sink + second);
+    if (waits) made.d = decoder.result(statement.operands[0], 1);
+    if (sink && statement.operands[0].kind != Operand::kSink) decoder.refuse("expected _");
+    decoder.address(statement.operands[waits || sink], made, 32);
+    if (second) made.b = decoder.source(statement.operands.back(), 32);
+    made.run = run, made.mode = mode;
+  };
+}
+
+// ---- fences and the like ------------------------------------------------------------------------
+
+enum class Fence : uint32_t { kNone, kProxy, kInit, kYield, kWhole };
+Step fence(Warp& warp, const Operation& o, uint32_t lanes) {
+  switch (Fence{o.mode}) {
+    case Fence::kProxy:
+      join(warp.knows.proxy, warp.knows.ordinary);
+      break;
+    case Fence::kInit:
+      for (auto& [offset, each] : warp.block->mbarriers) each.fenced = true;
+      warp.released = warp.knows;
+      warp.tick();
+      break;
+    case Fence::kWhole:
+      demand_whole_warp(warp, o, lanes);
+      break;
+    case Fence::kYield:
+      return Step::kYield;
+    case Fence::kNone:
+      break;
+  }
+  return Step::kNext;
+}
+Maker make_fence(Fence what) {
+  return [=](Decoder&, const Statement&, Operation& made) {
+    made.run = fence, made.mode = static_cast<uint32_t>(what);
+  };
+}
+
+// ---- between lanes ------------------------------------------------------------------------------
+
+Step elect(Warp& warp, const Operation& o, uint32_t lanes) {
+  warp.predicate(o.d) = (warp.predicate(o.d) & ~lanes) | (lanes & (0u - lanes));
+  warp.define(o.d, lanes);
+  return Step::kNext;
+}
+
+Step ballot(Warp& warp, const Operation& o, uint32_t lanes) {
+  const uint32_t votes = warp.predicate(o.a) & lanes;
+  uint32_t* d = warp.lanes_of<uint32_t>(o.d);
+  const bool undefined = warp.undefined[o.a] & lanes;
+  for_lanes(lanes, [&](uint32_t lane) { d[lane] = votes; });
+  warp.undefined[o.d] = undefined ? warp.undefined[o.d] | lanes : warp.undefined[o.d] & ~lanes;
+  return Step::kNext;
+}
+
+// shfl.sync: of which lane, and whether it is in range (PTX ISA, "shfl.sync").
+enum class Shuffle : uint32_t { kUp, kDown, kButterfly, kIndex };
+Step shuffle(Warp& warp, const Operation& o, uint32_t lanes) {
+  const uint32_t named = warp.lanes_of<uint32_t>(o.list[1])[__builtin_ctz(lanes)];
+  if ((named & warp.lanes) != lanes)
+    fail_at(warp, o, ErrorKind::Misuse, format("lanes 0x%x meet, but 0x%x are named", lanes, named));
+  uint32_t values[kLanes];
+  std::memcpy(values, warp.file[o.a].bytes, sizeof values);
+  const uint32_t undefined = warp.undefined[o.a] | ~lanes;
+  for_lanes(lanes, [&](uint32_t lane) {
+    const uint32_t b = warp.lanes_of<uint32_t>(o.b)[lane] & 31;
+    const uint32_t c = warp.lanes_of<uint32_t>(o.c)[lane];
+    const uint32_t clamp = c & 31, segment = c >> 8 & 31;
+    const uint32_t most = (lane & segment) | (clamp & ~segment), least = lane & segment;
+    uint32_t from = lane;
+    bool inside = false;
+    switch (Shuffle{o.mode}) {
+      case Shuffle::kUp:
+        from = lane - b, inside = static_cast<int>(lane) - static_cast<int>(b) >= static_cast<int>(most);
+        break;
+      case Shuffle::kDown:
+        from = lane + b, inside = from <= most;
+        break;
+      case Shuffle::kButterfly:
+        from = lane ^ b, inside = from <= most;
+        break;
+      case Shuffle::kIndex:
+        from = least | (b & ~segment), inside = from <= most;
+        break;
+    }
+    if (!inside) from = lane;
+    warp.lanes_of<uint32_t>(o.d)[lane] = values[from];
+    warp.undefined[o.d] = (warp.undefined[o.d] & ~(1u << lane)) | (undefined >> from & 1) << lane;
+    if (o.list[0] == kNone) return;
+    uint32_t& p = warp.predicate(o.list[0]);
+    p = (p & ~(1u << lane)) | uint32_t{inside} << lane;
+    warp.define(o.list[0], 1u << lane);
+  });
+  return Step::kNext;
+}
+
+Maker make_shuffle(Shuffle what) {
+  return [=](Decoder& decoder, const Statement& statement, Operation& made) {
+    decoder.demand_operands(statement, 5);
+    const Operand& to = statement.operands[0];
+    const bool pair = to.kind == Operand::kPair;
+    made.d = decoder.result(pair ? to.parts[0] : to, 32);
+    made.list = {pair ? decoder.result(to.parts[1], 1) : kNone,
+                 decoder.source(statement.operands[4], 32)};
+    made.a = decoder.source(statement.operands[1], 32);
+    made.b = decoder.source(statement.operands[2], 32);
+    made.c = decoder.source(statement.operands[3], 32);
+    made.run = shuffle, made.mode = static_cast<uint32_t>(what);
+  };
+}
+
+}  // namespace
+
+void add_barriers(Table& table) {
+  for (const bool arrives : {false, true}) {
+    table[arrives ? "bar.arrive" : "bar.sync"] = [=](Decoder& decoder, const Statement& statement,
+                                                     Operation& made) {
+      if (arrives || statement.operands.size() != 1) decoder.demand_operands(statement, 2);
+      made.a = decoder.source(statement.operands[0], 32);
+      if (statement.operands.size() == 2) made.b = decoder.source(statement.operands[1], 32);
+      made.run = bar, made.mode = arrives;
+    };
+  }
+  table["bar.warp.sync"] = [](Decoder& decoder, const Statement& statement, Operation& made) {
+    decoder.demand_operands(statement, 1);
+    made.a = decoder.source(statement.operands[0], 32), made.run = bar_warp;
+  };
+  const auto of_cluster = [&](const char* opcode, Run run, uint32_t mode) {
+    table[opcode] = [=](Decoder&, const Statement&, Operation& made) {
+      made.run = run, made.mode = mode;
+    };
+  };
+  of_cluster("barrier.cluster.arrive", cluster_arrive, 0);
+  of_cluster("barrier.cluster.arrive.relaxed", cluster_arrive, 1);
+  of_cluster("barrier.cluster.wait", cluster_wait, 0);
+  table["mapa.shared::cluster.u32"] = plain(map_address, {32, 32, 32});
+  table["mbarrier.init.shared::cta.b64"] = of_mbarrier(mbarrier_init, false, false, true, 0);
+  table["mbarrier.arrive.shared::cluster.b64"] = of_mbarrier(mbarrier_arrive, false, true, false, 0);
+  table["mbarrier.arrive.release.cluster.shared::cluster.b64"] =
+      of_mbarrier(mbarrier_arrive, false, true, false, 1);
+  table["mbarrier.arrive.expect_tx.shared::cta.b64"] =
+      of_mbarrier(mbarrier_arrive, false, true, true, 0);
+  for (const char* order : {"", ".acquire.cluster"})
+    table[std::string("mbarrier.try_wait.parity") + order + ".shared::cta.b64"] =
+        of_mbarrier(mbarrier_wait, true, false, true, *order != '\0');
+  table["fence.proxy.async.shared::cta"] = make_fence(Fence::kProxy);
+  table["fence.proxy.async.global"] = make_fence(Fence::kNone);
+  table["fence.mbarrier_init.release.cluster"] = make_fence(Fence::kInit);
+  table["fence.acq_rel.gpu"] = make_fence(Fence::kYield);
+  table["griddepcontrol.wait"] = table["griddepcontrol.launch_dependents"] = make_fence(Fence::kNone);
+  table["prefetch.tensormap"] = make_fence(Fence::kNone);
+  for (const char* which : {"inc", "dec"})
+    table[std::string("setmaxnreg.") + which + ".sync.aligned.u32"] = make_fence(Fence::kWhole);
+  table["elect.sync"] = [](Decoder& decoder, const Statement& statement, Operation& made) {
+    decoder.demand_operands(statement, 2);
+    const Operand& to = statement.operands[0];
+    if (to.kind != Operand::kPair || to.parts[0].kind != Operand::kSink)
+      decoder.refuse("expected _|p");
+    made.d = decoder.result(to.parts[1], 1), made.run = elect;
+  };
+  table["vote.sync.ballot.b32"] = [](Decoder& decoder, const Statement& statement, Operation& made) {
+    decoder.demand_operands(statement, 3);
+    made.d = decoder.result(statement.operands[0], 32);
+    made.a = decoder.source(statement.operands[1], 1), made.run = ballot;
+  };
+  table["shfl.sync.up.b32"] = make_shuffle(Shuffle::kUp);
+  table["shfl.sync.down.b32"] = make_shuffle(Shuffle::kDown);
+  table["shfl.sync.bfly.b32"] = make_shuffle(Shuffle::kButterfly);
+  table["shfl.sync.idx.b32"] = make_shuffle(Shuffle::kIndex);
+  table["ret"] = table["exit"] = [](Decoder&, const Statement&, Operation& made) {
+    made.kind = kExit;
+  };
+}
+
+}  // namespace emulator::ptx

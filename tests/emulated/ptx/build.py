@@ -1,0 +1,170 @@
+"""Builds build/emulator/ptx/: programs whose kernels are the PTX that nvcc makes of the project's units.
+
+nvcc compiles each unit of setup.py once, with its flags: the object holds the planner's sequences and
+launches, PTX of each default architecture lies beside it. Both are kept by content.
+"""
+
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+from emulated import programs
+from emulator import build, cuda_headers, kept
+
+FOLDER = build.BUILD / "ptx"
+UNITS = FOLDER / "units"
+KEPT = kept.FOLDER.parent / "ptx"
+ARCHS = ("80", "90a")
+HERE = "tests/emulated/ptx"
+PROGRAMS = ("lora_linear_sequence", "lora_grouped_sequence")
+NO_NVCC = (
+    "expected nvcc, which compiles the kernels to PTX, but found none: put a CUDA toolkit on PATH, "
+    "or install the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime, nvidia-cuda-crt and "
+    "nvidia-cuda-cccl"
+)
+
+
+@cache
+def setup_py() -> dict:
+    """The names that setup.py defines, without a build."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(build.ROOT / "setup.py"))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One nvcc command of setup.py."""
+
+    source: str
+    name: str
+    macros: tuple[str, ...]
+
+    @property
+    def object(self) -> Path:
+        return UNITS / f"{self.name}.o"
+
+    def ptx(self, arch: str) -> Path:
+        return UNITS / f"{self.name}.compute_{arch}.ptx"
+
+    def outputs(self) -> list[Path]:
+        return [self.object, *(self.ptx(arch) for arch in ARCHS)]
+
+    def command(self, nvcc: str) -> list[str]:
+        flags = [flag for flag in setup_py()["NVCC_FLAGS"] if "-Xptxas" not in flag]
+        archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
+        return [nvcc, *flags, *self.macros, *archs, "-Icsrc", "-c", self.source]
+
+    def compile(self, nvcc: str, version: str) -> None:
+        files = sorted((build.ROOT / "csrc").rglob("*.h")) + [build.ROOT / self.source]
+        command = self.command(nvcc)
+        key = kept.key(version, shlex.join(command[1:]), *map(kept.content, files))
+        folder = KEPT / key
+        stamp = UNITS / f"{self.name}.key"
+        if stamp.exists() and stamp.read_text() == key:
+            return
+        if not folder.exists():
+            self.make(command, folder)
+        stamp.unlink(missing_ok=True)
+        for path in self.outputs():
+            shutil.copyfile(folder / path.name, path)
+        stamp.write_text(key)
+
+    def make(self, command: list[str], folder: Path) -> None:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=KEPT) as name:
+            scratch, ready = Path(name, "scratch"), Path(name, "ready")
+            scratch.mkdir(), ready.mkdir()
+            kept_object = ready / self.object.name
+            build.run_tool([*command, "--keep", "--keep-dir", str(scratch), "-o", str(kept_object)])
+            for arch in ARCHS:
+                made = scratch / f"{Path(self.source).stem}.compute_{arch}.ptx"
+                made.rename(ready / self.ptx(arch).name)
+            ready.rename(folder)
+
+
+@cache
+def units() -> list[Unit]:
+    before = os.getcwd()
+    os.chdir(build.ROOT)
+    found = setup_py()["cuda_units"]()
+    os.chdir(before)
+    return [Unit(source, Path(stem).name, tuple(macros)) for source, stem, macros in found]
+
+
+def compile_units() -> None:
+    nvcc = cuda_headers.nvcc()
+    if nvcc is None:
+        raise RuntimeError(NO_NVCC)
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    UNITS.mkdir(parents=True, exist_ok=True)
+    with build.alone(), ThreadPoolExecutor(build.JOBS) as pool:
+        list(pool.map(lambda unit: unit.compile(nvcc, version), units()))
+
+
+@dataclass(frozen=True)
+class Executor(build.Object):
+    """A source of the executor: registers are bytes that it reads as any type."""
+
+    def command(self) -> list[str]:
+        command = super().command()
+        at = command.index("-c")
+        return [*command[:at], "-O3", "-fno-strict-aliasing", *command[at:]]
+
+
+@dataclass(frozen=True)
+class Host(build.Object):
+    """A source that knows of the kernels' launches, but compiles none of them."""
+
+    def folders(self) -> Sequence[Path]:
+        return programs.FOLDERS
+
+
+FLAVOUR = "plain"
+
+
+def objects_of(program: str) -> list:
+    """A host program of kernels/, without kernels of the project compiled for the host."""
+    emulated = [f"tests/emulated/cuda/{name}.cpp" for name in ("driver_state", "launches", "runtime")]
+    host = [f"{programs.KERNELS}/{program}.cpp", f"{programs.KERNELS}/driver.cpp", *emulated]
+    own = [f"{HERE}/runtime.cpp", f"{HERE}/sequences.cpp", *programs.PLANNER]
+    sources = [Host(FLAVOUR, name, kernels=False) for name in (*host, *own)]
+    neighbours = Host(FLAVOUR, f"{HERE}/neighbours.cpp", kernels=True)
+    return [*sources, *executor(), neighbours, *build.library_objects(FLAVOUR)]
+
+
+def executor() -> list[build.Object]:
+    paths = sorted((build.EMULATOR / "ptx").glob("*.cpp"))
+    return [Executor(FLAVOUR, build.from_root(path), kernels=False) for path in paths]
+
+
+def make() -> dict[str, Path]:
+    """Compiles what has changed; returns each program's executable."""
+    compile_units()
+    needed = {program: objects_of(program) for program in PROGRAMS}
+    main = Host(FLAVOUR, f"{HERE}/decode.cpp", kernels=False)
+    needed["decode"] = [main, *executor(), *build.library_objects(FLAVOUR)]
+    build.compile_all(list(dict.fromkeys(each for all in needed.values() for each in all)))
+    made = {}
+    for program, objects in needed.items():
+        launches = [unit.object for unit in units()] if program in PROGRAMS else []
+        paths = [*(each.path for each in objects), *launches]
+        made[program] = FOLDER / program
+        command = [*build.CXX, "-pie", "-pthread", *map(build.from_root, paths)]
+        build.link_changed(command, paths, made[program])
+    return made
+
+
+if __name__ == "__main__":
+    for path in make().values():
+        print(path.relative_to(build.ROOT))
+    sys.exit()
