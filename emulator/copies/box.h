@@ -5,11 +5,12 @@
 #include <cstdint>
 
 #include "emulator/copies/tensor_map.h"
+#include "emulator/counts/counters.h"
 #include "emulator/machine/fail.h"
 
 namespace emulator {
 
-inline constexpr uint32_t kChunk = 16;             // bytes that a swizzle keeps together, a copy's unit
+inline constexpr uint32_t kChunk = 16;  // bytes that a swizzle keeps together, a copy's unit
 inline constexpr uint32_t kSharedAlignment = 128;  // PTX ISA: of a tensor copy's shared address
 inline constexpr uint32_t kPatternLines = 8;
 
@@ -50,7 +51,15 @@ void for_each_chunk(const TensorMap& map, unsigned char* shared, uint32_t offset
   }
 }
 
-inline Box make_box(const CUtensorMap* map, int32_t x, int32_t y, uint32_t offset, const char* what) {
+inline void count_box(const Box& box, GlobalAccess kind) {
+  const bool stores = kind == GlobalAccess::TmaStore;
+  for (uint32_t row = 0; row < box.map.box_height; ++row) {
+    if (box.row_inside(row)) count_global(kind, stores ? box.stored_bytes() : box.inside_bytes());
+  }
+}
+
+inline Box make_box(const CUtensorMap* map, int32_t x, int32_t y, uint32_t offset,
+                    const char* what) {
   const Box box{decode_tensor_map(map, what), x, y};
   const TensorMap& m = box.map;
   // A box's address in global memory is 16-byte aligned (CUDA Programming Guide, tensor copies), also

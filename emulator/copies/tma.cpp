@@ -18,13 +18,6 @@
 namespace emulator {
 namespace {
 
-void count_box(const Box& box, GlobalAccess kind) {
-  const bool stores = kind == GlobalAccess::TmaStore;
-  for (uint32_t row = 0; row < box.map.box_height; ++row) {
-    if (box.row_inside(row)) count_global(kind, stores ? box.stored_bytes() : box.inside_bytes());
-  }
-}
-
 // ---- loads --------------------------------------------------------------------------------------
 
 // Rows [begin, end) of a box on their way to one block.

@@ -48,6 +48,11 @@ void check_limits(const LaunchConfig& launch) {
 
 }  // namespace
 
+DeviceKernels& device_kernels() {
+  static DeviceKernels one;
+  return one;
+}
+
 void Stream::enqueue(const LaunchConfig& launch_config, std::function<void()> body) {
   if (machine().current != nullptr) fail(ErrorKind::Misuse, "a kernel launched a kernel");
   check_limits(launch_config);

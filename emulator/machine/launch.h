@@ -1,6 +1,7 @@
 // Launching kernels: emulator::launch runs one grid, a Stream runs several in order, with
 // programmatic dependent launch.
 #pragma once
+#include <functional>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -9,6 +10,12 @@
 #include "emulator/machine/machine.h"
 
 namespace emulator {
+
+/// Of a kernel that the host has no code of, what runs it on pointers to its arguments; null for
+/// others. Set by who runs such kernels: the executor of PTX.
+using DeviceKernel = std::function<void(void** arguments)>;
+using DeviceKernels = std::function<DeviceKernel(const void* kernel, const LaunchConfig&)>;
+DeviceKernels& device_kernels();
 
 /// Grids that execute in order. They run inside synchronize(), or not at all.
 class Stream {
@@ -26,6 +33,19 @@ class Stream {
     // padding, if it holds an array of structs that have some.
     const auto parameters = std::make_shared<const std::tuple<std::decay_t<Parameters>...>>(
         std::forward<Arguments>(arguments)...);
+    if (device_kernels()) {
+      if (const auto run = device_kernels()(reinterpret_cast<const void*>(kernel), launch_config)) {
+        enqueue({.grid = 1, .block = 1}, [run, parameters] {
+          std::apply(
+              [&](const auto&... each) {
+                void* pointers[] = {const_cast<void*>(static_cast<const void*>(&each))..., nullptr};
+                run(pointers);
+              },
+              *parameters);
+        });
+        return;
+      }
+    }
     enqueue(launch_config, [kernel, parameters] { std::apply(kernel, *parameters); });
   }
   /// The same for a callable without arguments.

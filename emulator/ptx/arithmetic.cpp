@@ -58,7 +58,9 @@ void integers(Table& table, const std::string& type, bool is_signed) {
            [](U a, U b, U c) { return static_cast<U>(u64{a} * b + c); });
   // By zero the result is unspecified (PTX ISA, "div"): all ones, as on cards.
   two<T>(table, name("div").c_str(), [](T a, T b) -> T {
-    return b == 0 ? static_cast<T>(-1) : b == static_cast<T>(-1) && T(-1) < T(0) ? T(U(0) - U(a)) : T(a / b);
+    return b == 0                                    ? static_cast<T>(-1)
+           : b == static_cast<T>(-1) && T(-1) < T(0) ? T(U(0) - U(a))
+                                                     : T(a / b);
   });
   two<T>(table, name("rem").c_str(), [](T a, T b) -> T {
     return b == 0 ? a : b == static_cast<T>(-1) && T(-1) < T(0) ? T(0) : T(a % b);

@@ -1,4 +1,4 @@
-// Barriers of blocks, warps and clusters, mbarriers, fences, and what lanes of a warp exchange.
+// Barriers of blocks, warps and clusters, mbarriers, and fences.
 #include "emulator/ptx/loops.h"
 
 namespace emulator::ptx {
@@ -58,7 +58,8 @@ Step bar(Warp& warp, const Operation& o, uint32_t lanes) {
     warp.waiting = &barrier;
   }
   if (barrier.phase == warp.phase)
-    return blocked(warp, format("barrier %u: %u of %u threads", id, barrier.arrived, barrier.expected));
+    return blocked(warp,
+                   format("barrier %u: %u of %u threads", id, barrier.arrived, barrier.expected));
   warp.waiting = nullptr;
   warp.knows.learn(barrier.released);
   warp.meet();
@@ -68,7 +69,8 @@ Step bar(Warp& warp, const Operation& o, uint32_t lanes) {
 Step bar_warp(Warp& warp, const Operation& o, uint32_t lanes) {
   const uint32_t named = warp.lanes_of<uint32_t>(o.a)[__builtin_ctz(lanes)];
   if ((named & warp.lanes) != lanes)
-    fail_at(warp, o, ErrorKind::Misuse, format("lanes 0x%x meet, but 0x%x are named", lanes, named));
+    fail_at(warp, o, ErrorKind::Misuse,
+            format("lanes 0x%x meet, but 0x%x are named", lanes, named));
   warp.meet();
   return Step::kNext;
 }
@@ -119,7 +121,8 @@ Step map_address(Warp& warp, const Operation& o, uint32_t lanes) {
 Place place_of(Warp& warp, const Operation& o, uint32_t lane) {
   if (warp.undefined[o.a] >> lane & 1)
     fail_at(warp, o, ErrorKind::Uninitialised, "an undefined address");
-  return shared_place(warp, o, warp.lanes_of<uint32_t>(o.a)[lane] + static_cast<uint32_t>(o.offset), 8, 8);
+  return shared_place(warp, o, warp.lanes_of<uint32_t>(o.a)[lane] + static_cast<uint32_t>(o.offset),
+                      8, 8);
 }
 
 Step mbarrier_init(Warp& warp, const Operation& o, uint32_t lanes) {
@@ -172,11 +175,11 @@ Step mbarrier_wait(Warp& warp, const Operation& o, uint32_t lanes) {
     const uint32_t parity = warp.lanes_of<uint32_t>(o.b)[lane];
     if (parity > 1) fail_at(warp, o, ErrorKind::Misuse, format("parity %u", parity));
     if ((mbarrier.phase & 1) == parity)
-      return blocked(warp, format("mbarrier %u, parity %u: phase %llu, %u of %u arrivals and %lld "
-                                  "bytes pending",
-                                  place.offset, parity,
-                                  static_cast<unsigned long long>(mbarrier.phase), mbarrier.pending,
-                                  mbarrier.count, static_cast<long long>(mbarrier.bytes)));
+      return blocked(
+          warp, format("mbarrier %u, parity %u: phase %llu, %u of %u arrivals and %lld "
+                       "bytes pending",
+                       place.offset, parity, static_cast<unsigned long long>(mbarrier.phase),
+                       mbarrier.pending, mbarrier.count, static_cast<long long>(mbarrier.bytes)));
     const std::string wrong = place.block->shadow.read(place.offset, 8, accessor(warp, lane));
     if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
     warp.knows.learn(mbarrier.released);
@@ -226,79 +229,6 @@ Maker make_fence(Fence what) {
   };
 }
 
-// ---- between lanes ------------------------------------------------------------------------------
-
-Step elect(Warp& warp, const Operation& o, uint32_t lanes) {
-  warp.predicate(o.d) = (warp.predicate(o.d) & ~lanes) | (lanes & (0u - lanes));
-  warp.define(o.d, lanes);
-  return Step::kNext;
-}
-
-Step ballot(Warp& warp, const Operation& o, uint32_t lanes) {
-  const uint32_t votes = warp.predicate(o.a) & lanes;
-  uint32_t* d = warp.lanes_of<uint32_t>(o.d);
-  const bool undefined = warp.undefined[o.a] & lanes;
-  for_lanes(lanes, [&](uint32_t lane) { d[lane] = votes; });
-  warp.undefined[o.d] = undefined ? warp.undefined[o.d] | lanes : warp.undefined[o.d] & ~lanes;
-  return Step::kNext;
-}
-
-// shfl.sync: of which lane, and whether it is in range (PTX ISA, "shfl.sync").
-enum class Shuffle : uint32_t { kUp, kDown, kButterfly, kIndex };
-Step shuffle(Warp& warp, const Operation& o, uint32_t lanes) {
-  const uint32_t named = warp.lanes_of<uint32_t>(o.list[1])[__builtin_ctz(lanes)];
-  if ((named & warp.lanes) != lanes)
-    fail_at(warp, o, ErrorKind::Misuse, format("lanes 0x%x meet, but 0x%x are named", lanes, named));
-  uint32_t values[kLanes];
-  std::memcpy(values, warp.file[o.a].bytes, sizeof values);
-  const uint32_t undefined = warp.undefined[o.a] | ~lanes;
-  for_lanes(lanes, [&](uint32_t lane) {
-    const uint32_t b = warp.lanes_of<uint32_t>(o.b)[lane] & 31;
-    const uint32_t c = warp.lanes_of<uint32_t>(o.c)[lane];
-    const uint32_t clamp = c & 31, segment = c >> 8 & 31;
-    const uint32_t most = (lane & segment) | (clamp & ~segment), least = lane & segment;
-    uint32_t from = lane;
-    bool inside = false;
-    switch (Shuffle{o.mode}) {
-      case Shuffle::kUp:
-        from = lane - b, inside = static_cast<int>(lane) - static_cast<int>(b) >= static_cast<int>(most);
-        break;
-      case Shuffle::kDown:
-        from = lane + b, inside = from <= most;
-        break;
-      case Shuffle::kButterfly:
-        from = lane ^ b, inside = from <= most;
-        break;
-      case Shuffle::kIndex:
-        from = least | (b & ~segment), inside = from <= most;
-        break;
-    }
-    if (!inside) from = lane;
-    warp.lanes_of<uint32_t>(o.d)[lane] = values[from];
-    warp.undefined[o.d] = (warp.undefined[o.d] & ~(1u << lane)) | (undefined >> from & 1) << lane;
-    if (o.list[0] == kNone) return;
-    uint32_t& p = warp.predicate(o.list[0]);
-    p = (p & ~(1u << lane)) | uint32_t{inside} << lane;
-    warp.define(o.list[0], 1u << lane);
-  });
-  return Step::kNext;
-}
-
-Maker make_shuffle(Shuffle what) {
-  return [=](Decoder& decoder, const Statement& statement, Operation& made) {
-    decoder.demand_operands(statement, 5);
-    const Operand& to = statement.operands[0];
-    const bool pair = to.kind == Operand::kPair;
-    made.d = decoder.result(pair ? to.parts[0] : to, 32);
-    made.list = {pair ? decoder.result(to.parts[1], 1) : kNone,
-                 decoder.source(statement.operands[4], 32)};
-    made.a = decoder.source(statement.operands[1], 32);
-    made.b = decoder.source(statement.operands[2], 32);
-    made.c = decoder.source(statement.operands[3], 32);
-    made.run = shuffle, made.mode = static_cast<uint32_t>(what);
-  };
-}
-
 }  // namespace
 
 void add_barriers(Table& table) {
@@ -325,7 +255,8 @@ void add_barriers(Table& table) {
   of_cluster("barrier.cluster.wait", cluster_wait, 0);
   table["mapa.shared::cluster.u32"] = plain(map_address, {32, 32, 32});
   table["mbarrier.init.shared::cta.b64"] = of_mbarrier(mbarrier_init, false, false, true, 0);
-  table["mbarrier.arrive.shared::cluster.b64"] = of_mbarrier(mbarrier_arrive, false, true, false, 0);
+  table["mbarrier.arrive.shared::cluster.b64"] =
+      of_mbarrier(mbarrier_arrive, false, true, false, 0);
   table["mbarrier.arrive.release.cluster.shared::cluster.b64"] =
       of_mbarrier(mbarrier_arrive, false, true, false, 1);
   table["mbarrier.arrive.expect_tx.shared::cta.b64"] =
@@ -337,29 +268,13 @@ void add_barriers(Table& table) {
   table["fence.proxy.async.global"] = make_fence(Fence::kNone);
   table["fence.mbarrier_init.release.cluster"] = make_fence(Fence::kInit);
   table["fence.acq_rel.gpu"] = make_fence(Fence::kYield);
-  table["griddepcontrol.wait"] = table["griddepcontrol.launch_dependents"] = make_fence(Fence::kNone);
+  table["griddepcontrol.wait"] = table["griddepcontrol.launch_dependents"] =
+      make_fence(Fence::kNone);
   table["prefetch.tensormap"] = make_fence(Fence::kNone);
   for (const char* which : {"inc", "dec"})
     table[std::string("setmaxnreg.") + which + ".sync.aligned.u32"] = make_fence(Fence::kWhole);
-  table["elect.sync"] = [](Decoder& decoder, const Statement& statement, Operation& made) {
-    decoder.demand_operands(statement, 2);
-    const Operand& to = statement.operands[0];
-    if (to.kind != Operand::kPair || to.parts[0].kind != Operand::kSink)
-      decoder.refuse("expected _|p");
-    made.d = decoder.result(to.parts[1], 1), made.run = elect;
-  };
-  table["vote.sync.ballot.b32"] = [](Decoder& decoder, const Statement& statement, Operation& made) {
-    decoder.demand_operands(statement, 3);
-    made.d = decoder.result(statement.operands[0], 32);
-    made.a = decoder.source(statement.operands[1], 1), made.run = ballot;
-  };
-  table["shfl.sync.up.b32"] = make_shuffle(Shuffle::kUp);
-  table["shfl.sync.down.b32"] = make_shuffle(Shuffle::kDown);
-  table["shfl.sync.bfly.b32"] = make_shuffle(Shuffle::kButterfly);
-  table["shfl.sync.idx.b32"] = make_shuffle(Shuffle::kIndex);
-  table["ret"] = table["exit"] = [](Decoder&, const Statement&, Operation& made) {
-    made.kind = kExit;
-  };
+  table["ret"] =
+      table["exit"] = [](Decoder&, const Statement&, Operation& made) { made.kind = kExit; };
 }
 
 }  // namespace emulator::ptx

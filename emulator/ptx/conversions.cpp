@@ -28,7 +28,9 @@ Step move(Warp& warp, const Operation& o, uint32_t lanes) {
   follow(warp, lanes, o.d, o.a);
   return Step::kNext;
 }
-Run move_of(int bits) { return bits == 16 ? move<uint16_t> : bits == 32 ? move<uint32_t> : move<uint64_t>; }
+Run move_of(int bits) {
+  return bits == 16 ? move<uint16_t> : bits == 32 ? move<uint32_t> : move<uint64_t>;
+}
 
 // mov.b32 d, {a, b} and mov.b64: two halves of a register, the low one first.
 template <class Whole, class Half>
@@ -83,7 +85,7 @@ D clamped(double value) {
   if (std::isnan(value)) return 0;
   constexpr double least = static_cast<double>(std::numeric_limits<D>::min());
   constexpr double most = static_cast<double>(std::numeric_limits<D>::max());
-  return value <= least ? std::numeric_limits<D>::min()
+  return value <= least  ? std::numeric_limits<D>::min()
          : value >= most ? std::numeric_limits<D>::max()
                          : static_cast<D>(value);
 }
@@ -101,7 +103,8 @@ void floats_to_integers(Table& table, const std::string& d, const std::string& a
 }  // namespace
 
 void add_conversions(Table& table) {
-  for (const char* type : {"b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"})
+  for (const char* type :
+       {"b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"})
     table[std::string("mov.") + type] = make_move;
   for (const char* opcode : {"cvta.to.global.u64", "cvta.global.u64", "cvta.param.u64"})
     table[opcode] = plain(move<uint64_t>, {64, 64});  // one address space holds both here

@@ -10,6 +10,7 @@ const Table& table() {
   static const Table all = [] {
     Table made;
     add_arithmetic(made), add_conversions(made), add_memory(made), add_copies(made);
+    add_boxes(made), add_lanes(made);
     add_barriers(made), add_matrix(made), add_wgmma(made);
     return made;
   }();
@@ -79,8 +80,7 @@ uint32_t Decoder::source(const Operand& operand, int bits) {
   if (operand.kind == Operand::kSpecial || operand.kind == Operand::kSymbol) {
     const auto [found, is_new] = named_.try_emplace(operand.name, slots_);
     if (is_new) new_slot();
-    const bool parameter =
-        operand.kind == Operand::kSymbol && !is_shared(operand);
+    const bool parameter = operand.kind == Operand::kSymbol && !is_shared(operand);
     if (bits != (parameter ? 64 : 32))
       refuse("expected an operand of " + std::to_string(bits) + " bits, but got " + operand.name);
     return found->second;

@@ -20,6 +20,8 @@ void add_arithmetic(Table& table);
 void add_conversions(Table& table);
 void add_memory(Table& table);
 void add_copies(Table& table);
+void add_boxes(Table& table);
+void add_lanes(Table& table);
 void add_barriers(Table& table);
 void add_matrix(Table& table);
 void add_wgmma(Table& table);

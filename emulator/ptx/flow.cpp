@@ -8,7 +8,7 @@ namespace emulator::ptx {
 namespace {
 
 struct Graph {
-  std::vector<uint32_t> begins;                 // the first operation of each block
+  std::vector<uint32_t> begins;                     // the first operation of each block
   std::vector<std::vector<uint32_t>> next, before;  // the end is one more block
 };
 
@@ -83,8 +83,8 @@ void find_reconvergence(std::vector<Operation>& operations) {
     }
   }
   for (uint32_t block = 0; block < end; ++block) {
-    const uint32_t last = (block + 1 < end ? graph.begins[block + 1]
-                                           : static_cast<uint32_t>(operations.size())) - 1;
+    const uint32_t last =
+        (block + 1 < end ? graph.begins[block + 1] : static_cast<uint32_t>(operations.size())) - 1;
     const uint32_t meets = after[block];
     if (operations[last].branches)
       operations[last].reconverges = meets == kNone || meets == end ? kNone : graph.begins[meets];

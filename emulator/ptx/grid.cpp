@@ -9,9 +9,9 @@ namespace emulator::ptx {
 
 void fail_at(const Warp& warp, const Operation& o, ErrorKind kind, const std::string& message) {
   const Block& block = *warp.block;
-  throw Error(kind, format("%s\n%s:%d, block (%u, %u, %u) warp %u", message.c_str(),
-                           warp.program->file.c_str(), o.line, block.x, block.y, block.z,
-                           warp.number));
+  throw Error(kind,
+              format("%s\n%s:%d, block (%u, %u, %u) warp %u", message.c_str(),
+                     warp.program->file.c_str(), o.line, block.x, block.y, block.z, warp.number));
 }
 
 void demand_whole_warp(Warp& warp, const Operation& o, uint32_t lanes) {
@@ -35,7 +35,7 @@ uint32_t special(const Grid& grid, const Warp& warp, const std::string& name, ui
   if (name == "%cluster_ctarank") return block.rank;
   if (name == "%cluster_nctarank") return static_cast<uint32_t>(block.cluster->blocks.size());
   if (name.starts_with("%tid."))
-    return axis == 0 ? thread % size[0]
+    return axis == 0   ? thread % size[0]
            : axis == 1 ? thread / size[0] % size[1]
                        : thread / size[0] / size[1];
   if (name.starts_with("%ntid.")) return size[axis];
@@ -101,7 +101,7 @@ void leave(Warp& warp, const Operation& o, uint32_t lanes) {
   warp.lanes &= ~lanes;
   for (Frame& frame : warp.frames) frame.lanes &= ~lanes;
   if (warp.lanes != 0) return;
-  check_copies(warp, o), check_products(warp, o);
+  check_copies(warp, o), check_stores(warp, o), check_products(warp, o);
   if (warp.cluster_phase != 0)
     fail_at(warp, o, ErrorKind::ExitCheck, "exits without waiting at the cluster's barrier");
   Block& block = *warp.block;
@@ -176,7 +176,7 @@ class Machine {
     most_ = grid.config.resident_clusters == 0 ? clusters_ : grid.config.resident_clusters;
     const size_t warps = (size_t{grid.block[0]} * grid.block[1] * grid.block[2] + 31) / 32 *
                          grid.cluster[0] * grid.cluster[1] * grid.cluster[2];
-    const size_t bytes = warps * grid.program->image.size() * sizeof(Slot);
+    const size_t bytes = warps * (grid.program->image.size() + 1) * sizeof(Slot);
     most_ = std::clamp<uint32_t>(static_cast<uint32_t>(kMostBytes / bytes), 1, most_);
   }
 
@@ -231,7 +231,8 @@ class Machine {
       if (std::find(blocked_.begin(), blocked_.end(), warp) == blocked_.end()) free.push_back(warp);
     if (free.empty()) return nullptr;
     if (grid_.config.schedule == Schedule::Priority) {
-      if (grid_.random.one_in(64)) std::swap(ready_[0], ready_[grid_.random.below(static_cast<uint32_t>(ready_.size()))]);
+      if (grid_.random.one_in(64))
+        std::swap(ready_[0], ready_[grid_.random.below(static_cast<uint32_t>(ready_.size()))]);
       return spins_ % 16 == 15 ? pick(free) : free.front();
     }
     if (grid_.config.schedule == Schedule::RunAhead && spins_ % 16 != 15 &&

@@ -30,7 +30,8 @@ Program& Library::program(const std::string& kernel) {
     if (file == files_.end())
       throw Error(ErrorKind::Misuse, "expected a kernel of the PTX, but none is " + kernel);
     const Module module = parse(file->second, kernel);
-    found = std::make_unique<Program>(Decoder(file->second, module, module.entries.front()).decode());
+    found =
+        std::make_unique<Program>(Decoder(file->second, module, module.entries.front()).decode());
   }
   return *found;
 }

@@ -78,8 +78,8 @@ Step select(Warp& warp, const Operation& o, uint32_t lanes) {
   const T *a = warp.lanes_of<T>(o.a), *b = warp.lanes_of<T>(o.b);
   const uint32_t first = warp.predicate(o.c);
   for_lanes(lanes, [&](uint32_t lane) { d[lane] = first >> lane & 1 ? a[lane] : b[lane]; });
-  const uint32_t undefined = warp.undefined[o.c] | (first & warp.undefined[o.a]) |
-                             (~first & warp.undefined[o.b]);
+  const uint32_t undefined =
+      warp.undefined[o.c] | (first & warp.undefined[o.a]) | (~first & warp.undefined[o.b]);
   warp.undefined[o.d] = (warp.undefined[o.d] & ~lanes) | (undefined & lanes);
   return Step::kNext;
 }

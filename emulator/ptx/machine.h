@@ -55,8 +55,8 @@ struct alignas(64) Slot {
 struct Program {
   std::string file, name;
   std::vector<Operation> operations;
-  std::vector<Slot> image;            // of a warp's file at the start
-  std::vector<uint32_t> defined;      // which lanes of each are defined there
+  std::vector<Slot> image;        // of a warp's file at the start
+  std::vector<uint32_t> defined;  // which lanes of each are defined there
   std::vector<std::pair<uint32_t, std::string>> specials;
   std::vector<std::pair<uint32_t, uint32_t>> parameter_symbols;  // slot, offset
   uint32_t parameter_bytes = 0;
@@ -92,8 +92,8 @@ struct Warp {
   std::shared_ptr<Products> products;
   bool accumulators_fenced = false;
 
-  Knowledge knows, released;  // `released`: at its last fence.mbarrier_init
-  uint32_t synchronised = 0;  // its own time at which its lanes last met
+  Knowledge knows, released;      // `released`: at its last fence.mbarrier_init
+  uint32_t synchronised = 0;      // its own time at which its lanes last met
   const void* waiting = nullptr;  // the barrier it has arrived at
   uint64_t phase = 0, cluster_phase = 0;
   std::string waits_for;
@@ -178,6 +178,7 @@ Accessor accessor(const Warp& warp, uint32_t lane);
 
 // An exiting warp must have waited for its copies, stores and products.
 void check_copies(Warp& warp, const Operation& operation);
+void check_stores(Warp& warp, const Operation& operation);
 void check_products(Warp& warp, const Operation& operation);
 // Arrives or completes bytes; the phase ends where none is missing.
 void arrive(Mbarrier& mbarrier, uint32_t arrivals, int64_t bytes);

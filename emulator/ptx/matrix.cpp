@@ -1,6 +1,7 @@
 // ldmatrix, stmatrix and mma.sync, on the fragments of matrix/layouts.h.
 #include <algorithm>
 
+#include "emulator/counts/counters.h"
 #include "emulator/matrix/formats.h"
 #include "emulator/matrix/layouts.h"
 #include "emulator/ptx/loops.h"
@@ -14,6 +15,7 @@ Step load_matrices(Warp& warp, const Operation& o, uint32_t lanes) {
   const auto count = static_cast<uint32_t>(o.list.size());
   uint16_t elements[4][8][8];
   bool defined[4][8];
+  uint32_t banks[8];
   for (uint32_t lane = 0; lane < count * 8; ++lane) {
     if (warp.undefined[o.a] >> lane & 1)
       fail_at(warp, o, ErrorKind::Uninitialised, format("lane %u has an undefined address", lane));
@@ -22,6 +24,8 @@ Step load_matrices(Warp& warp, const Operation& o, uint32_t lanes) {
     const std::string wrong = place.block->shadow.read(place.offset, 16, accessor(warp, lane));
     if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
     std::memcpy(elements[lane / 8][lane % 8], place.block->shared.data() + place.offset, 16);
+    banks[lane % 8] = place.offset;
+    if (lane % 8 == 7) count_matrix_phase(banks);
     defined[lane / 8][lane % 8] = place.block->shadow.defined(place.offset, 16);
   }
   for (uint32_t i = 0; i < count; ++i) {
@@ -44,6 +48,7 @@ Step store_matrices(Warp& warp, const Operation& o, uint32_t lanes) {
   demand_whole_warp(warp, o, lanes);
   for (uint32_t i = 0; i < o.list.size(); ++i) {
     uint16_t elements[8][8];
+    uint32_t banks[8];
     bool defined[8] = {true, true, true, true, true, true, true, true};
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
       for (uint32_t half = 0; half < 2; ++half) {
@@ -60,8 +65,10 @@ Step store_matrices(Warp& warp, const Operation& o, uint32_t lanes) {
       const std::string wrong = place.block->shadow.write(place.offset, 16, accessor(warp, lane));
       if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
       std::memcpy(place.block->shared.data() + place.offset, elements[row], 16);
+      banks[row] = place.offset;
       place.block->shadow.set_defined(place.offset, 16, defined[row]);
     }
+    count_matrix_phase(banks);
   }
   return Step::kNext;
 }
@@ -82,6 +89,7 @@ Maker matrices(Run run, bool loads, size_t count, bool transposed) {
 template <Format kFormat>
 Step multiply(Warp& warp, const Operation& o, uint32_t lanes) {
   demand_whole_warp(warp, o, lanes);
+  count_mma(2 * 16 * 8 * 16);
   float a[16][16], b[16][8], d[16][8];
   for (uint32_t reg = 0; reg < 4; ++reg) {
     const uint32_t* words = warp.lanes_of<uint32_t>(o.list[4 + reg]);

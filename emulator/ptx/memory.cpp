@@ -9,7 +9,8 @@ namespace emulator::ptx {
 Place shared_place(Warp& warp, const Operation& o, uint32_t address, uint32_t bytes,
                    uint32_t alignment) {
   Cluster& cluster = *warp.block->cluster;
-  const uint32_t rank = address >> kRankShift, offset = (address & ((1u << kRankShift) - 1)) - kSharedBase;
+  const uint32_t rank = address >> kRankShift,
+                 offset = (address & ((1u << kRankShift) - 1)) - kSharedBase;
   if (rank > cluster.blocks.size())
     fail_at(warp, o, ErrorKind::Misuse, format("shared address 0x%x names no block", address));
   Block& block = rank == 0 ? *warp.block : *cluster.blocks[rank - 1];
@@ -26,7 +27,8 @@ Place shared_place(Warp& warp, const Operation& o, uint32_t address, uint32_t by
 }
 
 Accessor accessor(const Warp& warp, uint32_t lane) {
-  return {warp.agent, lane, &warp.knows.ordinary, &warp.knows.ordinary, warp.now(), warp.synchronised};
+  return {warp.agent,           lane,       &warp.knows.ordinary,
+          &warp.knows.ordinary, warp.now(), warp.synchronised};
 }
 
 namespace {
@@ -82,7 +84,8 @@ Step load(Warp& warp, const Operation& o, uint32_t lanes) {
     const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
     const Element from = element(warp, o, lane, false);
     for (size_t i = 0; i < o.list.size(); ++i) {
-      write_lane(warp, o.list[i], o.bits[i], lane, read_element(from.bytes + i * o.bytes, o.bytes, o.sign));
+      write_lane(warp, o.list[i], o.bits[i], lane,
+                 read_element(from.bytes + i * o.bytes, o.bytes, o.sign));
       uint32_t& undefined = warp.undefined[o.list[i]];
       undefined = from.defined ? undefined & ~(1u << lane) : undefined | 1u << lane;
     }
@@ -101,7 +104,8 @@ Step store(Warp& warp, const Operation& o, uint32_t lanes) {
     const Element to = element(warp, o, lane, true);
     bool defined = true;
     for (size_t i = 0; i < o.list.size(); ++i) {
-      std::memcpy(to.bytes + i * o.bytes, warp.file[o.list[i]].bytes + lane * o.bits[i] / 8, o.bytes);
+      std::memcpy(to.bytes + i * o.bytes, warp.file[o.list[i]].bytes + lane * o.bits[i] / 8,
+                  o.bytes);
       defined = defined && !(warp.undefined[o.list[i]] >> lane & 1);
     }
     if (Space{o.mode} == Space::kShared) {
@@ -126,7 +130,8 @@ void make_access(Decoder& decoder, const Statement& statement, Operation& made) 
   size_t count = 1;
   Space space = Space::kGlobal;  // a generic address of global memory or of a parameter, or .global
   while (std::getline(words, word, '.')) {
-    if (word == "shared" || word == "shared::cta" || word == "shared::cluster") space = Space::kShared;
+    if (word == "shared" || word == "shared::cta" || word == "shared::cluster")
+      space = Space::kShared;
     if (word == "param") space = Space::kParameter;
     if (word == "v2") count = 2;
     if (word == "v4") count = 4;

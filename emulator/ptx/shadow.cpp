@@ -18,7 +18,8 @@ std::string Shadow::unordered(const char* what, const char* before, uint32_t at,
 }
 
 std::string Shadow::read(uint32_t at, uint32_t bytes, const Accessor& by) {
-  if (in_flight(at, bytes)) return format("read of shared byte %u, which a copy in flight writes", at);
+  if (in_flight(at, bytes))
+    return format("read of shared byte %u, which a copy in flight writes", at);
   if (!race_) return "";
   for (uint32_t cell = at / kCell; cell <= (at + bytes - 1) / kCell; ++cell) {
     const Cell& last = writers_[cell];

@@ -17,9 +17,9 @@ void refuse(const std::string& file, int line, const std::string& message) {
 namespace {
 
 const std::set<std::string> kSpecial = {
-    "%tid.x",    "%tid.y",    "%tid.z",    "%ntid.x",         "%ntid.y",          "%ntid.z",
-    "%ctaid.x",  "%ctaid.y",  "%ctaid.z",  "%nctaid.x",       "%nctaid.y",        "%nctaid.z",
-    "%laneid",   "%warpid",   "%clusterid.x", "%cluster_ctarank", "%cluster_nctarank"};
+    "%tid.x",   "%tid.y",   "%tid.z",       "%ntid.x",          "%ntid.y",          "%ntid.z",
+    "%ctaid.x", "%ctaid.y", "%ctaid.z",     "%nctaid.x",        "%nctaid.y",        "%nctaid.z",
+    "%laneid",  "%warpid",  "%clusterid.x", "%cluster_ctarank", "%cluster_nctarank"};
 // What changes neither a result nor an order.
 const std::set<std::string> kPragmas = {".pragma", ".maxntid", ".minnctapersm", ".loc"};
 

@@ -2,6 +2,7 @@
 // for its group its accumulators are undefined, and its operands may not change.
 #include <algorithm>
 
+#include "emulator/counts/counters.h"
 #include "emulator/matrix/layouts.h"
 #include "emulator/matrix/wgmma_arithmetic.h"
 #include "emulator/ptx/loops.h"
@@ -109,14 +110,16 @@ Step multiply(Warp& warp, const Operation& o, uint32_t lanes) {
     fail_at(warp, o, ErrorKind::Uninitialised, "an undefined descriptor or predicate");
   Products& products = products_of(warp);
   Product product;
-  product.shape = {o.mode & 1 ? Format::kBFloat16 : Format::kFloat16, static_cast<int>(o.list.size()) * 2,
-                   o.mode & 2 ? Major::kMN : Major::kK, o.mode & 4 ? Major::kMN : Major::kK};
+  product.shape = {o.mode & 1 ? Format::kBFloat16 : Format::kFloat16,
+                   static_cast<int>(o.list.size()) * 2, o.mode & 2 ? Major::kMN : Major::kK,
+                   o.mode & 4 ? Major::kMN : Major::kK};
   product.a = decode_descriptor(warp.lanes_of<uint64_t>(o.a)[0]);
   product.b = decode_descriptor(warp.lanes_of<uint64_t>(o.b)[0]);
   product.accumulates = warp.predicate(o.c) & 1, product.operation = &o;
   std::string wrong = descriptor_fault(product.a, product.shape.major_a, 64);
   if (wrong.empty())
-    wrong = descriptor_fault(product.b, product.shape.major_b, static_cast<uint32_t>(product.shape.n));
+    wrong =
+        descriptor_fault(product.b, product.shape.major_b, static_cast<uint32_t>(product.shape.n));
   if (!wrong.empty()) fail_at(warp, o, ErrorKind::Misuse, "a descriptor " + wrong);
   for (const auto& group : products.groups)
     for (const Product& each : group)
@@ -132,6 +135,7 @@ Step multiply(Warp& warp, const Operation& o, uint32_t lanes) {
         fail_at(warp, o, ErrorKind::Uninitialised, "adds to undefined registers");
     exchange(warp, *product.sums, false);
   }
+  count_wgmma(uint64_t{2} * kWarpRows * static_cast<uint32_t>(product.shape.n) * kWgmmaK);
   note_reads(warp, product);
   products.groups.back().push_back(product);
   return Step::kNext;
@@ -176,10 +180,12 @@ Step wait(Warp& warp, const Operation& o, uint32_t lanes) {
   return Step::kYield;
 }
 
-void make_multiply(Decoder& decoder, const Statement& statement, Operation& made, size_t n, bool bf16) {
+void make_multiply(Decoder& decoder, const Statement& statement, Operation& made, size_t n,
+                   bool bf16) {
   decoder.demand_operands(statement, 8);
   const auto& operands = statement.operands;
-  if (operands[0].parts.size() != n / 2) decoder.refuse("expected " + std::to_string(n / 2) + " registers");
+  if (operands[0].parts.size() != n / 2)
+    decoder.refuse("expected " + std::to_string(n / 2) + " registers");
   for (const Operand& each : operands[0].parts) {
     made.list.push_back(decoder.result(each, 32));
     decoder.accumulates(made.list.back());
@@ -188,8 +194,10 @@ void make_multiply(Decoder& decoder, const Statement& statement, Operation& made
   made.c = decoder.source(operands[3], 1);
   if (decoder.constant(operands[4]) != 1 || decoder.constant(operands[5]) != 1)
     decoder.refuse("expected operands of scale 1");
-  const uint64_t transposed_a = decoder.constant(operands[6]), transposed_b = decoder.constant(operands[7]);
-  if (transposed_a > 1 || transposed_b > 1) decoder.refuse("expected 0 or 1 for each major dimension");
+  const uint64_t transposed_a = decoder.constant(operands[6]),
+                 transposed_b = decoder.constant(operands[7]);
+  if (transposed_a > 1 || transposed_b > 1)
+    decoder.refuse("expected 0 or 1 for each major dimension");
   made.mode = static_cast<uint32_t>(bf16 | transposed_a << 1 | transposed_b << 2);
   made.run = multiply, made.kind = kWgmma;
 }

@@ -16,7 +16,10 @@ def main(arguments: list[str]) -> int:
             found = run.run_fault(fault)
             missed += found.outcome == "clean"
             message = found.message.splitlines()[0] if found.message else ""
-            print(f"{time.perf_counter() - start:5.1f} s  {fault.name}: {found.outcome}: {message}", flush=True)
+            print(
+                f"{time.perf_counter() - start:5.1f} s  {fault.name}: {found.outcome}: {message}",
+                flush=True,
+            )
         return int(missed > 0)
     print(run.timed(*arguments))
     return 0

@@ -1,10 +1,11 @@
-"""Builds build/emulator/ptx/: programs whose kernels are the PTX that nvcc makes of the project's units.
+"""Builds build/emulator/ptx/: programs whose kernels are the PTX that nvcc makes of the project.
 
-nvcc compiles each unit of setup.py once, with its flags: the object holds the planner's sequences and
+nvcc compiles each unit once, with setup.py's flags: the object holds the planner's sequences and
 launches, PTX of each default architecture lies beside it. Both are kept by content.
 """
 
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -18,15 +19,18 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-from emulated import programs
+from emulated import mutants, programs
 from emulator import build, cuda_headers, kept
 
+ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry ([^( \n]+)\(", re.M)
 FOLDER = build.BUILD / "ptx"
 UNITS = FOLDER / "units"
 KEPT = kept.FOLDER.parent / "ptx"
+MOST_KEPT = 60  # units, the youngest: four times those of the project, some MB each
 ARCHS = ("80", "90a")
 HERE = "tests/emulated/ptx"
-PROGRAMS = ("lora_linear_sequence", "lora_grouped_sequence")
+# The two sequences launch by csrc/kernels/launch/; the others launch a kernel each.
+PROGRAMS = (*mutants.PROGRAMS, programs.WHOLE_OP, "dropout")
 NO_NVCC = (
     "expected nvcc, which compiles the kernels to PTX, but found none: put a CUDA toolkit on PATH, "
     "or install the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime, nvidia-cuda-crt and "
@@ -65,7 +69,7 @@ class Unit:
         return [nvcc, *flags, *self.macros, *archs, "-Icsrc", "-c", self.source]
 
     def compile(self, nvcc: str, version: str) -> None:
-        files = sorted((build.ROOT / "csrc").rglob("*.h")) + [build.ROOT / self.source]
+        files = [*sorted((build.ROOT / "csrc").rglob("*.h")), build.ROOT / self.source]
         command = self.command(nvcc)
         key = kept.key(version, shlex.join(command[1:]), *map(kept.content, files))
         folder = KEPT / key
@@ -90,6 +94,9 @@ class Unit:
                 made = scratch / f"{Path(self.source).stem}.compute_{arch}.ptx"
                 made.rename(ready / self.ptx(arch).name)
             ready.rename(folder)
+        by_age = sorted(KEPT.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-MOST_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @cache
@@ -134,12 +141,38 @@ FLAVOUR = "plain"
 
 def objects_of(program: str) -> list:
     """A host program of kernels/, without kernels of the project compiled for the host."""
-    emulated = [f"tests/emulated/cuda/{name}.cpp" for name in ("driver_state", "launches", "runtime")]
-    host = [f"{programs.KERNELS}/{program}.cpp", f"{programs.KERNELS}/driver.cpp", *emulated]
+    emulated = [
+        f"tests/emulated/cuda/{name}.cpp" for name in ("driver_state", "launches", "runtime")
+    ]
+    folder = HERE if program == "dropout" else programs.KERNELS
+    host = [f"{folder}/{program}.cpp", f"{programs.KERNELS}/driver.cpp", *emulated]
     own = [f"{HERE}/runtime.cpp", f"{HERE}/sequences.cpp", *programs.PLANNER]
     sources = [Host(FLAVOUR, name, kernels=False) for name in (*host, *own)]
     neighbours = Host(FLAVOUR, f"{HERE}/neighbours.cpp", kernels=True)
-    return [*sources, *executor(), neighbours, *build.library_objects(FLAVOUR)]
+    stubs = Stubs(FLAVOUR, f"{HERE}/stubs.S", kernels=False)
+    return [*sources, *executor(), neighbours, stubs, *build.library_objects(FLAVOUR)]
+
+
+@dataclass(frozen=True)
+class Stubs(build.Object):
+    """What host programs name kernels by: a symbol for each entry of the PTX, and their list."""
+
+    def read(self) -> Path:
+        names = sorted(
+            {name for unit in units() for name in ENTRY.findall(unit.ptx("80").read_text())}
+        )
+        symbols = "".join(f".globl {name}\n{name}: ud2\n" for name in names)
+        pairs = "".join(f".quad {name}, 9{i}f\n" for i, name in enumerate(names))
+        texts = "".join(f'9{i}: .asciz "{name}"\n' for i, name in enumerate(names))
+        path = FOLDER / "stubs.S"
+        text = (
+            f'.text\n{symbols}.section .data.rel.ro,"aw"\n.balign 8\n.globl emulated_ptx_kernels\n'
+            f"emulated_ptx_kernels:\n{pairs}.quad 0, 0\n{texts}"
+            '.section .note.GNU-stack,"",@progbits\n'
+        )
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        return path
 
 
 def executor() -> list[build.Object]:

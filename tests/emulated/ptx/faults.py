@@ -1,17 +1,16 @@
 """Faults of the text: edits of a kernel's PTX, each with the run of a program that sees it.
 
-A fault is a pattern, what stands in its place, and which of its occurrences: the PTX of the kernel is
-written with the edit, and decoded in place of nvcc's. Nothing is compiled.
+A fault is a pattern, what stands in its place, and which of its occurrences: the PTX of the kernel
+is written with the edit, and decoded in place of nvcc's. Nothing is compiled.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulated.ptx.build import FOLDER, UNITS
+from emulated.ptx.build import ENTRY, FOLDER, UNITS
 
 FAULTY = FOLDER / "faults"
-ENTRY = re.compile(r"^(?:\.visible |\.weak )?\.entry ([^( \n]+)\(", re.M)
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,9 @@ class Kernel:
             if self.name in each[1]
         ]
         if len(found) != 1:
-            raise ValueError(f"expected one entry with {self.name!r} in {self.file()}, but found {len(found)}")
+            raise ValueError(
+                f"expected one entry with {self.name!r} in {self.file()}, but found {len(found)}"
+            )
         return text[: starts[0].start()], found[0]
 
 
@@ -48,7 +49,6 @@ class Fault:
     old: str  # a regular expression
     new: str
     which: int | None = 0  # None: all
-
 
     def write(self) -> Path:
         """Writes the edited PTX; ValueError if the pattern is not in it."""

@@ -2,8 +2,16 @@
 
 from emulated.ptx.faults import Fault, Kernel
 
-# Of clean runs: how many seeds, by day and at night.
-SEEDS = {"lora_linear_sequence": (60, 400), "lora_grouped_sequence": (30, 200)}
+# Of clean runs: how many seeds by default, and with --first-seed. Together the first launch every
+# kernel of every architecture.
+SEEDS = {
+    "lora_linear_sequence": (240, 600),
+    "lora_grouped_sequence": (120, 300),
+    "lora_decode": (60, 120),
+    "lora_gemm_sm80": (60, 120),
+    "lora_gemm_sm90a": (60, 120),
+}
+SEEDS_OF_OTHERS = (36, 120)
 
 GEMM_SM80 = Kernel(
     "lora_linear_bf16",
@@ -38,31 +46,54 @@ SM80 = [
     ("halves swapped", r"(cvt\.rn\.bf16x2\.f32 %r\d+), (%f\d+), (%f\d+);", r"\1, \3, \2;", 0),
     ("one column too far", r"(st\.global\.u16\s+\[%rd\d+)\+2\]", r"\1+4]", 0),
     ("a chunk of the wrong row", r"(xor\.b32\s+%r\d+, %r\d+), 32;", r"\1, 16;", 0),
-    ("the limit's smaller, not larger", r"min\.s32", "max.s32", 0),
+    ("the larger limit", r"min\.s32", "max.s32", 0),
     ("a branch the other way", r"@(%p\d+) bra", r"@!\1 bra", 2),
 ]
 SM90A = [
     ("no fence before products", r"wgmma\.fence\.sync\.aligned;", "", None),
-    ("a wait for one group less", r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;", 0),
+    (
+        "a wait for one group less",
+        r"wgmma\.wait_group\.sync\.aligned 1;",
+        "wgmma.wait_group.sync.aligned 2;",
+        0,
+    ),
     ("no wait for products", r"wgmma\.wait_group\.sync\.aligned 0;", "", None),
     ("no commit", r"wgmma\.commit_group\.sync\.aligned;", "", None),
     ("operands swapped", DESCRIPTORS, r"\1, \3, \2", 0),
     ("A of the other major", r"p, 1, 1, 0, 0;", "p, 1, 1, 1, 0;", 0),
     ("no accumulation", r"setp\.ne\.b32 p, (%r\d+), 0;", r"setp.eq.b32 p, \1, 0;", 0),
     ("another type", r"f32\.bf16\.bf16", "f32.f16.f16", 0),
-    ("bytes not expected", r"arrive\.expect_tx(\S+) _, (\[%r\d+\]), %r\d+;", r"arrive.expect_tx\1 _, \2, 16384;", 0),
+    (
+        "bytes not expected",
+        r"arrive\.expect_tx(\S+) _, (\[%r\d+\]), %r\d+;",
+        r"arrive.expect_tx\1 _, \2, 16384;",
+        0,
+    ),
     ("coordinates swapped", BOX, r"\1{\3, \2}", 0),
     ("no proxy fence before the store", r"fence\.proxy\.async\.shared::cta;", "", None),
     ("no fence of the mbarriers", r"fence\.mbarrier_init\.release\.cluster;", "", 0),
-    ("no wait for the store's reads", r"cp\.async\.bulk\.wait_group\.read \d;", "", None),
+    ("no wait until a store has read", r"cp\.async\.bulk\.wait_group\.read \d;", "", None),
     ("no arrival for the slot", r"mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+\];", "", 0),
     ("an arrival too many", r"(mbarrier\.arrive\.shared::cluster\.b64 _, \[%r\d+\];)", r"\1 \1", 0),
-    ("transposed", r"stmatrix\.sync\.aligned\.m8n8\.x4\.shared", "stmatrix.sync.aligned.m8n8.x4.trans.shared", 0),
+    (
+        "transposed",
+        r"stmatrix\.sync\.aligned\.m8n8\.x4\.shared",
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared",
+        0,
+    ),
     ("no barrier between store and copy", r"bar\.sync %r\d+, %r\d+;", "", None),
-    ("another block's mbarrier", r"(mapa\.shared::cluster\.u32 %r\d+, %r\d+), %r\d+;", r"\1, 0;", None),
+    (
+        "the mbarrier of another block",
+        r"(mapa\.shared::cluster\.u32 %r\d+, %r\d+), %r\d+;",
+        r"\1, 0;",
+        None,
+    ),
 ]
 
 FAULTS = [
     *(Fault(f"sm80-{name.replace(' ', '-')}", GEMM_SM80, *edit) for name, *edit in SM80),
     *(Fault(f"sm90a-{name.replace(' ', '-')}", GEMM_SM90A, *edit) for name, *edit in SM90A),
 ]
+
+# Of all operations of the kernels, how many the clean runs execute at least.
+LEAST_EXECUTED = 0.8

@@ -1,8 +1,8 @@
 """Runs programs on nvcc's PTX, and says how each run ended and which kernels it launched.
 
-    PYTHONPATH=tests python -m emulated.ptx lora_linear_sequence --seeds 1:20
-    PYTHONPATH=tests python -m emulated.ptx --fault sm80-no-commit
-    PYTHONPATH=tests python -m emulated.ptx --faults
+PYTHONPATH=tests python -m emulated.ptx lora_linear_sequence --seeds 1:20
+PYTHONPATH=tests python -m emulated.ptx --fault sm80-no-commit
+PYTHONPATH=tests python -m emulated.ptx --faults
 """
 
 import re
@@ -13,8 +13,7 @@ from emulated.ptx.build import FOLDER
 from emulated.ptx.faults import Fault
 from emulator import run
 
-LAUNCHED = re.compile(r"(80|90a) (\S+): (\d+) of (\d+)")
-INSTRUCTIONS = re.compile(r"(\d+) instructions in (\S+) s")
+LAUNCHED = re.compile(r"(80|90a) (\S+): (\d+) of (\d+), (\d+) instructions in (\S+) s")
 
 
 @dataclass
@@ -31,9 +30,8 @@ class Coverage:
                 key, count = (match[1], match[2]), int(match[3])
                 before = self.executed.get(key, (0, 0))[0]
                 self.executed[key] = max(before, count), int(match[4])
-            elif match := INSTRUCTIONS.fullmatch(fact):
-                self.instructions += int(match[1])
-                self.seconds += float(match[2])
+                self.instructions += int(match[5])
+                self.seconds += float(match[6])
 
 
 def runs(program: str, *arguments: str, timeout: float = 600) -> list[run.Run]:

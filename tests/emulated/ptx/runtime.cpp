@@ -6,10 +6,19 @@
 #include <chrono>
 #include <exception>
 #include <filesystem>
-#include <set>
+#include <map>
 
 #include "emulated/cuda/driver_state.h"
+#include "emulated/kernels/driver.h"
 #include "emulated/mutants/known_fault.h"
+
+// What stands for each kernel of the PTX in host programs that name it, up to a null; written by
+// build.py.
+struct NamedKernel {
+  const void* kernel;
+  const char* name;
+};
+extern "C" const NamedKernel emulated_ptx_kernels[];
 
 namespace emulated::ptx {
 namespace {
@@ -17,7 +26,12 @@ namespace {
 using emulator::ptx::Library;
 
 std::map<const void*, std::string>& names() {
-  static std::map<const void*, std::string> all;
+  static std::map<const void*, std::string> all = [] {
+    std::map<const void*, std::string> named;
+    for (const auto* each = ::emulated_ptx_kernels; each->kernel != nullptr; ++each)
+      named[each->kernel] = each->name;
+    return named;
+  }();
   return all;
 }
 
@@ -36,33 +50,64 @@ struct State {
   std::string fault;
   emulator::Config config;
   std::exception_ptr failure;
-  uint64_t instructions = 0;
-  double seconds = 0;
   int programmatic = 0;
-  std::set<std::pair<std::string, const emulator::ptx::Program*>> launched;
 };
 State& state() {
   static State one;
   return one;
 }
 
-// sm_90a's own kernels are empty in the PTX of other architectures.
-emulator::ptx::Program& program_of(const std::string& kernel) {
-  emulator::ptx::Program* found = &state().chosen->program(kernel);
-  if (found->operations.size() == 1) found = &state().of_90a.program(kernel);
-  state().launched.emplace(kernel, found);
-  return *found;
+// The architecture whose PTX runs follows from the seed.
+void choose(const emulator::Config& config) {
+  state().config = config;
+  state().chosen = config.seed % 2 ? &state().of_80 : &state().of_90a;
 }
+
+// A kernel of some cards alone is empty in the PTX of the others'.
+emulator::ptx::Program& program_of(const std::string& kernel) {
+  emulator::ptx::Library& other = state().chosen == &state().of_80 ? state().of_90a : state().of_80;
+  emulator::ptx::Program& found = state().chosen->program(kernel);
+  return found.operations.size() > 1 ? found : other.program(kernel);
+}
+
+void run(const std::string& name, const emulator::LaunchConfig& launch, void** arguments) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto& [grid, block, cluster] = std::tie(launch.grid, launch.block, launch.cluster);
+  emulator::ptx::Program& program = program_of(name);
+  const uint64_t instructions = emulator::ptx::launch(program,
+                                                      {{grid.x, grid.y, grid.z},
+                                                       {block.x, block.y, block.z},
+                                                       {cluster.x, cluster.y, cluster.z},
+                                                       launch.shared_bytes},
+                                                      arguments, state().config);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  const auto executed = std::count_if(program.runs.begin(), program.runs.end(),
+                                      [](uint64_t runs) { return runs != 0; });
+  kernels::tell(emulator::format(
+      "%s %s: %zd of %zu, %llu instructions in %.6f s",
+      program.file.find("compute_80") == std::string::npos ? "90a" : "80", name.c_str(), executed,
+      program.runs.size(), static_cast<unsigned long long>(instructions), seconds.count()));
+}
+
+// Host programs that launch a kernel on a stream of the layer.
+const bool kHooked = [] {
+  emulator::device_kernels() = [](const void* kernel, const emulator::LaunchConfig& launch) {
+    const auto found = names().find(kernel);
+    if (found == names().end()) return emulator::DeviceKernel();
+    choose(emulator::config());
+    return emulator::DeviceKernel(
+        [launch, name = found->second](void** arguments) { run(name, launch, arguments); });
+  };
+  return true;
+}();
 
 }  // namespace
 
 void begin(const emulator::Config& config, int64_t clusters) {
-  state().config = config;
-  state().chosen = config.seed % 2 ? &state().of_80 : &state().of_90a;
+  choose(config);
   for (emulator::cuda::Card& card : emulator::cuda::driver().cards)
     card = {.arch = 90, .sms = 1 << 20, .clusters = static_cast<int>(clusters)};
-  state().programmatic = 0, state().instructions = 0, state().seconds = 0;
-  state().launched.clear();
+  state().programmatic = 0;
 }
 
 void end(cudaError_t error) {
@@ -76,22 +121,6 @@ void end(cudaError_t error) {
 }
 
 int programmatic_launches() { return state().programmatic; }
-std::string speed() {
-  return emulator::format("%llu instructions in %.6f s",
-                          static_cast<unsigned long long>(state().instructions), state().seconds);
-}
-
-std::vector<std::string> coverage() {
-  std::vector<std::string> lines;
-  for (const auto& [kernel, program] : state().launched) {
-    const auto ran = std::count_if(program->runs.begin(), program->runs.end(),
-                                   [](uint64_t runs) { return runs != 0; });
-    const char* arch = program == &state().of_80.program(kernel) ? "80" : "90a";
-    lines.push_back(
-        emulator::format("%s %s: %zd of %zu", arch, kernel.c_str(), ran, program->runs.size()));
-  }
-  return lines;
-}
 
 }  // namespace emulated::ptx
 
@@ -128,25 +157,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   for (unsigned i = 0; i < config->numAttrs; ++i)
     state().programmatic +=
         config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
-  return emulator::cuda::launch(
-      *config, kernel, name.c_str(), [&](emulator::Stream&, const emulator::LaunchConfig& launch) {
-        const auto& [grid, block, cluster] = std::tie(launch.grid, launch.block, launch.cluster);
-        const auto start = std::chrono::steady_clock::now();
-        try {
-          state().instructions += emulator::ptx::launch(
-              program_of(name),
-              {{grid.x, grid.y, grid.z},
-               {block.x, block.y, block.z},
-               {cluster.x, cluster.y, cluster.z},
-               launch.shared_bytes},
-              arguments, state().config);
-        } catch (...) {
-          state().failure = std::current_exception();
-          throw;
-        }
-        state().seconds +=
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      });
+  return emulator::cuda::launch(*config, kernel, name.c_str(),
+                                [&](emulator::Stream&, const emulator::LaunchConfig& launch) {
+                                  try {
+                                    run(name, launch, arguments);
+                                  } catch (...) {
+                                    state().failure = std::current_exception();
+                                    throw;
+                                  }
+                                });
 }
 
 }  // extern "C"

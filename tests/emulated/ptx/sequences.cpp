@@ -1,10 +1,11 @@
 // The whole LoRA linear, with one adapter and with many, launched by the objects of nvcc, in place of
 // kernels/lora_linear_sequence_kernels.cpp and its like.
-#include "emulated/ptx/runtime.h"  // first: the layer has macros that cuda_runtime.h does not stand
+#include <cuda_runtime.h>  // before the layer, whose macros it does not stand
 
 #include "emulated/kernels/driver.h"
 #include "emulated/kernels/lora_grouped_sequence.h"
 #include "emulated/kernels/lora_linear_sequence.h"
+#include "emulated/ptx/runtime.h"
 #include "kernels/launch/instances.h"
 
 namespace lora_ext::kernel {
@@ -19,8 +20,6 @@ int run(emulator::Stream& stream, const plan::Plan& plan, const Operands& operan
   cuda::StreamLaunch launch(emulator::cuda::stream_of(0, 0));
   launch_lora<T>(plan, operands, launch);
   emulated::ptx::end(launch.error());
-  for (const std::string& each : emulated::ptx::coverage()) kernels::tell(each);
-  kernels::tell(emulated::ptx::speed());
   return emulated::ptx::programmatic_launches();
 }
 

@@ -1,7 +1,8 @@
-"""Kernels as nvcc emits them: their PTX decodes whole, runs as it is, and no fault of the text passes."""
+"""Kernels as nvcc emits them: their PTX decodes whole and runs; no fault of the text passes."""
 
 import re
 import subprocess
+from functools import cache
 
 import pytest
 
@@ -38,10 +39,18 @@ def test_every_instruction_of_every_unit_is_known(built):
     [
         (r"add\.s32", "add.sat.s32", "add.sat.s32: this instruction, or one of its modifiers"),
         (r"bar\.sync\s+0;", "bar.red.popc.u32 %r1, 0, %p1;", "bar.red.popc.u32: this instruction"),
-        (r"(add\.s32\s+%r\d+, )%r\d+", r"\1%rd1", "expected an operand of 32 bits, but %rd1 has 64"),
+        (
+            r"(add\.s32\s+%r\d+, )%r\d+",
+            r"\1%rd1",
+            "expected an operand of 32 bits, but %rd1 has 64",
+        ),
         (r"(add\.s32\s+%r\d+, )%r\d+", r"\1%r999999", "expected a register, but got '%r999999'"),
-        (r"cp\.async\.wait_group 1;", "cp.async.wait_group 1, 2;", "expected 1 operands, but got 2"),
-        (r"bra \$", "bra $no", "no label"),
+        (
+            r"cp\.async\.wait_group 1;",
+            "cp.async.wait_group 1, 2;",
+            "expected 1 operands, but got 2",
+        ),
+        (r"bra\s+\$\w+", "bra $no", "no label $no"),
     ],
 )
 def test_what_is_unknown_is_an_error_that_names_the_line(built, old, new, said):
@@ -50,14 +59,42 @@ def test_what_is_unknown_is_an_error_that_names_the_line(built, old, new, said):
     status, message = decode(built, path)
     assert status == 1 and said in message
     line = int(re.match(rf"{re.escape(str(path))}:(\d+): ", message)[1])
-    assert path.read_text().splitlines()[line - 1] != "".join(planted.GEMM_SM80.text()).splitlines()[line - 1]
+    assert (
+        path.read_text().splitlines()[line - 1]
+        != "".join(planted.GEMM_SM80.text()).splitlines()[line - 1]
+    )
+
+
+@pytest.fixture(scope="session")
+def clean(built, seeds):
+    """Of a program, its runs, each made once."""
+
+    @cache
+    def runs_of(program):
+        few, many = planted.SEEDS.get(program, planted.SEEDS_OF_OTHERS)
+        return run.runs(program, "--seeds", seeds.range(few, many))
+
+    return runs_of
 
 
 @pytest.mark.parametrize("program", ptx_build.PROGRAMS)
-def test_kernels_as_they_are_equal_float64(program, built, seeds):
-    found = run.runs(program, "--seeds", seeds.range(*planted.SEEDS[program]))
-    failed = [each.describe() for each in found if each.outcome != "clean"]
+def test_kernels_as_they_are_equal_float64(program, clean):
+    failed = [each.describe() for each in clean(program) if each.outcome != "clean"]
     assert not failed, "\n".join(failed)
+
+
+def test_every_kernel_of_every_architecture_runs(clean, built):
+    coverage = run.Coverage({})
+    for each in (each for program in ptx_build.PROGRAMS for each in clean(program)):
+        coverage.add(each)
+    sizes = {}
+    for arch in ptx_build.ARCHS:
+        said = decode(built, *(unit.ptx(arch) for unit in ptx_build.units()))[1]
+        sizes |= {(arch, line.split()[1]): int(line.split()[2]) for line in said.splitlines()}
+    has_code = {key for key, size in sizes.items() if size > 1}
+    assert has_code - coverage.executed.keys() == set()
+    executed = sum(count for count, _ in coverage.executed.values())
+    assert executed >= planted.LEAST_EXECUTED * sum(sizes[key] for key in has_code)
 
 
 @pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault.name)
