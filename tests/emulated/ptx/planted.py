@@ -2,8 +2,7 @@
 
 from emulated.ptx.faults import Fault, Kernel
 
-# Of clean runs: how many seeds by default, and with --first-seed. Together the first launch every
-# kernel of every architecture.
+# Of clean runs: how many seeds by default, and with --first-seed.
 SEEDS = {
     "lora_linear_sequence": (240, 600),
     "lora_grouped_sequence": (120, 300),
@@ -95,5 +94,7 @@ FAULTS = [
     *(Fault(f"sm90a-{name.replace(' ', '-')}", GEMM_SM90A, *edit) for name, *edit in SM90A),
 ]
 
-# Of all operations of the kernels, how many the clean runs execute at least.
-LEAST_EXECUTED = 0.8
+# Of the kernels of both architectures that have code, 328, and of all their operations: what the
+# clean runs execute at least.
+LEAST_KERNELS = 295
+LEAST_EXECUTED = 0.6
