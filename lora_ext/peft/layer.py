@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..call import Decision
-from ..call.decision import of_rows
+from ..call.decision import MANY_ROWS, of_rows
 from ..nn.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
 from .reasons import BASE, PEFT, adapters_state
 from .variants import row_reason
@@ -152,8 +152,8 @@ def by_peft(
 
 
 def example_of(layer: Any, rows: RowAdapters | None, dtype: torch.dtype, *width: int) -> Tensor:
-    """A tensor ``[..., *width]`` of the rows of a block, of one element's memory."""
-    lead = (1,) if rows is None else rows.index.shape
+    """A tensor ``[..., *width]`` of the rows of a block, else of many, of one element's memory."""
+    lead = (MANY_ROWS,) if rows is None else rows.index.shape
     lead = (*lead, 1) if len(lead) == 1 else lead
     device = next((parameter.device for parameter in layer.parameters()), None)
     return torch.empty((), dtype=dtype, device=device).expand(*lead, *width)

@@ -122,10 +122,10 @@ def four_bit_base(layer: Any, x: Tensor | None) -> QuantizedBase | str:
         wanted = x.dtype
     dtype, found = wanted or x.dtype, FourBitWeight(weight, state)
     most_rows = _CPU_ROWS if has_kernel else _CUDA_ROWS if _has_cuda_kernel(layer, state, x) else 0
-    if most_rows and own_product_wins(found, x, dtype, most_rows):
-        return FEW_ROWS
     if has_kernel and dtype != torch.bfloat16:
         return _ROUNDS_X
+    if most_rows and own_product_wins(found, x, dtype, most_rows):
+        return FEW_ROWS
     if is_autocast(x):
         # y is rounded to the autocast dtype, as is PEFT's update, and then cast to x's dtype.
         if dtype != torch.get_autocast_dtype(x.device.type):
