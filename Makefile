@@ -239,7 +239,7 @@ example-%: $(VENV)/.extras  ## finetune, mixture, two_tasks or clients: one of e
 STARTED := $(shell date +%s)
 gpu: export TORCH_CUDA_ARCH_LIST = $(CARD)
 gpu: export LORA_EXT_CUDA = $(CUDA)
-gpu: $(BUILT)  ## everything that a GPU has to show; QUICK=1: in 8 minutes
+gpu: $(BUILT)  ## everything that a GPU has to show; QUICK=1: in about 8 minutes
 	$(PY) -m benchmarks.gpu --started $(STARTED) $(if $(QUICK),--quick) \
 	    $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
