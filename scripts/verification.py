@@ -32,9 +32,9 @@ Written by `python scripts/verification.py` from the result files; a test compar
 What the planner predicts of a GPU ([predictions.md](predictions.md)) is no claim:
 `make gpu` puts it beside what it measures.
 
-A layer has K inputs and N outputs, a call M rows (tokens), an adapter the rank r. *frozen*: the layer or
-model without adapters; *merged*: with the adapter added to its weight; *ours*: `lora_linear`. *The grid*: all
-layers of a run with K=N=1024 or 4096 and 1, 16, 512 or 2048 rows.
+A layer has K inputs and N outputs, a call M rows (tokens), an adapter the rank r. *frozen*: the
+layer or model without adapters; *merged*: with the adapter added to its weight; *ours*:
+`lora_linear`. *The grid*: all layers of a run with K=N=1024 or 4096 and 1, 16, 512 or 2048 rows.
 """
 
 

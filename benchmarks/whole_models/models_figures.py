@@ -102,4 +102,5 @@ def _tokens(document: Document) -> Figure | None:
     axes.set_xscale("log")
     axes.set_xlim(1, 1e5)
     finish(axes, "One token through experts with adapters, ms (log scale)", size=11)
-    return _finish(figure, axes, document, "float32 adapters of rank 16 on experts and router")
+    adapters = "float32 adapters of rank 16 on attention, experts and router"
+    return _finish(figure, axes, document, adapters)

@@ -217,8 +217,8 @@ def test_a_model_of_transformers(kind, tmp_path, monkeypatch):
 
     model, ids = load(), torch.randint(3, 64, (4, 20), generator=torch.Generator().manual_seed(1))
     config = LoraConfig("all-linear", r=8, lora_alpha=16, lora_dropout=0.05)
-    # On a CPU with AVX512_BF16 bitsandbytes packs nested scales in eval, and rounds them anew when it
-    # unpacks them to train: the model that is trained is not evaluated before.
+    # On a CPU with AVX512_BF16 bitsandbytes packs nested scales in eval, and rounds them anew when
+    # it unpacks them to train: the model that is trained is not evaluated before.
     with torch.no_grad():
         plain = load()(ids).logits
         assert torch.equal(lora_ext.apply_lora(load(), config)(ids).logits, plain)
