@@ -101,8 +101,11 @@ class LoRAExperts(LoRAModule):
         if not reason and is_transformed():
             reason = "a transform of torch.func or forward-mode AD is active"
         if reason:
-            why = f"{reason}: transformers' forward with W + scaling B A"
-            return Decision(partial(self._by_others, rows, reason), "library", why)
+            what = "transformers' forward with W + scaling B A"
+            if rows is not None:
+                what = "rows with different adapters are refused"
+            run = partial(self._by_others, rows, reason)
+            return Decision(run, "library", f"{reason}: {what}")
 
         def run(*args: Any, **kwargs: Any) -> Any:
             found = operands(self, self.base_type, args, kwargs)

@@ -371,6 +371,9 @@ def test_our_experts_refuse_what_transformers_computes():
     message = "LoRAQwen3MoeExperts needs transformers' own forward: the experts' weights are tr"
     with pytest.raises(ValueError, match=message):
         blocks(model, ["fr", "de"])
+    with lora_ext.use_adapters(model, ["fr", "de"]):
+        reasons = {each.reason for each in lora_ext.explain(model)}
+    assert "the experts' weights are trained: rows with different adapters are refused" in reasons
     model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
     model.model.layers[0].mlp.experts.lora["down_proj"].merge()
     with pytest.raises(RuntimeError, match="expected adapters that are not merged"):
