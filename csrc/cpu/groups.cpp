@@ -16,10 +16,10 @@ constexpr int64_t kColumnBlock = 128;  // wgrad's block of columns
 constexpr int64_t kRankGranule = 16;   // of ranges of ranks
 constexpr int64_t kPackRows = 4;       // packing a factor takes as long as this number of rows
 
-// With many adapters, one with so many rows at most has its factors read in their original layout, in
-// vector code; others use tiles where there are any. With tiles from 16 rows on, 16 rows for each of 8 adapters
-// at K = N = 2048 took 1.46 times the merged layer and a training step 1.70 times the frozen one;
-// with vector code 1.32 and 1.40.
+// With many adapters, one with so many rows at most has its factors read in their original
+// layout, in vector code; others use tiles where there are any. With tiles from 16 rows on, 16
+// rows for each of 8 adapters at K = N = 2048 took 1.46 times the merged layer and a training
+// step 1.70 times the frozen one; with vector code 1.32 and 1.40.
 constexpr int64_t kFewRows = 32;
 // One adapter: packing costs rank * (K + N), independent of the rows. Up to these numbers of rows it
 // costs more than the passes save, and above kHighRank up to kFewRows. Measured at K = N = 1024 and

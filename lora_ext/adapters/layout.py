@@ -19,7 +19,7 @@ from .errors import AdapterError
 PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
 # The path of the module that a factor is for; "A" or "B" of one that is a matrix of a linear layer.
-FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|B\.bias|embedding_[AB])")
+FACTOR = re.compile(rf"{re.escape(PREFIX)}((?s:.+))\.lora_(?:([AB])\.weight|B\.bias|embedding_[AB])")
 
 
 class Slot(NamedTuple):

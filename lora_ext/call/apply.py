@@ -100,7 +100,7 @@ def apply(
     """
     y: Any = None
     weight: Any = None
-    bias = dtype = product = index_of = None
+    bias = dtype = rounded_to = index_of = None
     has_bias = not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
     if rows is not None:
         index_of = partial(rows.index_of, x.shape[:-1], x.device)
@@ -116,7 +116,7 @@ def apply(
         bias = _with_biases(bias, updates)
     elif has_bias:
         y = base_linear(x, weight, bias) if y is None else y
-        product = y.dtype
+        rounded_to = y.dtype  # with the biases y is in at least float32
         y = _with_biases_of_rows(y, updates, index_of)
     for lora_a, lora_b, scaling, p, groups in _calls(updates, compute_dtype(x), rows, index_of):
         if y is None:
@@ -125,7 +125,7 @@ def apply(
         given = (lora_a if isinstance(lora_a, Tensor) else lora_a[0]).dtype
         is_fit = is_autocast(x) or (x.dtype in HALVES and given == torch.float32)
         y = lora_update(y, x if is_fit else x.to(given), lora_a, lora_b, scaling, p, **groups)
-    y = y if product is None else y.to(product)  # of the sum with biases in at least float32
+    y = y if rounded_to is None else y.to(rounded_to)
     return y if dtype is None else y.to(dtype)
 
 

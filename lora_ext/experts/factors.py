@@ -110,8 +110,9 @@ class Updates:
         pools = self._pools(0, hit)
         for group in block:
             count = len(group.offs)
-            own = ([] if pool is None else [pool[place : place + count]] for pool in pools)
-            (a, b, da, db), place = own, place + count
+            own = [[] if pool is None else [pool[place : place + count]] for pool in pools]
+            a, b, da, db = own
+            place += count
             scaling = pools[0].new_full((count,), self._scalings[0], dtype=torch.float32)
             yield group, Update(a, b, scaling, None, group.offs, da, db)
         self._put(0, hit, *pools[2:])

@@ -76,7 +76,8 @@ class AdapterSpec:
 
 
 def optional_spec(r: int, *settings: Any, **more: Any) -> AdapterSpec | None:
-    """The spec of the adapter that a constructor adds; None for r = 0, which adds none."""
+    """The spec of the adapter that a constructor adds, of `AdapterSpec`'s settings; None for r = 0,
+    which adds none."""
     return AdapterSpec(r, *settings, **more) if r != 0 else None
 
 

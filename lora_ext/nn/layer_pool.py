@@ -150,7 +150,7 @@ class LayerPool(nn.Module):
         self.put_back(name, slot, SlotContent(spec, parameters, values))
 
     def put_back(self, name: str, slot: int, content: SlotContent) -> None:
-        """Undoes a `write`."""
+        """Puts an adapter's content, as of `held`, into its slot; an empty one frees the slot."""
         spec, parameters, values = content
         if spec is None or parameters is None or values is None:
             self.specs.pop(name, None)

@@ -88,8 +88,8 @@ _kept: Any = WeakIdKeyDictionary()
 def kept(holder: Any, name: str, key: tuple, make: Callable[[], Any]) -> Any:
     """What `make` returned for a name of the holder while the key is the same: a forward asks a
     dozen times, and checking tensors takes 15 us. Neither what `make` returns nor the key may refer
-    to the holder, which is no parameter: torch moves none of a tensor subclass that has a weak
-    reference."""
+    to the holder, and the holder must not be a parameter: torch does not move a parameter of a
+    tensor subclass that has a weak reference."""
     of_holder = _kept.setdefault(holder, {})
     found = of_holder.get(name)
     if found is None or not _is_same(found[0], key):
