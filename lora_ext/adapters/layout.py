@@ -18,8 +18,9 @@ from .errors import AdapterError
 
 PREFIX = "base_model.model."
 WRAPPED = ".base_layer"
+_KIND = r"(?:([AB])\.weight|B\.bias|embedding_[AB])"
 # The path of the module that a factor is for; "A" or "B" of one that is a matrix of a linear layer.
-FACTOR = re.compile(rf"{re.escape(PREFIX)}((?s:.+))\.lora_(?:([AB])\.weight|B\.bias|embedding_[AB])")
+FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_{_KIND}", re.DOTALL)
 
 
 class Slot(NamedTuple):
