@@ -68,10 +68,9 @@ class ForwardPass {
       const int64_t count = size_of(piece.rows);
       Thread& own = state[static_cast<size_t>(thread)];
       float* in_place = groups_.s_in_place(s_, segment, piece.rows);
-      float* t = in_place + piece.ranks.begin;
-      if (in_place == nullptr) {
-        t = static_cast<float*>(own.s.of(count * segment.rank * sizeof(float)));
-      }
+      float* t = in_place != nullptr
+                     ? in_place + piece.ranks.begin
+                     : static_cast<float*>(own.s.of(count * segment.rank * sizeof(float)));
       own.a.for_shrink(segment, ranks_of(groups_.a(segment), piece), kernels, groups_.few_rows());
       own.a.shrink(
           shrink_args(args_.x, where, own.a, groups_.keep_scale(), t, groups_.dropout_at(where, 0)),
