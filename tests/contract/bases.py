@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import peft
 import pytest
 import quantized_models as models
 import torch
-from expert_helpers import both, make_experts
+from expert_helpers import KINDS, both, make_experts
 from format_helpers import plain_linear
 from helpers import BF16, F32, F64
 from mixture_helpers import mixture, some_ids
@@ -21,7 +22,7 @@ from lora_ext.quantized.layers import QuantizedBase, quantized_base
 
 WIDTH, HEIGHT = 64, 128
 
-# Name -> (maker of a frozen linear layer, package that it needs, whether PEFT has layers for it).
+# Name -> (maker of a frozen linear layer, module that it needs, whether PEFT has layers for it).
 QUANTISED: dict[str, tuple[Callable[..., nn.Module], str, bool]] = {
     "nf4": (models.bnb_four_bits, "bitsandbytes", True),
     "fp4": (partial(models.bnb_four_bits, kind="fp4"), "bitsandbytes", True),
@@ -30,8 +31,8 @@ QUANTISED: dict[str, tuple[Callable[..., nn.Module], str, bool]] = {
     "torchao": (models.torchao_int8, "torchao", True),
     "torchao int4": (models.torchao_int4_groups, "torchao", True),
     "hqq": (partial(models.hqq_four_bits, optimize=False), "hqq", True),
-    "gguf": (models.gguf_eight_bits, "transformers", False),
-    "fp8": (models.fp8, "transformers", False),
+    "gguf": (models.gguf_eight_bits, "transformers.integrations.gguf.utils", False),
+    "fp8": (models.fp8, "transformers.integrations.finegrained_fp8", False),
 }
 FEW = [name for name in QUANTISED if name not in ("fp4", "nf4 plain scales", "fp8")]
 # Name -> kind of experts, or form of quantised ones.
@@ -76,19 +77,34 @@ class Logits(nn.Module):
         return self.model(ids).logits
 
 
+@cache
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
 def is_there(name: str, is_pefts: bool) -> bool:
-    """Whether there is such a base, for PEFT's layers or for ours."""
-    needed = "torchao" if name == "experts, torchao int8" else "torch"
-    _, package, has_peft = QUANTISED.get(name, (None, needed, True))
-    known = name in QUANTISED or name in EXPERTS
-    return known and importlib.util.find_spec(package) is not None and (has_peft or not is_pefts)
+    """Whether there is such a base, for PEFT's layers or for ours; older transformers lack some."""
+    if name in QUANTISED:
+        _, module, has_peft = QUANTISED[name]
+        return _imports(module) and (has_peft or not is_pefts)
+    if name in DENSE:
+        model, _ = KINDS[DENSE[name]]
+        return _imports(f"transformers.models.{model}")
+    return name in MIXTURES or (
+        name in PACKED and _imports("torchao" if name == "experts, torchao int8" else "torch")
+    )
 
 
 def has(name: str, adapters: str, is_pefts: bool) -> bool:
-    """PEFT takes a second adapter on experts in 4 bits for one without targets."""
+    """PEFT takes a second adapter on experts in 4 bits for one without targets, 0.19.0 on any."""
     if adapters == "lora_bias":
         return name in QUANTISED and not (is_pefts and name in ("torchao", "torchao int4", "hqq"))
-    return adapters == "one" or (adapters == "three" and name not in (*PACKED, *MIXTURES))
+    one = (*PACKED, *MIXTURES, *(DENSE if is_pefts and peft.__version__ == "0.19.0" else ()))
+    return adapters == "one" or (adapters == "three" and name not in one)
 
 
 def has_float64(name: str) -> bool:
