@@ -1,7 +1,8 @@
 """Builds build/emulator/ptx/: programs whose kernels are the PTX that nvcc makes of the project.
 
 nvcc compiles each unit once, with setup.py's flags: the object holds the planner's sequences and
-launches, PTX of each default architecture lies beside it. Both are kept by content.
+launches, PTX of each default architecture lies beside it. Both are kept by content, so that what is
+kept runs without nvcc.
 """
 
 import os
@@ -32,10 +33,12 @@ HERE = "tests/emulated/ptx"
 # The two sequences launch by csrc/kernels/launch/; the others launch a kernel each.
 PROGRAMS = (*mutants.PROGRAMS, programs.WHOLE_OP, "dropout")
 NO_NVCC = (
-    "expected nvcc, which compiles the kernels to PTX, but found none: put a CUDA toolkit on PATH, "
-    "or install the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime, nvidia-cuda-crt and "
-    "nvidia-cuda-cccl"
+    "expected nvcc, which compiles the kernels to PTX, or PTX of these sources that is kept, but "
+    "found neither: put a CUDA toolkit on PATH, or install the wheels nvidia-cuda-nvcc, "
+    "nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl"
 )
+INCLUDED = re.compile(r'^\s*#\s*include "(.+)"', re.M)
+COMMENT = re.compile(r"^[ \t]*//.*", re.M)  # that is a line
 
 
 @cache
@@ -68,20 +71,39 @@ class Unit:
         archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
         return [nvcc, *flags, *self.macros, *archs, "-Icsrc", "-c", self.source]
 
-    def compile(self, nvcc: str, version: str) -> None:
-        files = [*sorted((build.ROOT / "csrc").rglob("*.h")), build.ROOT / self.source]
-        command = self.command(nvcc)
-        key = kept.key(version, shlex.join(command[1:]), *map(kept.content, files))
-        folder = KEPT / key
+    def sources(self) -> list[Path]:
+        """The unit and the headers of csrc/ that it includes, one by one."""
+        listed = [build.ROOT / self.source]
+        for path in listed:
+            for name in INCLUDED.findall(path.read_text()):
+                places = [
+                    (folder / name).resolve() for folder in (path.parent, build.ROOT / "csrc")
+                ]
+                listed += [each for each in places if each.exists() and each not in listed][:1]
+        return listed
+
+    def folder(self, version: str | None) -> Path | None:
+        """Where its outputs are kept; of any version of nvcc, the last, if there is no nvcc."""
+        texts = [COMMENT.sub("", path.read_text()) for path in self.sources()]
+        key = kept.key(shlex.join(self.command("nvcc")), *texts)[:32]
+        if version is not None:
+            return KEPT / f"{key}-{kept.key(version)[:16]}"
+        found = sorted(KEPT.glob(f"{key}-*"), key=lambda path: path.stat().st_mtime)
+        return found[-1] if found else None
+
+    def compile(self, nvcc: str | None, version: str | None) -> None:
+        folder = self.folder(version)
+        if folder is None:
+            raise RuntimeError(NO_NVCC)
         stamp = UNITS / f"{self.name}.key"
-        if stamp.exists() and stamp.read_text() == key:
+        if stamp.exists() and stamp.read_text() == folder.name:
             return
         if not folder.exists():
-            self.make(command, folder)
+            self.make(self.command(nvcc), folder)
         stamp.unlink(missing_ok=True)
         for path in self.outputs():
             shutil.copyfile(folder / path.name, path)
-        stamp.write_text(key)
+        stamp.write_text(folder.name)
 
     def make(self, command: list[str], folder: Path) -> None:
         KEPT.mkdir(parents=True, exist_ok=True)
@@ -109,10 +131,9 @@ def units() -> list[Unit]:
 
 
 def compile_units() -> None:
-    nvcc = cuda_headers.nvcc()
-    if nvcc is None:
-        raise RuntimeError(NO_NVCC)
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    nvcc, version = cuda_headers.nvcc(), None
+    if nvcc is not None:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     UNITS.mkdir(parents=True, exist_ok=True)
     with build.alone(), ThreadPoolExecutor(build.JOBS) as pool:
         list(pool.map(lambda unit: unit.compile(nvcc, version), units()))
