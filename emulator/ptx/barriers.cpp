@@ -1,31 +1,10 @@
-// Barriers of blocks, warps and clusters, mbarriers, and fences.
+// Barriers of blocks, warps and clusters, and fences.
+#include "emulator/ptx/global.h"
 #include "emulator/ptx/loops.h"
 
 namespace emulator::ptx {
 
-void arrive(Mbarrier& mbarrier, uint32_t arrivals, int64_t bytes) {
-  mbarrier.pending -= arrivals, mbarrier.bytes += bytes;
-  if (mbarrier.pending != 0 || mbarrier.bytes != 0) return;
-  ++mbarrier.phase;
-  mbarrier.pending = mbarrier.count;
-  mbarrier.released.learn(mbarrier.gathered);
-}
-
-Mbarrier& mbarrier_at(Warp& warp, const Operation& o, Place place) {
-  const auto found = place.block->mbarriers.find(place.offset);
-  if (found == place.block->mbarriers.end())
-    fail_at(warp, o, ErrorKind::Misuse,
-            format("no mbarrier was initialised at shared offset %u of block %u", place.offset,
-                   place.block->rank));
-  return found->second;
-}
-
 namespace {
-
-Step blocked(Warp& warp, const std::string& on) {
-  warp.waits_for = on;
-  return Step::kBlocked;
-}
 
 // ---- bar.sync and bar.arrive --------------------------------------------------------------------
 
@@ -116,93 +95,18 @@ Step map_address(Warp& warp, const Operation& o, uint32_t lanes) {
   return Step::kNext;
 }
 
-// ---- mbarriers ----------------------------------------------------------------------------------
-
-Place place_of(Warp& warp, const Operation& o, uint32_t lane) {
-  if (warp.undefined[o.a] >> lane & 1)
-    fail_at(warp, o, ErrorKind::Uninitialised, "an undefined address");
-  return shared_place(warp, o, warp.lanes_of<uint32_t>(o.a)[lane] + static_cast<uint32_t>(o.offset),
-                      8, 8);
-}
-
-Step mbarrier_init(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
-    const Place place = place_of(warp, o, lane);
-    const std::string wrong = place.block->shadow.write(place.offset, 8, accessor(warp, lane));
-    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
-    const uint32_t count = warp.lanes_of<uint32_t>(o.b)[lane];
-    if (count == 0 || count >= 1u << 20)
-      fail_at(warp, o, ErrorKind::Misuse, format("an mbarrier of %u arrivals", count));
-    Mbarrier& made = place.block->mbarriers[place.offset];
-    made = {};
-    made.count = made.pending = count;
-  }
-  return Step::kNext;
-}
-
-// b: the bytes of expect_tx; mode: of the scope of the cluster.
-Step mbarrier_arrive(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
-    const Place place = place_of(warp, o, lane);
-    Mbarrier& mbarrier = mbarrier_at(warp, o, place);
-    if (place.block != warp.block && !mbarrier.fenced)
-      fail_at(warp, o, ErrorKind::Misuse, "no fence.mbarrier_init after the mbarrier's init");
-    const std::string wrong = place.block->shadow.read(place.offset, 8, accessor(warp, lane));
-    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
-    if (mbarrier.pending == 0)
-      fail_at(warp, o, ErrorKind::Misuse,
-              format("an arrival too many: the phase expects %u", mbarrier.count));
-    mbarrier.gathered.learn(warp.knows);
-    const int64_t bytes = o.b == kNone ? 0 : warp.lanes_of<uint32_t>(o.b)[lane];
-    if (mbarrier.bytes + bytes >= 1 << 20)
-      fail_at(warp, o, ErrorKind::Misuse, "more than 2^20 - 1 bytes are expected of a phase");
-    arrive(mbarrier, 1, bytes);
-  }
-  warp.tick();
-  return Step::kYield;
-}
-
-// d: the predicate, b: the parity. It waits until the phase has completed.
-Step mbarrier_wait(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
-    const Place place = place_of(warp, o, lane);
-    Mbarrier& mbarrier = mbarrier_at(warp, o, place);
-    if (warp.undefined[o.b] >> lane & 1)
-      fail_at(warp, o, ErrorKind::Uninitialised, "an undefined parity");
-    const uint32_t parity = warp.lanes_of<uint32_t>(o.b)[lane];
-    if (parity > 1) fail_at(warp, o, ErrorKind::Misuse, format("parity %u", parity));
-    if ((mbarrier.phase & 1) == parity)
-      return blocked(
-          warp, format("mbarrier %u, parity %u: phase %llu, %u of %u arrivals and %lld "
-                       "bytes pending",
-                       place.offset, parity, static_cast<unsigned long long>(mbarrier.phase),
-                       mbarrier.pending, mbarrier.count, static_cast<long long>(mbarrier.bytes)));
-    const std::string wrong = place.block->shadow.read(place.offset, 8, accessor(warp, lane));
-    if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
-    warp.knows.learn(mbarrier.released);
-  }
-  warp.predicate(o.d) |= lanes;
-  warp.define(o.d, lanes);
-  return Step::kNext;
-}
-
-Maker of_mbarrier(Run run, bool waits, bool sink, bool second, uint32_t mode) {
-  return [=](Decoder& decoder, const Statement& statement, Operation& made) {
-    decoder.demand_operands(statement, size_t{1} + waits + sink + second);
-    if (waits) made.d = decoder.result(statement.operands[0], 1);
-    if (sink && statement.operands[0].kind != Operand::kSink) decoder.refuse("expected _");
-    decoder.address(statement.operands[waits || sink], made, 32);
-    if (second) made.b = decoder.source(statement.operands.back(), 32);
-    made.run = run, made.mode = mode;
-  };
-}
-
 // ---- fences and the like ------------------------------------------------------------------------
 
-enum class Fence : uint32_t { kNone, kProxy, kInit, kYield, kWhole };
+enum class Fence : uint32_t {
+  kNone,
+  kProxy,
+  kGlobalProxy,
+  kInit,
+  kGpu,
+  kWait,
+  kDependents,
+  kWhole
+};
 Step fence(Warp& warp, const Operation& o, uint32_t lanes) {
   switch (Fence{o.mode}) {
     case Fence::kProxy:
@@ -216,8 +120,18 @@ Step fence(Warp& warp, const Operation& o, uint32_t lanes) {
     case Fence::kWhole:
       demand_whole_warp(warp, o, lanes);
       break;
-    case Fence::kYield:
+    case Fence::kGlobalProxy:
+      global_memory().proxy_fence(warp);
+      break;
+    case Fence::kGpu:
+      global_memory().fence(warp);
       return Step::kYield;
+    case Fence::kWait:
+      global_memory().wait_for_grids(warp);
+      break;
+    case Fence::kDependents:
+      global_memory().launch_dependents(warp);
+      break;
     case Fence::kNone:
       break;
   }
@@ -254,22 +168,13 @@ void add_barriers(Table& table) {
   of_cluster("barrier.cluster.arrive.relaxed", cluster_arrive, 1);
   of_cluster("barrier.cluster.wait", cluster_wait, 0);
   table["mapa.shared::cluster.u32"] = plain(map_address, {32, 32, 32});
-  table["mbarrier.init.shared::cta.b64"] = of_mbarrier(mbarrier_init, false, false, true, 0);
-  table["mbarrier.arrive.shared::cluster.b64"] =
-      of_mbarrier(mbarrier_arrive, false, true, false, 0);
-  table["mbarrier.arrive.release.cluster.shared::cluster.b64"] =
-      of_mbarrier(mbarrier_arrive, false, true, false, 1);
-  table["mbarrier.arrive.expect_tx.shared::cta.b64"] =
-      of_mbarrier(mbarrier_arrive, false, true, true, 0);
-  for (const char* order : {"", ".acquire.cluster"})
-    table[std::string("mbarrier.try_wait.parity") + order + ".shared::cta.b64"] =
-        of_mbarrier(mbarrier_wait, true, false, true, *order != '\0');
   table["fence.proxy.async.shared::cta"] = make_fence(Fence::kProxy);
-  table["fence.proxy.async.global"] = make_fence(Fence::kNone);
+  table["fence.proxy.async.global"] = make_fence(Fence::kGlobalProxy);
   table["fence.mbarrier_init.release.cluster"] = make_fence(Fence::kInit);
-  table["fence.acq_rel.gpu"] = make_fence(Fence::kYield);
-  table["griddepcontrol.wait"] = table["griddepcontrol.launch_dependents"] =
-      make_fence(Fence::kNone);
+  table["fence.acq_rel.gpu"] = make_fence(Fence::kGpu);
+  table["fence.acq_rel.cta"] = make_fence(Fence::kNone);  // orders nothing between blocks
+  table["griddepcontrol.wait"] = make_fence(Fence::kWait);
+  table["griddepcontrol.launch_dependents"] = make_fence(Fence::kDependents);
   table["prefetch.tensormap"] = make_fence(Fence::kNone);
   for (const char* which : {"inc", "dec"})
     table[std::string("setmaxnreg.") + which + ".sync.aligned.u32"] = make_fence(Fence::kWhole);

@@ -2,6 +2,7 @@
 #include "emulator/copies/box.h"
 #include "emulator/memory/global_memory.h"
 #include "emulator/ptx/copies.h"
+#include "emulator/ptx/global.h"
 
 namespace emulator::ptx {
 
@@ -41,7 +42,8 @@ void issue(Warp& warp, const Operation& o, uint32_t lane, const Box& box, Block&
   const uint32_t agent = warps + block.rank, time = ++cluster.copies[block.rank];
   demand(warp, o,
          block.shadow.write(offset, bytes,
-                            {agent, lane, &warp.knows.proxy, &warp.knows.ordinary, time, 0, true}));
+                            {agent, lane, &warp.knows.proxy, &warp.knows.ordinary, time, 0, true,
+                             &warp.knows.performed}));
   block.shadow.set_in_flight(offset, bytes);
   std::memset(block.shared.data() + offset, kPoisonByte, bytes);
   const uint32_t height = box.map.box_height, middle = height / 2;
@@ -73,6 +75,15 @@ Box box_of(Warp& warp, const Operation& o, uint32_t lane, uint32_t offset) {
                   "tensor copy");
 }
 
+// Rows that a load of a box reads.
+void read_rows(Warp& warp, const Operation& o, uint32_t lane, const Box& box) {
+  for (uint32_t row = 0; row < box.map.box_height; ++row)
+    if (box.row_inside(row))
+      demand(warp, o,
+             global_memory().read(warp, lane, box.global_row(row), box.inside_bytes(),
+                                  GlobalMemory::kAsync));
+}
+
 // d: the destination, a: the map, list: x and y, b: the mbarrier, c: the mask of blocks.
 Step load_box(Warp& warp, const Operation& o, uint32_t lanes) {
   Cluster& cluster = *warp.block->cluster;
@@ -89,6 +100,7 @@ Step load_box(Warp& warp, const Operation& o, uint32_t lanes) {
     const uint32_t mask =
         o.c == kNone ? 1u << place.block->rank : warp.lanes_of<uint16_t>(o.c)[lane];
     count_box(box, GlobalAccess::TmaLoad);
+    read_rows(warp, o, lane, box);
     if (mask == 0 || mask >> cluster.blocks.size() != 0)
       fail_at(warp, o, ErrorKind::Misuse,
               format("block mask 0x%x; the cluster has %zu blocks", mask, cluster.blocks.size()));
@@ -135,6 +147,15 @@ void write_destination(BulkStore& store) {
   store.written = true;
 }
 
+// The rows that a store of a box writes; until it has been waited for, nobody else may touch them.
+void write_rows(Warp& warp, const Operation& o, const Box& box, bool complete) {
+  for (uint32_t row = 0; row < box.map.box_height; ++row)
+    if (box.row_inside(row))
+      demand(warp, o,
+             global_memory().write(warp, 0, box.global_row(row), box.stored_bytes(),
+                                   GlobalMemory::kAsync, complete));
+}
+
 // The async proxy reads a source, or has read it.
 void note_read(Warp& warp, const Operation& o, const BulkStore& store) {
   demand(warp, o,
@@ -153,6 +174,7 @@ Step store_box(Warp& warp, const Operation& o, uint32_t lanes) {
     store->block = place.block, store->offset = place.offset;
     count_box(store->box, GlobalAccess::TmaStore);
     note_read(warp, o, *store);
+    write_rows(warp, o, store->box, false);
     if (lands_at_once(*warp.block->cluster->grid)) read_source(warp, o, *store);
     if (warp.stores.empty()) warp.stores.emplace_back();
     warp.stores.back().push_back(store);
@@ -174,7 +196,9 @@ Step wait_bulk(Warp& warp, const Operation& o, uint32_t) {
       read_source(warp, o, *store);
       if (!store->waited) note_read(warp, o, *store);
       store->waited = true;
-      if (o.sign) write_destination(*store);
+      if (!o.sign || store->written) continue;
+      write_destination(*store);
+      write_rows(warp, o, store->box, true);
     }
   }
   return Step::kNext;

@@ -3,6 +3,7 @@
 
 #include "emulator/counts/counters.h"
 #include "emulator/memory/global_memory.h"
+#include "emulator/ptx/global.h"
 
 namespace emulator::ptx {
 namespace {
@@ -39,6 +40,7 @@ Step copy_16(Warp& warp, const Operation& o, uint32_t lanes) {
     } else {
       std::memset(place.block->shared.data() + place.offset, kPoisonByte, 16);
     }
+    demand(warp, o, global_memory().read(warp, lane, copy.source, bytes, GlobalMemory::kPlain));
     copy.lane = static_cast<uint8_t>(lane);
     warp.copies.back().push_back(copy);
   }

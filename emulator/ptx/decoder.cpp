@@ -11,7 +11,7 @@ const Table& table() {
     Table made;
     add_arithmetic(made), add_conversions(made), add_memory(made), add_copies(made);
     add_boxes(made), add_lanes(made);
-    add_barriers(made), add_matrix(made), add_wgmma(made);
+    add_barriers(made), add_mbarriers(made), add_matrix(made), add_wgmma(made);
     return made;
   }();
   return all;

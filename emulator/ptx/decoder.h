@@ -23,6 +23,7 @@ void add_copies(Table& table);
 void add_boxes(Table& table);
 void add_lanes(Table& table);
 void add_barriers(Table& table);
+void add_mbarriers(Table& table);
 void add_matrix(Table& table);
 void add_wgmma(Table& table);
 const Table& table();

@@ -3,6 +3,7 @@
 #include <ctime>
 
 #include "emulator/machine/fail.h"
+#include "emulator/ptx/global.h"
 #include "emulator/ptx/loops.h"
 
 namespace emulator::ptx {
@@ -64,7 +65,7 @@ void start_warp(Grid& grid, Warp& warp) {
 
 std::unique_ptr<Cluster> make_cluster(Grid& grid, uint32_t number) {
   auto cluster = std::make_unique<Cluster>();
-  cluster->grid = &grid;
+  cluster->grid = &grid, cluster->number = global_memory().next_cluster();
   const uint32_t threads = grid.block[0] * grid.block[1] * grid.block[2];
   const uint32_t warps = (threads + kLanes - 1) / kLanes;
   const uint32_t* c = grid.cluster;
@@ -89,6 +90,7 @@ std::unique_ptr<Cluster> make_cluster(Grid& grid, uint32_t number) {
       const uint32_t left = threads - i * kLanes;
       warp.lanes = left >= kLanes ? kAll : (1u << left) - 1;
       warp.knows.ordinary.assign(cluster->agents, 0), warp.knows.proxy = warp.knows.ordinary;
+      global_memory().start(warp);
       warp.tick();
     }
   }
@@ -104,8 +106,10 @@ void leave(Warp& warp, const Operation& o, uint32_t lanes) {
   check_copies(warp, o), check_stores(warp, o), check_products(warp, o);
   if (warp.cluster_phase != 0)
     fail_at(warp, o, ErrorKind::ExitCheck, "exits without waiting at the cluster's barrier");
+  global_memory().leave(warp);
   Block& block = *warp.block;
   if (--block.live_warps != 0) return;
+  global_memory().block_exits(block);
   for (const auto& [offset, mbarrier] : block.mbarriers)
     if (mbarrier.bytes != 0)
       fail_at(warp, o, ErrorKind::ExitCheck,

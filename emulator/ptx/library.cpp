@@ -6,6 +6,7 @@
 
 #include "emulator/memory/global_memory.h"
 #include "emulator/ptx/decoder.h"
+#include "emulator/ptx/global.h"
 
 namespace emulator::ptx {
 
@@ -36,7 +37,25 @@ Program& Library::program(const std::string& kernel) {
   return *found;
 }
 
+std::string lines_of(const Program& program, bool all) {
+  std::string text;
+  int first = 0, last = 0;
+  const auto put = [&] {
+    if (first != 0) text += (text.empty() ? "" : " ") + std::to_string(first);
+    if (first != last) text += "-" + std::to_string(last);
+  };
+  for (size_t at = 0; at < program.operations.size(); ++at) {
+    const int line = program.operations[at].line;
+    if ((!all && program.runs[at] == 0) || line == last) continue;
+    if (line != last + 1) put(), first = line;
+    last = line;
+  }
+  put();
+  return text;
+}
+
 uint64_t launch(Program& program, const LaunchSize& size, void** arguments, const Config& config) {
+  global_memory().begin_grid(size.programmatic);
   Grid grid;
   grid.program = &program;
   std::copy_n(size.grid, 3, grid.size), std::copy_n(size.block, 3, grid.block);

@@ -20,8 +20,12 @@ class Library {
   std::map<std::string, std::unique_ptr<Program>> decoded_;
 };
 
+// The lines of a program's operations, of all or of those that ran: "3-7 9".
+std::string lines_of(const Program& program, bool all);
+
 struct LaunchSize {
   uint32_t grid[3], block[3], cluster[3], shared_bytes;
+  bool programmatic = false;  // a dependent of the launch before
 };
 
 // Runs a kernel with cudaLaunchKernelExC's arguments, as emulator::config() says. Returns how many

@@ -84,4 +84,9 @@ Step select(Warp& warp, const Operation& o, uint32_t lanes) {
   return Step::kNext;
 }
 
+inline Step blocked(Warp& warp, const std::string& on) {
+  warp.waits_for = on;
+  return Step::kBlocked;
+}
+
 }  // namespace emulator::ptx

@@ -38,7 +38,8 @@ struct Operation {
   bool negated = false, branches = false, sign = false;
   bool touches_accumulators = false;  // writes a register that some wgmma accumulates in
   uint32_t target = kNone, reconverges = kNone;
-  uint32_t bytes = 0;  // of an element in memory
+  uint32_t bytes = 0;                                       // of an element in memory
+  bool atomic = false, releases = false, acquires = false;  // an access to memory, at gpu scope
   uint32_t kind = kPlain;
   uint32_t mode = 0;  // what distinguishes instructions that share `run`
   int64_t offset = 0;
@@ -92,7 +93,11 @@ struct Warp {
   std::shared_ptr<Products> products;
   bool accumulators_fenced = false;
 
-  Knowledge knows, released;      // `released`: at its last fence.mbarrier_init
+  Knowledge knows, released;  // `released`: at its last fence.mbarrier_init
+  // Of relaxed accesses to flags: what they publish, since its last fence.acq_rel.gpu, and what the next
+  // one makes known.
+  Known published, published_proxy, pending, pending_proxy;
+  bool fenced = false, fenced_behind_wait = false;
   uint32_t synchronised = 0;      // its own time at which its lanes last met
   const void* waiting = nullptr;  // the barrier it has arrived at
   uint64_t phase = 0, cluster_phase = 0;
@@ -123,7 +128,10 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint64_t phase = 0;
   bool fenced = false;
-  Knowledge gathered, released;
+  // Of arrivals by the own block and of copies; by others, at the scope of the cluster; and by others
+  // at the scope of their block, which order only what overwrites operands of wgmma.
+  Knowledge gathered, released, gathered_of_peers, of_peers;
+  Clock gathered_performed, performed;
 };
 
 struct Block {
@@ -135,6 +143,7 @@ struct Block {
   NamedBarrier barriers[16];
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset
   uint32_t threads = 0, live_warps = 0;
+  bool launched_dependents = false, waited_for_grids = false;
 };
 
 struct Grid {
@@ -152,6 +161,7 @@ struct Grid {
 
 struct Cluster {
   Grid* grid = nullptr;
+  uint32_t number = 0;  // in the sequence of grids, from 1 on
   std::vector<std::unique_ptr<Block>> blocks;
   NamedBarrier barrier;
   uint32_t agents = 0;

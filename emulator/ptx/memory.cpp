@@ -2,7 +2,8 @@
 #include <sstream>
 
 #include "emulator/memory/global_memory.h"
-#include "emulator/ptx/loops.h"
+#include "emulator/ptx/copies.h"
+#include "emulator/ptx/global.h"
 
 namespace emulator::ptx {
 
@@ -27,8 +28,8 @@ Place shared_place(Warp& warp, const Operation& o, uint32_t address, uint32_t by
 }
 
 Accessor accessor(const Warp& warp, uint32_t lane) {
-  return {warp.agent,           lane,       &warp.knows.ordinary,
-          &warp.knows.ordinary, warp.now(), warp.synchronised};
+  return {warp.agent,        lane,  &warp.knows.ordinary, &warp.knows.ordinary, warp.now(),
+          warp.synchronised, false, &warp.knows.performed};
 }
 
 namespace {
@@ -60,6 +61,13 @@ Element element(Warp& warp, const Operation& o, uint32_t lane, bool writes) {
   if (pointer >= own.data() && pointer + bytes <= own.data() + own.size() && !writes)
     return {pointer, true};  // a generic address of a parameter
   check_global(pointer, bytes, bytes, writes ? "store" : "load");
+  GlobalMemory& global = global_memory();
+  const auto access = o.atomic ? GlobalMemory::kAtomic : GlobalMemory::kPlain;
+  demand(warp, o,
+         writes ? global.write(warp, lane, pointer, bytes, access)
+                : global.read(warp, lane, pointer, bytes, access));
+  if (o.atomic && writes) global.release(warp, pointer, o.releases);
+  if (o.atomic && !writes) global.acquire(warp, pointer, o.acquires);
   return {pointer, true};
 }
 
@@ -93,7 +101,7 @@ Step load(Warp& warp, const Operation& o, uint32_t lanes) {
   return Step::kNext;
 }
 
-Step load_acquire(Warp& warp, const Operation& o, uint32_t lanes) {
+Step load_flag(Warp& warp, const Operation& o, uint32_t lanes) {
   load(warp, o, lanes);
   return Step::kYield;  // it may be a loop that waits for another
 }
@@ -155,7 +163,14 @@ void make_access(Decoder& decoder, const Statement& statement, Operation& made) 
     made.bits.push_back(static_cast<uint32_t>(bits));
   }
   made.run = loads ? load : store;
-  if (statement.opcode.find("acquire") != std::string::npos) made.run = load_acquire;
+  const auto has = [&](const char* what) {
+    return statement.opcode.find(what) != std::string::npos;
+  };
+  // A volatile access is a relaxed one (PTX ISA, "ld.volatile"). Of a narrower scope than the GPU it
+  // orders nothing between blocks.
+  made.atomic = has("volatile") || has("acquire") || has("relaxed");
+  made.acquires = has("acquire.gpu");
+  if (made.atomic && loads) made.run = load_flag;
 }
 
 // atom and red on 32 bits of global memory.
@@ -167,6 +182,11 @@ Step atomic(Warp& warp, const Operation& o, uint32_t lanes) {
     if ((warp.undefined[o.a] | warp.undefined[o.b]) >> lane & 1)
       fail_at(warp, o, ErrorKind::Uninitialised, "an undefined operand");
     check_global(pointer, 4, 4, "atomic");
+    GlobalMemory& global = global_memory();
+    demand(warp, o, global.read(warp, lane, pointer, 4, GlobalMemory::kAtomic));
+    demand(warp, o, global.write(warp, lane, pointer, 4, GlobalMemory::kAtomic));
+    if (o.atomic)
+      global.acquire(warp, pointer, o.acquires), global.release(warp, pointer, o.releases);
     const uint32_t before = *pointer, operand = warp.lanes_of<uint32_t>(o.b)[lane];
     *pointer = Atomic{o.mode} == Atomic::kAdd ? before + operand : operand;
     if (o.d == kNone) continue;
@@ -182,6 +202,10 @@ Maker make_atomic(Atomic what, bool returns) {
     decoder.address(statement.operands[returns], made, 64);
     made.b = decoder.source(statement.operands[returns + 1], 32);
     made.mode = static_cast<uint32_t>(what), made.run = atomic;
+    const auto has = [&](const char* it) { return statement.opcode.find(it) != std::string::npos; };
+    made.atomic = !has(".cta");  // without a scope, it is the GPU's (PTX ISA, "atom")
+    made.releases = has("release.gpu") || has("acq_rel.gpu");
+    made.acquires = has("acquire.gpu") || has("acq_rel.gpu");
   };
 }
 
@@ -196,9 +220,11 @@ void add_memory(Table& table) {
   for (const char* space : {"", ".global", ".shared", ".shared::cta", ".shared::cluster"})
     add(std::string("ld") + space), add(std::string("st") + space);
   add("ld.param"), add("ld.global.nc"), add("ld.volatile.global"), add("st.volatile.global");
-  table["ld.acquire.gpu.global.u32"] = make_access;
-  table["red.release.gpu.global.add.u32"] = make_atomic(Atomic::kAdd, false);
-  for (const char* order : {"relaxed.gpu.", "", "acq_rel.gpu."})
+  for (const char* order : {"acquire.gpu", "acquire.cta", "relaxed.gpu"})
+    table["ld." + std::string(order) + ".global.u32"] = make_access;
+  for (const char* order : {"release.gpu.", "release.cta.", "relaxed.gpu."})
+    table["red." + std::string(order) + "global.add.u32"] = make_atomic(Atomic::kAdd, false);
+  for (const char* order : {"relaxed.gpu.", "relaxed.cta.", "", "acq_rel.gpu."})
     table["atom." + std::string(order) + "global.add.u32"] = make_atomic(Atomic::kAdd, true);
   table["atom.global.exch.b32"] = make_atomic(Atomic::kExchange, true);
 }

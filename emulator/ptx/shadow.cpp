@@ -1,6 +1,13 @@
 #include "emulator/ptx/shadow.h"
 
 namespace emulator::ptx {
+namespace {
+
+bool performed(const Accessor& by, uint32_t agent, uint32_t time) {
+  return by.performed != nullptr && agent < by.performed->size() && time <= (*by.performed)[agent];
+}
+
+}  // namespace
 
 void Shadow::begin(uint32_t bytes, uint32_t agents, uint32_t warps, bool race) {
   state_.assign(bytes, kUndefined);
@@ -29,7 +36,7 @@ std::string Shadow::read(uint32_t at, uint32_t bytes, const Accessor& by) {
                              ? last.lane == by.lane || last.time < by.synchronised
                              : last.time <= known[last.agent];
     if (last.time != 0 && !ordered) return unordered("read", "write", cell * kCell, last.agent);
-    reads_[cell * static_cast<size_t>(agents_) + by.agent] = by.time;
+    reads_[cell * static_cast<size_t>(agents_) + by.agent] = by.time * 2 + by.proxy;
   }
   return "";
 }
@@ -42,11 +49,14 @@ std::string Shadow::write(uint32_t at, uint32_t bytes, const Accessor& by) {
     Cell& last = writers_[cell];
     const Clock& known = last.agent < warps_ ? *by.clock : *by.others;
     const bool own = last.agent == by.agent && by.agent < warps_;
-    if (last.time != 0 && !own && last.time > known[last.agent])
+    const bool over = last.agent >= warps_ && performed(by, last.agent, last.time);
+    if (last.time != 0 && !own && !over && last.time > known[last.agent])
       return unordered("write", "write", cell * kCell, last.agent);
     uint32_t* reads = &reads_[cell * static_cast<size_t>(agents_)];
     for (uint32_t agent = 0; agent < agents_; ++agent) {
-      if (agent != by.agent && reads[agent] > (*by.others)[agent])
+      const uint32_t time = reads[agent] / 2;
+      const bool over = reads[agent] % 2 != 0 && performed(by, agent, time);
+      if (agent != by.agent && time > (*by.others)[agent] && !over)
         return unordered("write", "read", cell * kCell, agent);
       reads[agent] = 0;
     }

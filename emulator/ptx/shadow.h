@@ -2,6 +2,8 @@
 // its way to it, and who wrote and read it last, by vector clocks of the cluster's warps.
 #pragma once
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,10 +19,25 @@ inline void join(Clock& to, const Clock& from) {
     if (to[i] < from[i]) to[i] = from[i];
 }
 
+// What is known of other clusters' accesses to global memory, by the cluster's number, and of grids of
+// the sequence that are complete, a bit each. Shared: few learn anything.
+using Far = std::map<uint32_t, Clock>;
+struct Known {
+  std::shared_ptr<const Far> clusters;
+  uint64_t grids = 0;
+  void learn(const Known& other);
+};
+
 // What has happened before: for ordinary accesses, and for those by the async proxy.
 struct Knowledge {
   Clock ordinary, proxy;
-  void learn(const Knowledge& other) { join(ordinary, other.ordinary), join(proxy, other.proxy); }
+  Clock performed;  // whose finished accesses by the async proxy a write is ordered after, too
+  Known global, global_proxy;
+  void learn(const Knowledge& other) {
+    join(ordinary, other.ordinary), join(proxy, other.proxy);
+    join(performed, other.performed);
+    global.learn(other.global), global_proxy.learn(other.global_proxy);
+  }
 };
 
 struct Accessor {
@@ -30,6 +47,7 @@ struct Accessor {
   uint32_t time;          // its own
   uint32_t synchronised;  // when its warp's lanes last met
   bool proxy = false;     // it is an access by the async proxy
+  const Clock* performed = nullptr;
 };
 
 class Shadow {
@@ -69,7 +87,7 @@ class Shadow {
 
   std::vector<unsigned char> state_;
   std::vector<Cell> writers_;
-  std::vector<uint32_t> reads_;  // [cell][agent]
+  std::vector<uint32_t> reads_;  // [cell][agent]: twice its time, and whether by the async proxy
   uint32_t agents_ = 0, warps_ = 0;
   bool race_ = false;
 };

@@ -1,15 +1,32 @@
 import sys
 import time
+from pathlib import Path
 
-from emulated.ptx import build, planted, run
+from emulated.ptx import build, planted, planted_elsewhere, run
+
+
+def coverage_of_clean_runs(decode: Path) -> str:
+    coverage = run.Coverage()
+    for program in build.PROGRAMS:
+        start = time.perf_counter()
+        for arguments in planted.clean(program):
+            for each in run.runs(program, *arguments):
+                coverage.add(each)
+                if each.outcome != "clean":
+                    print(each.describe(), flush=True)
+        print(f"{time.perf_counter() - start:5.1f} s  {program}", flush=True)
+    return coverage.report(run.texts(decode))
 
 
 def main(arguments: list[str]) -> int:
-    build.make()
+    made = build.make()
+    if arguments == ["--coverage"]:
+        print(coverage_of_clean_runs(made["decode"]))
+        return 0
     if not arguments or arguments[0].startswith("--fault"):
         names = arguments[1:]
         missed = 0
-        for fault in planted.FAULTS:
+        for fault in [*planted.FAULTS, *planted_elsewhere.FAULTS]:
             if names and fault.name not in names:
                 continue
             start = time.perf_counter()

@@ -1,8 +1,9 @@
-// Decodes every entry of PTX files: prints FILE, ENTRY and the number of operations.
+// Decodes every entry of PTX files: prints FILE, ENTRY and the lines of its operations.
 #include <cstdio>
 
 #include "emulator/machine/fail.h"
 #include "emulator/ptx/decoder.h"
+#include "emulator/ptx/library.h"
 
 int main(int argc, char** argv) try {
   using namespace emulator::ptx;
@@ -11,7 +12,7 @@ int main(int argc, char** argv) try {
     const Module module = parse(file);
     for (const Entry& entry : module.entries) {
       const Program program = Decoder(file, module, entry).decode();
-      std::printf("%s %s %zu\n", argv[i], entry.name.c_str(), program.operations.size());
+      std::printf("%s %s %s\n", argv[i], entry.name.c_str(), lines_of(program, true).c_str());
     }
   }
 } catch (const emulator::Error& error) {

@@ -15,7 +15,7 @@ FAULTY = FOLDER / "faults"
 
 @dataclass(frozen=True)
 class Kernel:
-    """An entry, by a part of its name, and the run of a program that launches it."""
+    """Entries, by a part of their name, and the run of a program that launches one of them."""
 
     unit: str
     arch: str
@@ -25,8 +25,8 @@ class Kernel:
     def file(self) -> Path:
         return UNITS / f"{self.unit}.compute_{self.arch}.ptx"
 
-    def text(self) -> tuple[str, str]:
-        """The file up to its first entry, and the entry."""
+    def text(self) -> tuple[str, list[str]]:
+        """The file up to its first entry, and the entries."""
         text = self.file().read_text()
         starts = [*ENTRY.finditer(text)]
         ends = [*(each.start() for each in starts[1:]), len(text)]
@@ -35,11 +35,11 @@ class Kernel:
             for each, end in zip(starts, ends, strict=True)
             if self.name in each[1]
         ]
-        if len(found) != 1:
+        if not found:
             raise ValueError(
-                f"expected one entry with {self.name!r} in {self.file()}, but found {len(found)}"
+                f"expected an entry with {self.name!r} in {self.file()}, but found none"
             )
-        return text[: starts[0].start()], found[0]
+        return text[: starts[0].start()], found
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,18 @@ class Fault:
 
     def write(self) -> Path:
         """Writes the edited PTX; ValueError if the pattern is not in it."""
-        head, entry = self.kernel.text()
-        found = [*re.finditer(self.old, entry)]
-        chosen = found if self.which is None else found[self.which : self.which + 1]
-        if not chosen:
+        head, entries = self.kernel.text()
+        edited = [self.edit(entry) for entry in entries]
+        if edited == entries:
             raise ValueError(f"{self.name}: {self.old!r} is not in {self.kernel.name}")
-        for match in reversed(chosen):
-            entry = entry[: match.start()] + match.expand(self.new) + entry[match.end() :]
         path = FAULTY / f"{self.name}.compute_{self.kernel.arch}.ptx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + entry)
+        path.write_text(head + "".join(edited))
         return path
+
+    def edit(self, entry: str) -> str:
+        found = [*re.finditer(self.old, entry)]
+        chosen = found if self.which is None else found[self.which :][:1]
+        for match in reversed(chosen):
+            entry = entry[: match.start()] + match.expand(self.new) + entry[match.end() :]
+        return entry

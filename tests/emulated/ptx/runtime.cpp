@@ -2,7 +2,6 @@
 // in the PTX, and launches it by cudaLaunchKernelExC. The rest is cuda/runtime.cpp's.
 #include "emulated/ptx/runtime.h"
 
-#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <filesystem>
@@ -11,6 +10,7 @@
 #include "emulated/cuda/driver_state.h"
 #include "emulated/kernels/driver.h"
 #include "emulated/mutants/known_fault.h"
+#include "emulator/ptx/global.h"
 
 // What stands for each kernel of the PTX in host programs that name it, up to a null; written by
 // build.py.
@@ -51,6 +51,7 @@ struct State {
   emulator::Config config;
   std::exception_ptr failure;
   int programmatic = 0;
+  std::map<const void*, std::string> told;  // the lines of each program that have run
 };
 State& state() {
   static State one;
@@ -70,7 +71,8 @@ emulator::ptx::Program& program_of(const std::string& kernel) {
   return found.operations.size() > 1 ? found : other.program(kernel);
 }
 
-void run(const std::string& name, const emulator::LaunchConfig& launch, void** arguments) {
+void run(const std::string& name, const emulator::LaunchConfig& launch, void** arguments,
+         bool programmatic) {
   const auto start = std::chrono::steady_clock::now();
   const auto& [grid, block, cluster] = std::tie(launch.grid, launch.block, launch.cluster);
   emulator::ptx::Program& program = program_of(name);
@@ -78,15 +80,18 @@ void run(const std::string& name, const emulator::LaunchConfig& launch, void** a
                                                       {{grid.x, grid.y, grid.z},
                                                        {block.x, block.y, block.z},
                                                        {cluster.x, cluster.y, cluster.z},
-                                                       launch.shared_bytes},
+                                                       launch.shared_bytes,
+                                                       programmatic},
                                                       arguments, state().config);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  const auto executed = std::count_if(program.runs.begin(), program.runs.end(),
-                                      [](uint64_t runs) { return runs != 0; });
-  kernels::tell(emulator::format(
-      "%s %s: %zd of %zu, %llu instructions in %.6f s",
-      program.file.find("compute_80") == std::string::npos ? "90a" : "80", name.c_str(), executed,
-      program.runs.size(), static_cast<unsigned long long>(instructions), seconds.count()));
+  std::string& told = state().told[&program];
+  std::string lines = lines_of(program, false);
+  kernels::tell(
+      emulator::format("%s %s: %llu instructions in %.6f s%s",
+                       program.file.find("compute_80") == std::string::npos ? "90a" : "80",
+                       name.c_str(), static_cast<unsigned long long>(instructions), seconds.count(),
+                       lines == told ? "" : (", lines " + lines).c_str()));
+  told = std::move(lines);
 }
 
 // Host programs that launch a kernel on a stream of the layer.
@@ -96,7 +101,7 @@ const bool kHooked = [] {
     if (found == names().end()) return emulator::DeviceKernel();
     choose(emulator::config());
     return emulator::DeviceKernel(
-        [launch, name = found->second](void** arguments) { run(name, launch, arguments); });
+        [launch, name = found->second](void** arguments) { run(name, launch, arguments, false); });
   };
   return true;
 }();
@@ -108,6 +113,7 @@ void begin(const emulator::Config& config, int64_t clusters) {
   for (emulator::cuda::Card& card : emulator::cuda::driver().cards)
     card = {.arch = 90, .sms = 1 << 20, .clusters = static_cast<int>(clusters)};
   state().programmatic = 0;
+  emulator::ptx::global_memory().forget();
 }
 
 void end(cudaError_t error) {
@@ -154,13 +160,14 @@ cudaError_t __cudaGetKernel(void**, const void*) { std::abort(); }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
                                 void** arguments) {
   const std::string& name = names().at(kernel);
+  bool programmatic = false;
   for (unsigned i = 0; i < config->numAttrs; ++i)
-    state().programmatic +=
-        config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    programmatic |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+  state().programmatic += programmatic;
   return emulator::cuda::launch(*config, kernel, name.c_str(),
                                 [&](emulator::Stream&, const emulator::LaunchConfig& launch) {
                                   try {
-                                    run(name, launch, arguments);
+                                    run(name, launch, arguments, programmatic);
                                   } catch (...) {
                                     state().failure = std::current_exception();
                                     throw;

@@ -1,6 +1,6 @@
 // Runs kernels as nvcc's PTX: what csrc/kernels/launch/, as nvcc compiles it, launches, and what host
-// programs launch on a stream of the layer. Each launch tells the run "ARCH NAME: N of ALL, I
-// instructions in S s": how many of the kernel's operations this process has executed, and its time.
+// programs launch on a stream of the layer. Each launch tells the run "ARCH NAME: I instructions in
+// S s, lines L": which of the kernel's lines this process has executed, if there are new ones.
 #pragma once
 #include "emulated/cuda/runtime.h"
 #include "emulator/ptx/library.h"

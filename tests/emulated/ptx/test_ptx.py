@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from emulated.ptx import build as ptx_build
-from emulated.ptx import faults, planted, run
+from emulated.ptx import faults, planted, planted_elsewhere, run
 from emulator import build
 
 # nvcc of all units takes minutes; `make test-ptx` runs this folder.
@@ -59,10 +59,9 @@ def test_what_is_unknown_is_an_error_that_names_the_line(built, old, new, said):
     status, message = decode(built, path)
     assert status == 1 and said in message
     line = int(re.match(rf"{re.escape(str(path))}:(\d+): ", message)[1])
-    assert (
-        path.read_text().splitlines()[line - 1]
-        != "".join(planted.GEMM_SM80.text()).splitlines()[line - 1]
-    )
+    head, entries = planted.GEMM_SM80.text()
+    before = (head + "".join(entries)).splitlines()
+    assert path.read_text().splitlines()[line - 1] != before[line - 1]
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +70,8 @@ def clean(built, seeds):
 
     @cache
     def runs_of(program):
-        few, many = planted.SEEDS.get(program, planted.SEEDS_OF_OTHERS)
-        return run.runs(program, "--seeds", seeds.range(few, many))
+        cases = planted.clean(program, seeds.first)
+        return [each for arguments in cases for each in run.runs(program, *arguments)]
 
     return runs_of
 
@@ -83,22 +82,24 @@ def test_kernels_as_they_are_equal_float64(program, clean):
     assert not failed, "\n".join(failed)
 
 
-def test_most_kernels_of_each_architecture_run_and_most_of_each(clean, built):
-    coverage = run.Coverage({})
+def test_all_kernels_but_a_few_deep_ones_run_and_most_of_each(clean, built):
+    coverage = run.Coverage()
     for each in (each for program in ptx_build.PROGRAMS for each in clean(program)):
         coverage.add(each)
-    sizes = {}
-    for arch in ptx_build.ARCHS:
-        said = decode(built, *(unit.ptx(arch) for unit in ptx_build.units()))[1]
-        sizes |= {(arch, line.split()[1]): int(line.split()[2]) for line in said.splitlines()}
-    has_code = {key for key, size in sizes.items() if size > 1}
-    never = sorted(has_code - coverage.executed.keys())
-    assert len(has_code) - len(never) >= planted.LEAST_KERNELS, never
-    executed = sum(count for count, _ in coverage.executed.values())
-    assert executed >= planted.LEAST_EXECUTED * sum(sizes[key] for key in has_code)
+    of = run.texts(built["decode"])
+    never = of.keys() - coverage.executed.keys()
+    assert all(arch == "80" and planted.DEEP in name for arch, name in never), never
+    assert len(never) <= planted.MOST_NEVER_DRAWN, never
+    little = [key for key in of if coverage.share(key, of) < planted.LEAST_OF_EACH]
+    report = coverage.report(of)
+    assert len(little) <= planted.MOST_BELOW, report
+    missing = sum(map(len, coverage.missing(of).values()))
+    assert missing <= planted.MOST_MISSING, report
 
 
-@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault", [*planted.FAULTS, *planted_elsewhere.FAULTS], ids=lambda fault: fault.name
+)
 def test_each_fault_of_the_text_is_seen(fault, built):
     found = run.run_fault(fault)
     assert found.outcome != "clean", fault.name

@@ -1,0 +1,184 @@
+"""Faults of the other kernels, and of what orders blocks and grids: more than one kernel each."""
+
+from emulated.ptx.faults import Fault, Kernel
+
+A_OF_MMA = r"(mma\.sync\S+ \{[^}]*\}, )\{(%r\d+), (%r\d+), (%r\d+), (%r\d+)\}"
+B_OF_MMA = r"(mma\.sync\S+ \{[^}]*\}, \{[^}]*\}, )\{(%r\d+), (%r\d+)\}"
+COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\]), 16, %r\d+;"
+NO_BARRIER = ("no barrier", r"bar\.sync\s+0;", "", None)
+NO_WAIT = ("no wait for copies", r"cp\.async\.wait_group \d;", "", None)
+LATE_WAIT = ("the last wait is for all but one", r"wait_group 0;", "wait_group 1;", None)
+NO_COMMIT = ("no commit", r"cp\.async\.commit_group;", "", None)
+WHOLE_CHUNKS = ("whole chunks past the end", COPY, r"\1, 16, 16;", None)
+SWAPPED_A = ("registers of A swapped", A_OF_MMA, r"\1{\2, \4, \3, \5}", 0)
+SWAPPED_B = ("registers of B swapped", B_OF_MMA, r"\1{\3, \2}", 0)
+NOT_TRANSPOSED = ("not transposed", r"x4\.trans\.shared", "x4.shared", None)
+TRANSPOSED = ("transposed", r"x4\.shared", "x4.trans.shared", None)
+OTHER_WAY = ("a branch the other way", r"@(%p\d+) bra", r"@!\1 bra", 1)
+
+
+def kernel(unit: str, arch: str, name: str, program: str, variant: str | None = None) -> Kernel:
+    chosen = ("--variant", variant) if variant else ()
+    return Kernel(unit, arch, name, (program, *chosen, "--seeds", "1:60"))
+
+
+KERNELS = {
+    "shrink": (
+        kernel(
+            "lora_linear_bf16",
+            "80",
+            "lora_shrink_sm80I13__nv_bfloat16Lb0E",
+            "lora_shrink_sm80",
+            "bf16",
+        ),
+        [NO_BARRIER, NO_WAIT, NO_COMMIT, WHOLE_CHUNKS, SWAPPED_A, TRANSPOSED, OTHER_WAY],
+    ),
+    "wgrad": (
+        kernel(
+            "lora_linear_bf16", "90a", "lora_wgrad_sm80I13__nv_bfloat16", "lora_wgrad_sm80", "bf16"
+        ),
+        [NO_BARRIER, NO_WAIT, NO_COMMIT, WHOLE_CHUNKS, SWAPPED_A, SWAPPED_B, NOT_TRANSPOSED],
+    ),
+    "dsdb": (
+        kernel(
+            "lora_linear_bf16",
+            "80",
+            "lora_dsdb_sm80I13__nv_bfloat16Li16E",
+            "lora_dsdb_sm80",
+            "bf16_16",
+        ),
+        [NO_BARRIER, NO_WAIT, NO_COMMIT, WHOLE_CHUNKS, SWAPPED_B, NOT_TRANSPOSED],
+    ),
+    "grouped-gemm": (
+        kernel(
+            "lora_grouped_bf16",
+            "80",
+            "lora_grouped_gemm_sm80I13__nv_bfloat16S2_",
+            "lora_grouped_gemm",
+            "bf16_deep",
+        ),
+        [NO_BARRIER, NO_WAIT, NO_COMMIT, SWAPPED_A, TRANSPOSED],
+    ),
+    "grouped-shrink": (
+        kernel(
+            "lora_grouped_bf16",
+            "80",
+            "lora_grouped_shrink_sm80I13__nv_bfloat16S2_Lb0E",
+            "lora_grouped_shrink",
+            "bf16",
+        ),
+        [NO_BARRIER, NO_WAIT, SWAPPED_B],
+    ),
+    "grouped-wgrad": (
+        kernel(
+            "lora_grouped_bf16",
+            "90a",
+            "lora_grouped_wgrad_sm80I13__nv_bfloat16S2_",
+            "lora_grouped_wgrad",
+            "bf16",
+        ),
+        [NO_BARRIER, NO_COMMIT, NOT_TRANSPOSED],
+    ),
+    "grouped-scan": (
+        kernel("lora_grouped_fp16", "80", "lora_grouped_scanI6__half", "lora_grouped_segments"),
+        [
+            NO_BARRIER,
+            ("lanes shifted by three", r"(shfl\.sync\.up\S+\s+[^,]*, [^,]*, )%r\d+", r"\g<1>3", 0),
+            OTHER_WAY,
+        ],
+    ),
+    "grouped-place": (
+        kernel("lora_grouped_fp16", "90a", "lora_grouped_placeI6__half", "lora_grouped_segments"),
+        [NO_BARRIER, OTHER_WAY],
+    ),
+    "dequantize": (
+        kernel("dequantize", "80", "dequantize_4bitI13__nv_bfloat16", "dequantize", "bf16"),
+        [
+            ("the other nibble", r"(shr\.u\d+\s+%rs?\d+, %rs?\d+), 4;", r"\1, 0;", None),
+            ("another type", r"cvt\.rn\.bf16", "cvt.rn.f16", None),
+            OTHER_WAY,
+        ],
+    ),
+    "dropout": (
+        kernel("dropout", "90a", "dropout_kernelI13__nv_bfloat16", "dropout", "bf16"),
+        [
+            ("a signed product", r"mul\.wide\.u32 product", "mul.wide.s32 product", 0),
+            ("kept at the limit", r"setp\.(lt|gt|ge|le)\.u32", r"setp.ne.u32", None),
+        ],
+    ),
+    "decode": (
+        kernel(
+            "lora_decode_bf16",
+            "80",
+            "lora_decode_sm80I13__nv_bfloat16S2_Li16E",
+            "lora_decode",
+            "bf16_16",
+        ),
+        [
+            NO_BARRIER,
+            NO_WAIT,
+            SWAPPED_A,
+            ("no fence before the count", r"fence\.acq_rel\.gpu;", "", 0),
+            ("no fence behind the count", r"fence\.acq_rel\.gpu;", "", 1),
+            ("fences of the block", r"fence\.acq_rel\.gpu;", "fence.acq_rel.cta;", None),
+            ("a count of the block", r"atom\.relaxed\.gpu", "atom.relaxed.cta", None),
+            ("a count that stays", r"atom\.global\.exch\.b32 [^;]*;", "", None),
+            (
+                "no barrier before the count",
+                r"bar\.sync\s+0;(?=(?:[^;]*;){0,8}[^;]*fence\.acq_rel)",
+                "",
+                0,
+            ),
+        ],
+    ),
+    "fused-shrink": (
+        kernel(
+            "lora_gemm_fused_shrink_sm90a_bf16",
+            "90a",
+            "ELb0ELb0E",
+            "lora_gemm_fused_shrink_sm90a",
+            "forward_bf16",
+        ),
+        [
+            ("a relaxed release", r"red\.release\.gpu", "red.relaxed.gpu", None),
+            ("a release to the block", r"red\.release\.gpu", "red.release.cta", None),
+            ("a relaxed acquire", r"ld\.acquire\.gpu", "ld.relaxed.gpu", None),
+            ("an acquire of the block", r"ld\.acquire\.gpu", "ld.acquire.cta", None),
+            ("no proxy fence behind the flag", r"fence\.proxy\.async\.global;", "", None),
+            ("an arrival of the block", r"arrive\.release\.cluster", "arrive.release.cta", None),
+            (
+                "a wait of the block",
+                r"try_wait\.parity\.acquire\.cluster",
+                "try_wait.parity.acquire.cta",
+                None,
+            ),
+            ("no barrier before the flag", r"bar\.sync %r\d+, %r\d+;", "", None),
+        ],
+    ),
+    "pdl": (
+        kernel(
+            "lora_gemm_sm90a_bf16",
+            "90a",
+            "lora_gemm_sm90aI13__nv_bfloat16",
+            "lora_linear_sequence",
+            "bf16",
+        ),
+        [
+            ("no wait for the grid before", r"griddepcontrol\.wait;", "", None),
+            ("no proxy fence behind the wait", r"fence\.proxy\.async\.global;", "", None),
+            ("no fence before dependents", r"fence\.acq_rel\.gpu;", "", None),
+            (
+                "dependents before the wait",
+                r"griddepcontrol\.wait;",
+                "griddepcontrol.launch_dependents; griddepcontrol.wait;",
+                None,
+            ),
+        ],
+    ),
+}
+
+FAULTS = [
+    Fault(f"{group}-{name.replace(' ', '-')}", each, *edit)
+    for group, (each, edits) in KERNELS.items()
+    for name, *edit in edits
+]
