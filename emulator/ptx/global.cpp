@@ -52,9 +52,12 @@ void GlobalMemory::forget() {
 }
 
 void GlobalMemory::begin_grid(bool programmatic) {
-  if (!programmatic || grids_.size() == kMostGrids) forget();
+  if (grids_.size() == kMostGrids) forget();
   Sequenced made;
-  if (!grids_.empty()) {
+  if (!programmatic) {
+    made.started = made.started_proxy = (uint64_t{1} << grids_.size()) - 1;
+    flags_.clear(), flags_proxy_.clear();
+  } else if (!grids_.empty()) {
     const Sequenced& before = grids_.back();
     if (before.follow_start)
       made.started = before.started, made.started_proxy = before.started_proxy;
@@ -62,6 +65,16 @@ void GlobalMemory::begin_grid(bool programmatic) {
   }
   made.ended = uint64_t{1} << grids_.size();
   grids_.push_back(made);
+}
+
+void GlobalMemory::written_before(const void* buffer) {
+  const GlobalRange* range = find_global(buffer);
+  if (range == nullptr) return;
+  if (grids_.empty()) begin_grid(false), next_cluster();
+  Who neighbour;
+  neighbour.cluster = clusters_, neighbour.time = kNever, neighbour.halves = 3;
+  const auto begin = reinterpret_cast<uint64_t>(range->begin);
+  for (uint64_t at = begin; at < begin + range->bytes; at += kCell) cell(at).writer = neighbour;
 }
 
 void GlobalMemory::start(Warp& warp) {
@@ -186,7 +199,7 @@ std::string GlobalMemory::read(const Warp& warp, uint32_t lane, const void* poin
   std::string wrong;
   Who me = who(warp, lane, access);
   for_cells(pointer, bytes, [&](uint64_t at, uint8_t halves) {
-    Cell& cell = page(at / kPage).cells[at % kPage / kCell];
+    Cell& cell = this->cell(at);
     const Who& last = cell.writer;
     if (last.cluster != 0 && (last.halves & halves) && !(last.access & access & kAtomic) &&
         !known(warp, lane, last, access == kAsync && last.access != kAsync) && wrong.empty())
@@ -206,7 +219,7 @@ std::string GlobalMemory::write(const Warp& warp, uint32_t lane, const void* poi
   Who me = who(warp, lane, access);
   if (!complete) me.time = kNever;
   for_cells(pointer, bytes, [&](uint64_t at, uint8_t halves) {
-    Cell& cell = page(at / kPage).cells[at % kPage / kCell];
+    Cell& cell = this->cell(at);
     const auto check = [&](const Who& last, const char* before) {
       const bool own = last.cluster == me.cluster && last.agent == me.agent;
       if (last.cluster == 0 || own || !(last.halves & halves) || (last.access & access & kAtomic))

@@ -22,6 +22,7 @@ class GlobalMemory {
   // Everything so far is known to everyone: the host has waited for it.
   void forget();
   void begin_grid(bool programmatic);
+  void written_before(const void* buffer);  // by a grid before the sequence
   void start(Warp& warp);
   void leave(Warp& warp);  // it exits
   void block_exits(Block& block);
@@ -65,6 +66,7 @@ class GlobalMemory {
     bool follow_start = false, follow_before = false;  // what a dependent of it starts behind
   };
   Page& page(uint64_t number);
+  Cell& cell(uint64_t at) { return page(at / kPage).cells[at % kPage / kCell]; }
   bool known(const Warp& warp, uint32_t lane, const Who& who, bool through_proxy) const;
   std::string unordered(const char* what, const char* before, const void* pointer,
                         const Who& who) const;

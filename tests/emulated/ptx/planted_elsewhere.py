@@ -175,6 +175,12 @@ KERNELS = {
             ),
         ],
     ),
+    "pdl-split": (
+        kernel(
+            "lora_linear_bf16", "90a", "lora_reduceI13__nv_bfloat16", "lora_linear_sequence", "bf16"
+        ),
+        [("no fence before dependents", r"fence\.acq_rel\.gpu;", "", None)],
+    ),
 }
 
 FAULTS = [

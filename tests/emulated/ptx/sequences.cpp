@@ -6,17 +6,22 @@
 #include "emulated/kernels/lora_grouped_sequence.h"
 #include "emulated/kernels/lora_linear_sequence.h"
 #include "emulated/ptx/runtime.h"
+#include "emulator/ptx/global.h"
 #include "kernels/launch/instances.h"
 
 namespace lora_ext::kernel {
 namespace {
 
-// What the stream holds comes first: PTX runs when it is launched. Returns the launches with PDL.
+// What the stream holds comes first: PTX runs when it is launched. A grid before has written X and dY.
+// Returns the launches with PDL.
 template <class T, class Operands>
 int run(emulator::Stream& stream, const plan::Plan& plan, const Operands& operands,
         int64_t clusters) {
   stream.synchronize();
   emulated::ptx::begin(emulator::config(), clusters);
+  emulator::ptx::GlobalMemory& global = emulator::ptx::global_memory();
+  global.written_before(operands.x);
+  if constexpr (requires { operands.dy; }) global.written_before(operands.dy);
   cuda::StreamLaunch launch(emulator::cuda::stream_of(0, 0));
   launch_lora<T>(plan, operands, launch);
   emulated::ptx::end(launch.error());
