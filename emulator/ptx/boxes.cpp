@@ -87,8 +87,7 @@ void read_rows(Warp& warp, const Operation& o, uint32_t lane, const Box& box) {
 // d: the destination, a: the map, list: x and y, b: the mbarrier, c: the mask of blocks.
 Step load_box(Warp& warp, const Operation& o, uint32_t lanes) {
   Cluster& cluster = *warp.block->cluster;
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     if (warp.undefined[o.d] >> lane & 1)
       fail_at(warp, o, ErrorKind::Uninitialised, "an undefined destination");
     const uint32_t to = warp.lanes_of<uint32_t>(o.d)[lane], at = warp.lanes_of<uint32_t>(o.b)[lane];
@@ -165,8 +164,7 @@ void note_read(Warp& warp, const Operation& o, const BulkStore& store) {
 }
 
 Step store_box(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const uint32_t from = warp.lanes_of<uint32_t>(o.b)[lane];
     auto store = std::make_shared<BulkStore>();
     store->box = box_of(warp, o, lane, shared_place(warp, o, from, 1, 1).offset + kSharedBase);

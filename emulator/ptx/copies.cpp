@@ -23,8 +23,7 @@ Step copy_16(Warp& warp, const Operation& o, uint32_t lanes) {
   const uint32_t undefined = warp.undefined[o.a] | warp.undefined[o.b] | warp.undefined[o.c];
   if (undefined & lanes) fail_at(warp, o, ErrorKind::Uninitialised, "an undefined operand");
   if (warp.copies.empty()) warp.copies.emplace_back();
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const uint32_t address = warp.lanes_of<uint32_t>(o.a)[lane] + static_cast<uint32_t>(o.offset);
     const Place place = shared_place(warp, o, address, 16, 16);
     const uint32_t bytes = warp.lanes_of<uint32_t>(o.c)[lane];

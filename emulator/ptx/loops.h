@@ -19,8 +19,7 @@ void for_lanes(uint32_t lanes, F&& f) {
   if (lanes == kAll) {
     for (uint32_t lane = 0; lane < kLanes; ++lane) f(lane);
   } else {
-    for (uint32_t left = lanes; left != 0; left &= left - 1)
-      f(static_cast<uint32_t>(__builtin_ctz(left)));
+    for (const uint32_t lane : Lanes(lanes)) f(lane);
   }
 }
 

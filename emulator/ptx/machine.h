@@ -16,6 +16,17 @@ namespace emulator::ptx {
 
 inline constexpr uint32_t kLanes = 32, kAll = ~0u, kNone = ~0u;
 
+// The lanes of a mask, from the first on: for (const uint32_t lane : Lanes(mask)).
+struct Lanes {
+  uint32_t left;
+  explicit Lanes(uint32_t mask) : left(mask) {}
+  Lanes begin() const { return *this; }
+  Lanes end() const { return Lanes(0); }
+  uint32_t operator*() const { return static_cast<uint32_t>(__builtin_ctz(left)); }
+  void operator++() { left &= left - 1; }
+  bool operator!=(Lanes other) const { return left != other.left; }
+};
+
 struct Warp;
 struct Block;
 struct Cluster;

@@ -31,8 +31,7 @@ Place place_of(Warp& warp, const Operation& o, uint32_t lane) {
 }
 
 Step mbarrier_init(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const Place place = place_of(warp, o, lane);
     const std::string wrong = place.block->shadow.write(place.offset, 8, accessor(warp, lane));
     if (!wrong.empty()) fail_at(warp, o, ErrorKind::Race, wrong);
@@ -48,8 +47,7 @@ Step mbarrier_init(Warp& warp, const Operation& o, uint32_t lanes) {
 
 // b: the bytes of expect_tx; mode: of the scope of the cluster.
 Step mbarrier_arrive(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const Place place = place_of(warp, o, lane);
     Mbarrier& mbarrier = mbarrier_at(warp, o, place);
     if (place.block != warp.block && !mbarrier.fenced)
@@ -81,8 +79,7 @@ Step mbarrier_arrive(Warp& warp, const Operation& o, uint32_t lanes) {
 // d: the predicate, b: the parity; mode: of the scope of the cluster. It waits until the phase has
 // completed.
 Step mbarrier_wait(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const Place place = place_of(warp, o, lane);
     Mbarrier& mbarrier = mbarrier_at(warp, o, place);
     if (warp.undefined[o.b] >> lane & 1)

@@ -88,8 +88,7 @@ void write_lane(Warp& warp, uint32_t slot, uint32_t bits, uint32_t lane, uint64_
 }
 
 Step load(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const Element from = element(warp, o, lane, false);
     for (size_t i = 0; i < o.list.size(); ++i) {
       write_lane(warp, o.list[i], o.bits[i], lane,
@@ -107,8 +106,7 @@ Step load_flag(Warp& warp, const Operation& o, uint32_t lanes) {
 }
 
 Step store(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     const Element to = element(warp, o, lane, true);
     bool defined = true;
     for (size_t i = 0; i < o.list.size(); ++i) {
@@ -176,8 +174,7 @@ void make_access(Decoder& decoder, const Statement& statement, Operation& made) 
 // atom and red on 32 bits of global memory.
 enum class Atomic : uint32_t { kAdd, kExchange };
 Step atomic(Warp& warp, const Operation& o, uint32_t lanes) {
-  for (uint32_t left = lanes; left != 0; left &= left - 1) {
-    const auto lane = static_cast<uint32_t>(__builtin_ctz(left));
+  for (const uint32_t lane : Lanes(lanes)) {
     auto* pointer = reinterpret_cast<uint32_t*>(warp.lanes_of<uint64_t>(o.a)[lane] + o.offset);
     if ((warp.undefined[o.a] | warp.undefined[o.b]) >> lane & 1)
       fail_at(warp, o, ErrorKind::Uninitialised, "an undefined operand");
