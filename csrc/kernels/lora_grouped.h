@@ -13,6 +13,11 @@
 // possible numbers: grids and workspace follow from those, and grouped/segments.h makes the
 // tables below on the device. Rows are processed in the order of their adapters, each at a
 // "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
+//
+// With own weights (plan::Groups) the groups are the experts of a mixture: each has its own W and
+// bias, too. Positions are ranges of rows by `ends`, in which an expert may have none; tables say
+// where each operand has the row of a position. Positions past the last expert's belong to no
+// expert: Y and dX have zeros there.
 #pragma once
 #include <cstdint>
 
@@ -43,6 +48,15 @@ struct LoraGroupedFactors {
   void *a, *b;                      // of a pool: [groups, max_rank, k] and [groups, n, max_rank]
   int64_t a_stride, b_stride, a_pitch, b_pitch;  // elements
   const int* ranks;  // [groups]; a pool without them has the largest rank everywhere
+  // Elements from a rank of B to the next. Not 1 only in gradients with own weights: in PEFT's
+  // layout [n, rank, groups] of dB b_stride is 1, b_pitch rank * groups and b_step groups.
+  int64_t b_step = 1;
+};
+
+// Where each operand has the row of a position: tables [m], or null for the position itself. Not
+// read where a position belongs to no expert. `y` is of Y and S; of dX in a backward.
+struct LoraGroupedPlaces {
+  const int *x, *dy, *y, *mask;
 };
 
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
@@ -73,11 +87,13 @@ struct LoraGroupedTables {
   LoraGroupedSegment* segments;  // [groups + 1]
   int* first;                    // [row tiles + 1], the first segment that ends past its beginning
   LoraGroupedPiece* tiles;       // [tile_count]
+  LoraGroupedPiece* row_tiles;   // [row_tile_count], of kRowTileRows; null but with own weights.
+                                 // The last have adapter -1: positions without an expert
   LoraGroupedPiece* pieces;      // [piece_count], for sums over rows
   LoraGroupedSum* sums;          // [groups]
   int* counts;                   // [groups + 1, chunks], used with an index
   int* ranks;                    // [groups], of a pool; null for a list
-  int piece_rows, tile_count, piece_count;
+  int piece_rows, tile_count, row_tile_count, piece_count;
 };
 
 // The operands follow. Their values on the device may change between replays of a graph: index or
@@ -94,12 +110,22 @@ struct LoraGroupedOperands : LoraOperands {
   LoraGroupedRows rows;
   const float* scaling;  // [groups], on the device
   LoraGroupedMatrices factors;
+
+  // With own weights the factors are a pool without ranks, in X's type and in whole chunks of 16
+  // bytes: A [groups, plan.columns, k] and B [groups, n, plan.columns], whose hi has plan.width ranks
+  // and is followed by lo if float_adapters. Their gradients are in float then, of max_rank ranks.
+  int64_t weight_stride;  // elements from one group's W to the next
+  int64_t bias_stride;
+  LoraGroupedPlaces places;
 };
 struct LoraGroupedForward : LoraGroupedOperands, ForwardOperands {};
 struct LoraGroupedBackward : LoraGroupedOperands, BackwardOperands {
   // All elements are written; in a pool those past a rank with zeros.
   LoraGroupedMatrices gradients;
   bool need_da, need_db;
+  // [m] by position, with own weights, or null for 1: the gradient of a row is so many times dY's.
+  // dA and dB have it so, dX is without.
+  const float* row_weights;
 };
 
 }  // namespace lora_ext::kernel

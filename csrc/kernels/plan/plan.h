@@ -73,10 +73,11 @@ struct Tables {
   }
   static constexpr int64_t slots_of(int64_t m, int64_t rows) { return 2 * (m / rows); }
   int piece_rows;  // rows of one partial sum of the gradients
-  int tile_count, piece_count, slots;
+  int tile_count, row_tile_count, piece_count, slots;
   int64_t entries = kNone, gradient_entries = kNone, order = kNone;  // byte offsets
   int64_t counts = kNone, ranks = kNone, segments = kNone, first = kNone;
-  int64_t tiles = kNone, pieces = kNone, sums = kNone;
+  int64_t tiles = kNone, row_tiles = kNone, pieces = kNone, sums = kNone;
+  bool own_weights() const { return row_tiles != kNone; }
 };
 
 // The skinny kernels and lora_gemm: sequence/linear_sequence.h and sequence/grouped_sequence.h.

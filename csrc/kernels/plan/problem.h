@@ -26,6 +26,8 @@ struct Groups {
   int64_t count;
   bool indexed = false;  // an index per row; else ends of ranges
   bool listed = false;   // adapters are a list of tensors; else slots of a pool
+  // Experts: each group has its own W; with ends of ranges and a pool.
+  bool own_weights = false;
   auto operator<=>(const Groups&) const = default;
 };
 

@@ -90,6 +90,7 @@ void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
   }
   const int64_t rows = tables.piece_rows, groups = p.groups->count;
   tables.tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedTileRows));
+  tables.row_tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedRowTileRows));
   tables.piece_count = static_cast<int>(Tables::pieces_of(p.m, groups, rows));
   tables.slots = static_cast<int>(Tables::slots_of(p.m, rows));
 }

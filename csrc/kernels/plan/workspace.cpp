@@ -28,6 +28,8 @@ void place_tables(Tables& tables, const Problem& p, Workspace& workspace) {
   tables.segments = workspace.take(groups.count + 1, kGroupedSegmentBytes);
   tables.first = workspace.take(blocks_of(p.m, kGroupedRowTileRows) + 1, 4);
   tables.tiles = workspace.take(tables.tile_count, kGroupedPieceBytes);
+  if (groups.own_weights)
+    tables.row_tiles = workspace.take(tables.row_tile_count, kGroupedPieceBytes);
   tables.pieces = workspace.take(tables.piece_count, kGroupedPieceBytes);
   tables.sums = workspace.take(groups.count, kGroupedSumBytes);
 }

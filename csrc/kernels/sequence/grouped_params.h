@@ -123,16 +123,22 @@ class LoraGroupedParams {
     pool.entries = entries, pool.ranks = at<int>(tables_.ranks);
     return pool;
   }
+  // Where operands have the row of a position.
+  LoraGroupedPlaces places() const {
+    const int* order = at<int>(tables_.order);
+    return tables_.own_weights() ? o_.places : LoraGroupedPlaces{order, order, order, order};
+  }
   LoraGroupedTables tables() const {
     LoraGroupedTables tables{};
     tables.order = at<int>(tables_.order), tables.first = at<int>(tables_.first);
     tables.segments = at<LoraGroupedSegment>(tables_.segments);
     tables.tiles = at<LoraGroupedPiece>(tables_.tiles);
+    tables.row_tiles = at<LoraGroupedPiece>(tables_.row_tiles);
     tables.pieces = at<LoraGroupedPiece>(tables_.pieces);
     tables.sums = at<LoraGroupedSum>(tables_.sums), tables.counts = at<int>(tables_.counts);
     tables.ranks = at<int>(tables_.ranks);
     tables.piece_rows = tables_.piece_rows, tables.tile_count = tables_.tile_count;
-    tables.piece_count = tables_.piece_count;
+    tables.row_tile_count = tables_.row_tile_count, tables.piece_count = tables_.piece_count;
     return tables;
   }
 

@@ -114,12 +114,14 @@ struct GroupedTables {
             segments.data(),
             first.data(),
             tiles.data(),
+            nullptr,
             pieces.data(),
             sums.data(),
             indexed ? counts.data() : nullptr,
             nullptr,
             piece_rows,
             static_cast<int>(tiles.size()),
+            0,
             static_cast<int>(pieces.size())};
   }
 
