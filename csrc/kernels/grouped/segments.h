@@ -176,7 +176,7 @@ struct LoraGroupedScan {
 
   // Totals of all batches of adapters so far.
   struct Carry {
-    int rows, segments, steps, tiles, pieces, slots, end;
+    int rows, segments, steps, tiles, row_tiles, pieces, slots, end;
   };
 
   // Positions [begin, end) of an adapter, or of rows without one.
@@ -211,10 +211,13 @@ struct LoraGroupedScan {
     const int count = rank > 0 ? range.end - range.begin : 0,
               pieces = blocks_of(count, t.piece_rows);
     const int tiles = blocks_of(count, LoraGroupedTables::kTileRows);
+    constexpr int kRows = LoraGroupedTables::kRowTileRows;
     const int slots = pieces > 1 ? pieces : 0;
     const int segment = exclusive_sum(count > 0, carry.segments);
     const int steps_before = exclusive_sum(count > 0 ? blocks_of(rank, 64) : 0, carry.steps);
     const int tile = exclusive_sum(tiles, carry.tiles);
+    const int row_tile =
+        t.row_tiles == nullptr ? 0 : exclusive_sum(blocks_of(count, kRows), carry.row_tiles);
     const int piece = exclusive_sum(pieces, carry.pieces);
     const int slot = exclusive_sum(slots, carry.slots);
     const int end_before = exclusive_max(count > 0 ? range.end : 0, carry.end);
@@ -223,8 +226,8 @@ struct LoraGroupedScan {
     if (count == 0) return;
     t.segments[segment] = {key, range.begin, range.end, rank, steps_before};
     write_pieces(t.tiles + tile, key, range, LoraGroupedTables::kTileRows, -1);
+    if (t.row_tiles != nullptr) write_pieces(t.row_tiles + row_tile, key, range, kRows, -1);
     write_pieces(t.pieces + piece, key, range, t.piece_rows, slots > 0 ? slot : -1);
-    constexpr int kRows = LoraGroupedTables::kRowTileRows;
     for (int i = blocks_of(end_before, kRows); i < blocks_of(range.end, kRows); ++i)
       t.first[i] = segment;
   }
@@ -238,6 +241,14 @@ struct LoraGroupedScan {
     leave_empty(t.tiles, carry.tiles, t.tile_count);
     leave_empty(t.pieces, carry.pieces, t.piece_count);
     constexpr int kRows = LoraGroupedTables::kRowTileRows;
+    if (t.row_tiles != nullptr) {
+      const int without = blocks_of(m - carry.end, kRows);
+      for (int i = thread; i < without; i += kThreads) {
+        const int begin = carry.end + i * kRows;
+        t.row_tiles[carry.row_tiles + i] = {-1, begin, min(kRows, m - begin), -1};
+      }
+      leave_empty(t.row_tiles, carry.row_tiles + without, t.row_tile_count);
+    }
     for (int i = blocks_of(carry.end, kRows) + thread; i < blocks_of(m, kRows) + 1; i += kThreads)
       t.first[i] = carry.segments;
     if (thread == 0) t.segments[carry.segments] = {-1, INT_MAX, INT_MAX, 0, carry.steps};

@@ -16,13 +16,19 @@ namespace kernels {
 // The adapter of each row. `adapter_of[row]` is -1 without an adapter.
 struct GroupedRows {
   int m, groups, max_rank;
-  bool indexed;
+  bool indexed, own_weights;
   std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
   std::unique_ptr<GlobalBuffer<int>> buffer;
 
-  // `alike`: all adapters have the largest rank.
-  GroupedRows(int m_, int groups_, int max_rank_, Random& random, bool alike = false)
-      : m(m_), groups(groups_), max_rank(max_rank_), indexed(random() % 2), adapter_of(m_, -1) {
+  // `alike`: all adapters have the largest rank. `own_weights`: they are experts, with ends.
+  GroupedRows(int m_, int groups_, int max_rank_, Random& random, bool alike = false,
+              bool own_weights_ = false)
+      : m(m_),
+        groups(groups_),
+        max_rank(max_rank_),
+        indexed(!own_weights_ && random() % 2),
+        own_weights(own_weights_),
+        adapter_of(m_, -1) {
     const auto draw = [&](int from, int to) {
       return from + static_cast<int>(random() % static_cast<uint64_t>(to - from + 1));
     };
@@ -94,43 +100,54 @@ struct GroupedTables {
   static size_t size(int64_t count) { return static_cast<size_t>(count); }
 
   const int m, groups, piece_rows;
-  const bool indexed;
+  const bool indexed, own_weights;
   GlobalBuffer<int> order{size(indexed ? m : 0), "order"};
   GlobalBuffer<int> first{size((m + 127) / 128 + 1), "first"};
   GlobalBuffer<int> counts{size(indexed ? (m + 255) / 256 * (groups + 1) : 0), "counts"};
   GlobalBuffer<LoraGroupedSegment> segments{size(groups + 1), "segments"};
   GlobalBuffer<LoraGroupedPiece> tiles{size(lora_ext::plan::Tables::pieces_of(m, groups, 64)),
                                        "tiles"};
+  GlobalBuffer<LoraGroupedPiece> row_tiles{
+      size(own_weights ? lora_ext::plan::Tables::pieces_of(m, groups, 128) : 0), "row tiles"};
   GlobalBuffer<LoraGroupedPiece> pieces{
       size(lora_ext::plan::Tables::pieces_of(m, groups, piece_rows)), "pieces"};
   GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
   GlobalBuffer<int> ranks{size(groups), "ranks of the tables"};
 
   GroupedTables(const GroupedRows& rows, int piece_rows_)
-      : m(rows.m), groups(rows.groups), piece_rows(piece_rows_), indexed(rows.indexed) {}
+      : m(rows.m),
+        groups(rows.groups),
+        piece_rows(piece_rows_),
+        indexed(rows.indexed),
+        own_weights(rows.own_weights) {}
 
   LoraGroupedTables parameters() {
     return {indexed ? order.data() : nullptr,
             segments.data(),
             first.data(),
             tiles.data(),
-            nullptr,
+            own_weights ? row_tiles.data() : nullptr,
             pieces.data(),
             sums.data(),
             indexed ? counts.data() : nullptr,
             nullptr,
             piece_rows,
             static_cast<int>(tiles.size()),
-            0,
+            static_cast<int>(row_tiles.size()),
             static_cast<int>(pieces.size())};
   }
 
   // Fills the tables as the device must, on the host, by the simplest algorithm.
   void fill(const GroupedRows& rows) {
-    order.fill(0), first.fill(0), segments.fill({}), tiles.fill({}), pieces.fill({}), sums.fill({});
+    order.fill(0), first.fill(0), segments.fill({}), sums.fill({});
+    for (auto* empty : {&tiles, &row_tiles, &pieces}) empty->fill({0, 0, 0, -1});
     const auto order_of = positions(rows);
     for (size_t i = 0; i < order.size(); ++i) order[i] = order_of[i];
-    int count = 0, tile = 0, piece = 0, slot = 0, steps = 0;
+    int count = 0, tile = 0, row_tile = 0, piece = 0, slot = 0, steps = 0, last = 0;
+    const auto add_row_tiles = [&](int g, int begin, int end) {
+      for (int i = begin; own_weights && i < end; i += 128)
+        row_tiles[row_tile++] = {g, i, std::min(128, end - i), -1};
+    };
     for (int g = 0; g < groups; ++g) {
       int begin = m, end = 0;
       for (int i = 0; i < m; ++i)
@@ -141,12 +158,12 @@ struct GroupedTables {
       segments[count++] = {g, begin, end, rows.rank(g), steps};
       steps += (rows.rank(g) + 63) / 64;
       for (int i = begin; i < end; i += 64) tiles[tile++] = {g, i, std::min(64, end - i), -1};
+      add_row_tiles(g, begin, end), last = end;
       for (int i = begin; i < end; i += piece_rows)
         pieces[piece++] = {g, i, std::min(piece_rows, end - i), parts > 1 ? slot++ : -1};
     }
     segments[count] = {-1, INT_MAX, INT_MAX, 0, steps};
-    for (size_t i = tile; i < tiles.size(); ++i) tiles[i] = {0, 0, 0, -1};
-    for (size_t i = piece; i < pieces.size(); ++i) pieces[i] = {0, 0, 0, -1};
+    add_row_tiles(-1, last, m);
     for (size_t i = 0; i < first.size(); ++i) {
       int found = 0;
       while (found < count && segments[found].end <= static_cast<int>(i) * 128) ++found;

@@ -31,11 +31,12 @@ void write_entries(emulator::Stream& stream, const std::vector<LoraGroupedEntry>
   }
 }
 
+template <bool kOwnWeights>
 void run_segments(const Case& run) {
   const auto [name, m, groups, max_rank] = run.size;
   Random random(run.seed);
-  const bool alike = random() % 4 == 0;
-  const GroupedRows rows(m, groups, max_rank, random, alike);
+  const bool alike = kOwnWeights || random() % 4 == 0;
+  const GroupedRows rows(m, groups, max_rank, random, alike, kOwnWeights);
   const int piece_rows = 64 * (1 + static_cast<int>(random() % 4));
   GroupedTables got(rows, piece_rows), expected(rows, piece_rows);
   expected.fill(rows);
@@ -47,12 +48,12 @@ void run_segments(const Case& run) {
   LoraGroupedSegmentsParams p{rows.parameters(), {}, got.parameters()};
   using Params = LoraGroupedSegmentsParams;
   emulator::Stream stream;
-  if (random() % 2) {
+  if (!kOwnWeights && random() % 2) {
     p.factors.entries = entries.data();
     write_entries(stream, list, entries.data());
   } else {
     p.tables.ranks = got.ranks.data();
-    if (!alike || random() % 2) p.factors.ranks = ranks.data();
+    if (!kOwnWeights && (!alike || random() % 2)) p.factors.ranks = ranks.data();
   }
   const auto launch = [&](int blocks, void (*kernel)(Params)) {
     stream.launch({.grid = dim3(static_cast<unsigned>(blocks)),
@@ -72,6 +73,7 @@ void run_segments(const Case& run) {
   compare_table("segments", got.segments, expected.segments, segments);
   compare_table("first", got.first, expected.first, got.first.size());
   compare_table("tiles", got.tiles, expected.tiles, got.tiles.size());
+  compare_table("row tiles", got.row_tiles, expected.row_tiles, got.row_tiles.size());
   compare_table("pieces", got.pieces, expected.pieces, got.pieces.size());
   for (int g = 0; g < groups; ++g) {  // the slot counts where there are slots
     const LoraGroupedSum sum = got.sums[g], wanted = expected.sums[g];
@@ -89,7 +91,7 @@ void run_segments(const Case& run) {
 
 const Program program{
     "lora_grouped_segments",
-    {{"any", run_segments}},
+    {{"any", run_segments<false>}, {"own_weights", run_segments<true>}},
     {{"few", 700, 5, 64},
      {"one_each", 40, 60, 130},
      {"many", 1100, 600, 300},
