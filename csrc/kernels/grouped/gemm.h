@@ -28,8 +28,9 @@ struct LoraGroupedGemmParams {
 
 // The interface of the low-rank product to LoraGemmSm80 (OneAdapter), for many adapters.
 template <class T, class F, bool kMNMajor>
-struct ManyAdapters {
+struct ManyAdapters : TilesOfAllRows {
   static constexpr int kTerms = std::is_same_v<F, float> ? 3 : 1;
+  static constexpr bool kAddsOntoBase = true;
   using Rows = PositionedRows;
 
   const LoraGroupedGemmParams<T>& g;
@@ -122,7 +123,8 @@ struct ManyAdapters {
   template <class Gemm>
   __device__ __forceinline__ void multiply(const Gemm& gemm, typename Gemm::Accumulators& acc,
                                            typename Gemm::Walk& walk, typename Gemm::Loads& loads,
-                                           int row) const {
+                                           const Span& rows_of_tile) const {
+    const int row = rows_of_tile.begin;
     Cursor cursor;
     begin(cursor, row);
 #pragma unroll 1
@@ -175,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     lora_grouped_gemm_sm80(const __grid_constant__ LoraGroupedGemmParams<T> p) {
   using Adapters = ManyAdapters<T, F, kMNMajor>;
   if constexpr (has_code<Tile>)
-    LoraGemmSm80<T, Tile, kMNMajor, kMasked, Adapters>{p.gemm, Adapters{p}}.run();
+    LoraGemmSm80<T, Tile, kMNMajor, kMasked, Adapters>{p.gemm, Adapters{{}, p}}.run();
 }
 
 }  // namespace lora_ext::kernel

@@ -21,7 +21,8 @@ std::string why_library(const Card& card, const Problem& p, const Request& reque
   if (!p.half_dtype()) return "the kernels compute bfloat16 and float16";
   if (!card.error.empty()) return "CUDA cannot use the device: " + card.error;
   if (card.arch < 80) return "the kernels need compute capability 8.0 or later";
-  if (choice == Choice::kKernel && !p.weight_row_major) return "the weight is not row-major";
+  if (choice == Choice::kKernel && !p.weight_row_major && !p.own_weights())
+    return "the weight is not row-major";
   if (p.rank > kMaxRank) return "the rank is above 512";
   if (std::max({p.m, p.n, p.k}) > INT_MAX / 2) return "a size is above 2^30";
   if (blocks_of(p.m, kStep) * blocks_of(std::max(p.n, p.k), kStep) > INT_MAX)
@@ -33,6 +34,7 @@ std::string why_library(const Card& card, const Problem& p, const Request& reque
 }
 
 std::string why_kernels(const Problem& p, const Request& request) {
+  if (p.own_weights()) return "experts have weights of their own";
   if (request.choice == Choice::kKernel && !p.given_base && !p.kernels_can_make_base())
     return "the library's base product, since rows do not begin at multiples of 16 bytes";
   if (!request.measured.empty()) return "fastest as measured " + request.measured;
@@ -50,12 +52,14 @@ int panels_of(const Problem& p, int columns) {
 
 Tiled tiled(const Problem& p, const Request& request) {
   Tiled plan;
-  const bool ours = request.choice != Choice::kHybrid && p.kernels_can_make_base();
+  const bool ours =
+      (request.choice != Choice::kHybrid || p.own_weights()) && p.kernels_can_make_base();
   plan.base = p.given_base ? Base::kGiven : ours ? Base::kKernel : Base::kLibrary;
   plan.terms = p.float_adapters ? 2 : 1;
   plan.width = static_cast<int>(rounded_up(p.rank, chunk_elements(p.dtype)));
   plan.columns = plan.terms * plan.width;
-  plan.vector = p.aligned;
+  plan.vector = p.aligned && (!p.own_weights() || p.aligned_weight);
+  plan.weight_row_major = p.weight_row_major;
   plan.panels = panels_of(p, plan.columns);
   return plan;
 }

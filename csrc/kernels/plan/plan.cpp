@@ -69,7 +69,7 @@ Plan predicted_best(const Card& card, const Problem& p, Request request) {
 }  // namespace
 
 Plan make_plan(const Card& card, const Problem& p, const Request& request) {
-  if (request.choice != Choice::kAuto) return as_asked(card, p, request);
+  if (request.choice != Choice::kAuto || p.own_weights()) return as_asked(card, p, request);
   Plan library = choose_kernels(card, p, request);
   return library.has_kernels() ? predicted_best(card, p, request) : library;
 }

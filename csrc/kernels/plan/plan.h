@@ -87,6 +87,7 @@ struct Tiled {
   int width = 0;       // the rank in whole chunks: number of columns of S, dS and B
   int columns = 0;     // terms * width
   bool vector = true;  // rows are whole chunks of 16 bytes
+  bool weight_row_major = true;
 
   std::optional<Gemm> gemm{};  // Y, or dX
   std::optional<FusedShrink> fused_shrink{};

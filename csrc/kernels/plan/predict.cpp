@@ -103,9 +103,11 @@ class TiledLaunches {
         launches_.push_back({"T in the grid", 0, 2 * area(blocks * tile.rows, rank * depth),
                              share * static_cast<double>(rank) / kColumnsOfT, blocks, 0, 0});
     }
-    // Tiles with rows of several adapters have the low-rank steps of each.
-    const int64_t steps = terms * rank * (1 + (p_.adapters() - 1) / blocks_of(p_.m, tile.rows));
-    const double bytes = area(p_.m, depth) + area(columns, depth) + area(p_.m, columns);
+    // Tiles with rows of several adapters have the low-rank steps of each; experts have their own.
+    const int64_t weights = p_.own_weights() ? p_.adapters() : 1;
+    const int64_t steps =
+        terms * rank * (weights > 1 ? 1 : 1 + (p_.adapters() - 1) / blocks_of(p_.m, tile.rows));
+    const double bytes = area(p_.m, depth) + area(weights * columns, depth) + area(p_.m, columns);
     launches_.push_back({"lora_gemm", e_ * bytes + low_rank,
                          2 * area(tiles * tile.rows * tile.columns, depth + steps), share, tiles});
   }

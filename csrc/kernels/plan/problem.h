@@ -58,9 +58,17 @@ struct Problem {
   bool need_ds() const { return backward && (need_dx || need_dlora_a); }
   // The largest number of adapters that rows can have.
   int64_t adapters() const { return groups ? std::min(groups->count, m) : 1; }
-  // Whether kernels can compute X W^T or dY W: they copy whole chunks of 16 bytes.
+  bool own_weights() const { return groups && groups->own_weights; }
+  // Whether kernels can compute X W^T or dY W: they copy whole chunks of 16 bytes, but with own
+  // weights any.
   bool kernels_can_make_base() const {
-    return !given_base && weight_row_major && aligned && aligned_weight;
+    return own_weights() || (!given_base && weight_row_major && aligned && aligned_weight);
+  }
+  // Tiles of so many rows that Y has; of experts each has its own, and all as many rows.
+  int64_t row_tiles(int64_t rows) const {
+    const int64_t experts = own_weights() ? std::max<int64_t>(1, adapters()) : 1;
+    const int64_t each = (m + experts - 1) / experts;
+    return experts * ((each + rows - 1) / rows);
   }
 };
 
@@ -128,9 +136,10 @@ constexpr int tail_of(int rank, bool fused_shrink_dx = false) {
 std::optional<Tile> tile_named(const std::string& name);
 
 // For many adapters: a wgmma cannot keep one adapter's sums out of the rows of another; and if two
-// blocks of 128 x 128 fit on an SM, the library's base product is always faster.
-constexpr bool has_grouped_kernel(Tile tile) {
-  return tile == Tile::kDeep128x128 || tile == Tile::k128x64 || tile == Tile::kDecode;
+// blocks of 128 x 128 fit on an SM, the library's base product is always faster, where it has one.
+constexpr bool has_grouped_kernel(Tile tile, bool own_weights = false) {
+  return tile == Tile::kDeep128x128 || tile == Tile::k128x64 ||
+         tile == (own_weights ? Tile::k128x128 : Tile::kDecode);
 }
 
 // The properties of a call that decide which tiles can compute it.

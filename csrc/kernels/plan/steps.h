@@ -22,7 +22,7 @@ inline double element_bytes(const Problem& p) { return static_cast<double>(eleme
 // Number of blocks that have a tile of Y or dX; with wgmma in pairs along the rows.
 inline int64_t tiles_of_product(const TileFacts& tile, const Problem& p) {
   const int64_t together = tile.wgmma ? 2 : 1;
-  return together * blocks_of(p.m, together * tile.rows) * blocks_of(p.columns(), tile.columns);
+  return together * p.row_tiles(together * tile.rows) * blocks_of(p.columns(), tile.columns);
 }
 
 // Sets the reason, and the sequence of kernels, if any.

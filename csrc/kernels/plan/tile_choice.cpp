@@ -30,6 +30,7 @@ std::string why_no_wgmma(const Card& card, const Problem& p) {
   if (!card.sm90a_code) return "this build has no code for 9.0a";
   if (!card.tensor_maps) return "the driver encodes no tensor maps";
   if (p.rank > kMaxWgmmaRank) return "the rank is above 256";
+  if (p.own_weights()) return "experts' rows are gathered";
   if (p.groups) return "it cannot keep one adapter's sums from the rows of another";
   return "";
 }
@@ -41,8 +42,11 @@ int64_t resident_blocks(const Card& card, int64_t shared, int64_t by_registers) 
 
 void choose_product(Tiled& plan, const Card& card, const Problem& p, const Request& request) {
   const TileFacts& tile = facts_of(*request.tile);
-  const auto blocks = static_cast<int>(
-      std::min(tiles_of_product(tile, p), resident_blocks(card, tile.shared, tile.resident)));
+  const int64_t tiles = p.own_weights() ? Tables::pieces_of(p.m, p.groups->count, tile.rows) *
+                                              blocks_of(p.columns(), tile.columns)
+                                        : tiles_of_product(tile, p);
+  const auto blocks =
+      static_cast<int>(std::min(tiles, resident_blocks(card, tile.shared, tile.resident)));
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
   const int most = tile.wgmma ? std::min(card.sms, request.max_blocks) : request.max_blocks;
@@ -124,12 +128,13 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
   const Problem& p = plan.problem;
   const Tiled* tiled = plan.tiled();
   if (tiled == nullptr || !p.has_product() || tiled->base != Base::kKernel) return {Tile::k128x64};
+  if (!tiled->vector) return {Tile::k128x64};  // of experts
   const bool wgmma = why_no_wgmma(plan.card, p).empty();
   const bool fused_shrink = p.rank <= kMaxFusedShrinkRank && !tiled->one_pass();
   std::vector<Tile> tiles;
   for (const Tile each : tiles_of(plan.card, call_of(p))) {
     const TileFacts& tile = facts_of(each);
-    if (each == Tile::kDecode || (p.groups && !has_grouped_kernel(each))) continue;
+    if (each == Tile::kDecode || (p.groups && !has_grouped_kernel(each, p.own_weights()))) continue;
     if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !fused_shrink)) continue;
     if (each == request.tile) return {each};
     if (tile.wgmma == wgmma) tiles.push_back(each);

@@ -2,6 +2,7 @@
 // operands, and the tables and intermediates in the workspace.
 #pragma once
 #include "kernels/grouped/gemm.h"
+#include "kernels/grouped/own_weights.h"
 #include "kernels/grouped/segments.h"
 #include "kernels/grouped/shrink.h"
 #include "kernels/grouped/wgrad.h"
@@ -73,6 +74,20 @@ class LoraGroupedParams {
   LoraGroupedGemmParams<T> gemm(const LoraGroupedBackward& g) const {
     LoraGroupedGemmParams<T> params = gemm_of(g.dy, g.dy_pitch, o_.k, o_.n, g.dx);
     params.gemm.mask = o_.mask;
+    return params;
+  }
+
+  // The same of experts, each with its own W and bias.
+  LoraOwnWeightsParams<T> own_weights(const LoraGroupedForward& f) const {
+    const LoraGroupedFactors& pool = o_.factors.pool;
+    auto params = own_weights_of(gemm(f), pool.b, pool.b_pitch, pool.b_stride);
+    params.bias_stride = o_.bias_stride, params.p_rows = o_.places.x;
+    return params;
+  }
+  LoraOwnWeightsParams<T> own_weights(const LoraGroupedBackward& g) const {
+    const LoraGroupedFactors& pool = o_.factors.pool;
+    auto params = own_weights_of(gemm(g), pool.a, pool.a_pitch, pool.a_stride);
+    params.p_rows = o_.places.dy, params.mask_rows = o_.places.mask;
     return params;
   }
 
@@ -180,6 +195,19 @@ class LoraGroupedParams {
     params.t = at<T>(plan_.t), params.gemm.t_pitch = plan_.columns, params.lo_column = plan_.width;
     params.factors = factors(), params.segments = at<LoraGroupedSegment>(tables_.segments);
     params.first = at<int>(tables_.first), params.order = at<int>(tables_.order);
+    return params;
+  }
+
+  LoraOwnWeightsParams<T> own_weights_of(const LoraGroupedGemmParams<T>& many, const void* u,
+                                         int64_t u_pitch, int64_t u_stride) const {
+    LoraOwnWeightsParams<T> params{};
+    params.gemm = many.gemm;
+    params.gemm.low_rank[0] = {many.t, static_cast<const T*>(u)};
+    params.gemm.u_pitch = u_pitch, params.u_stride = u_stride, params.width = plan_.width;
+    params.gemm.rank = o_.rows.max_rank, params.gemm.terms = plan_.terms == 2 ? 3 : 1;
+    params.q_stride = o_.weight_stride, params.y_rows = o_.places.y;
+    params.row_tiles = at<LoraGroupedPiece>(tables_.row_tiles);
+    params.row_tile_count = tables_.row_tile_count;
     return params;
   }
 

@@ -43,7 +43,8 @@ class LoraGroupedSequence {
     segments();
     shrink<false>(params_.shrink(), o_.dropout);
     reduce(params_.reduce(f));
-    gemm<false, false>(params_.gemm(f));
+    plan_.tables->own_weights() ? own_weights<false, false>(params_.own_weights(f))
+                                : gemm<false, false>(params_.gemm(f));
   }
 
   void backward(const LoraGroupedBackward& g) {
@@ -54,8 +55,7 @@ class LoraGroupedSequence {
     segments();
     if (g.dx != nullptr || g.need_da) shrink<true>(params_.shrink(g), false);
     reduce(params_.reduce(g));
-    if (g.dx != nullptr)
-      o_.dropout ? gemm<true, true>(params_.gemm(g)) : gemm<true, false>(params_.gemm(g));
+    if (g.dx != nullptr) o_.dropout ? dx<true>(g) : dx<false>(g);
     if (wants_wgrad) wgrad(g);
   }
 
@@ -93,6 +93,33 @@ class LoraGroupedSequence {
   void reduce(const LoraGroupedReduceParams<T>& params) {
     launch_(lora_grouped_reduce<T>,
             dim3(static_cast<unsigned>(plan_.tables->tile_count), params.count()), 256, 0, params);
+  }
+
+  template <bool kMasked>
+  void dx(const LoraGroupedBackward& g) {
+    plan_.tables->own_weights() ? own_weights<true, kMasked>(params_.own_weights(g))
+                                : gemm<true, kMasked>(params_.gemm(g));
+  }
+
+  // Of dX W is MN-major as the linear layer stores it.
+  template <bool kOfDx, bool kMasked>
+  void own_weights(const LoraOwnWeightsParams<T>& params) {
+    plan_.weight_row_major ? own_weights_on<kOfDx, kOfDx, kMasked>(params)
+                           : own_weights_on<!kOfDx, kOfDx, kMasked>(params);
+  }
+  template <bool kMNMajor, bool kUMNMajor, bool kMasked>
+  void own_weights_on(const LoraOwnWeightsParams<T>& params) {
+    plan_.gemm->tile == plan::Tile::k128x128
+        ? own_weights_of<LoraGemmTile128x128, kMNMajor, kUMNMajor, kMasked>(params)
+    : plan_.gemm->tile == plan::Tile::kDeep128x128
+        ? own_weights_of<LoraGemmTile128x128Deep, kMNMajor, kUMNMajor, kMasked>(params)
+        : own_weights_of<LoraGemmTile128x64, kMNMajor, kUMNMajor, kMasked>(params);
+  }
+  template <class Tile, bool kMNMajor, bool kUMNMajor, bool kMasked>
+  void own_weights_of(const LoraOwnWeightsParams<T>& params) {
+    launch_(lora_grouped_gemm_own_weights_sm80<T, Tile, kMNMajor, kUMNMajor, kMasked>,
+            dim3(static_cast<unsigned>(plan_.gemm->blocks)), Tile::kThreads, Tile::kSharedBytes,
+            params);
   }
 
   template <bool kMNMajor, bool kMasked>

@@ -61,6 +61,7 @@ PROGRAMS = {
         *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "place_of", "in_chunks")),
     ),
     "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()", "tile/factor_chunk"),
+    "lora_grouped_own_weights": ("grouped/own_weights",),
     "lora_grouped_sequence": ("sequence/grouped_params", "sequence/grouped_sequence"),
     "lora_grouped_wgrad": ("grouped/wgrad",),
 }

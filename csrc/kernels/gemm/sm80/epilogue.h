@@ -53,7 +53,9 @@ struct LoraGemmEpilogue {
   using Accumulators = float[kRowBlocks][kColumnBlocks][4];
 
   const LoraGemmParams<T>& p;
-  const Rows row_at{};
+  const Rows row_at{}, mask_row_at = row_at;  // of Y, and of its mask
+  const int end = p.m;                        // of the tile's rows
+  const void* const bias_data = p.bias;
   const int lane = threadIdx.x % 32;
 
   // Dropout bits of the warp's tile, in shares of 8 elements (tile/mask.h): the shares of a row,
@@ -72,7 +74,7 @@ struct LoraGemmEpilogue {
     for (int share = 0; share < kShares; ++share) {
       const int row = row0 + share / kSharesOfRow * 8 + lane / 4;
       const int column = column0 + share % kSharesOfRow * 32 + lane % 4 * 2;
-      push(kept, shares.draw(row_at(row), column));
+      push(kept, shares.draw(mask_row_at(row), column));
     }
     return kept;
   }
@@ -122,7 +124,7 @@ struct LoraGemmEpilogue {
       const int index = chunk * 32 + lane;
       const int in_row = index / kChunks, in_column = index % kChunks * 8;
       const int row = row0 + in_row, column = column0 + in_column, left = p.n - column;
-      if (row >= p.m || left <= 0) continue;
+      if (row >= end || left <= 0) continue;
       move(reinterpret_cast<T*>(slab + in_row * Tile::kSlabPitch + in_column * 2), row_at(row),
            column, left);
     }
@@ -139,7 +141,7 @@ struct LoraGemmEpilogue {
 
   // Stores the warp's part of Y, a slab at a time.
   __device__ __forceinline__ void store(const Accumulators& acc, int row0, int column0) const {
-    const Bias<T> bias{p.bias, p.float_bias, p.n};
+    const Bias<T> bias{bias_data, p.float_bias, p.n};
     float of_columns[kColumnBlocks][2];
     bias.load(of_columns, column0 + lane % 4 * 2);
     constexpr int kBlocks = Tile::kSlabColumns / 8;

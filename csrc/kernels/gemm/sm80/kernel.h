@@ -18,8 +18,9 @@ namespace lora_ext::kernel {
 
 // The interface of the low-rank product to LoraGemmSm80: here for one adapter, whose T and U are
 // those of p. grouped/gemm.h has that for many.
-struct OneAdapter {
+struct OneAdapter : TilesOfAllRows {
   using Rows = SameRows;
+  static constexpr bool kAddsOntoBase = true;
   struct Cursor {
   };  // position of a tile's low-rank steps; empty if these are the same in all tiles
   const Rows rows{};
@@ -55,7 +56,7 @@ struct OneAdapter {
   __device__ __forceinline__ static void multiply(const Gemm& gemm,
                                                   typename Gemm::Accumulators& acc,
                                                   typename Gemm::Walk& walk,
-                                                  typename Gemm::Loads& loads, int /*row*/) {
+                                                  typename Gemm::Loads& loads, const Span&) {
 #pragma unroll 1
     for (int term = 0; term < gemm.p.terms; ++term) {
       gemm.template scale_for_lo<true>(acc, term);
@@ -78,12 +79,13 @@ struct LoraGemmSm80 {
   using Accumulators = typename Warp::Accumulators;
   using Loads = LoraGemmLoads<T, Tile, kMNMajor, kMasked, Adapters>;
   using Epilogue =
-      LoraGemmEpilogue<T, Tile, adds_onto_base<Tile, kMNMajor>, typename Adapters::Rows>;
+      LoraGemmEpilogue<T, Tile, Adapters::kAddsOntoBase && adds_onto_base<Tile, kMNMajor>,
+                       typename Adapters::Rows>;
 
   const LoraGemmParams<T>& p;
   const Adapters adapters{};
   const Warp warp{};
-  const LoraGemmRaster<Tile> raster{(p.m + Tile::kM - 1) / Tile::kM,
+  const LoraGemmRaster<Tile> raster{adapters.row_tiles(p, Tile::kM),
                                     (p.n + Tile::kN - 1) / Tile::kN};
 
   // Where the products are: the offset of the step's stage.
@@ -119,12 +121,13 @@ struct LoraGemmSm80 {
   // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
   // are loaded; ptxas interleaves these loads with the products, as there is no branch. The last
   // quarter, after the step's barrier, has the next step's first fragments and the copies.
-  __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads) const {
+  __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads,
+                                                int steps) const {
     static_assert(Tile::kK == 64);
     Fragments now, then;
     warp.load(now, walk.stage, 0);
 #pragma unroll 1
-    for (int left = (p.k + Tile::kK - 1) / Tile::kK; left > 0; --left) {
+    for (int left = steps; left > 0; --left) {
       multiply_quarter<false>(acc, now, then, walk.stage, 1, loads);
       multiply_quarter<false>(acc, then, now, walk.stage, 2, loads);
       multiply_quarter<false>(acc, now, then, walk.stage, 3, loads);
@@ -190,7 +193,6 @@ struct LoraGemmSm80 {
   }
 
   __device__ __forceinline__ void run() const {
-    const Epilogue epilogue{p, adapters.rows};
     Loads loads{p, adapters, raster, warp.shared};
     Walk walk{};
     for (int i = 0; i < Tile::kStages - 1; ++i) {
@@ -203,22 +205,29 @@ struct LoraGemmSm80 {
     loads.step();
     for (int tile = static_cast<int>(blockIdx.x); tile < raster.tiles();
          tile += static_cast<int>(gridDim.x)) {
+      const auto found = adapters.span_at(raster.place_of(tile).row);
+      if (found.is_empty()) continue;
+      const int steps = adapters.main_steps(p, found);
       Accumulators acc;
       if constexpr (kMasked) {
         // Drawn while no accumulators are live: both together would spill.
         const LoraGemmPlace at = raster.place_of(tile);
-        const auto kept = epilogue.draw(at.row + warp.row, at.column + warp.column);
+        const auto rows = adapters.span_at(at.row);
+        const Epilogue epilogue = adapters.template epilogue<Epilogue>(p, rows, adapters.rows);
+        const auto kept = epilogue.draw(rows.begin + warp.row, at.column + warp.column);
         clear(acc);
-        adapters.multiply(*this, acc, walk, loads, at.row);
+        adapters.multiply(*this, acc, walk, loads, rows);
         epilogue.mask(acc, kept);
-        multiply_main(acc, walk, loads);
-        epilogue.store(acc, at.row + warp.row, at.column + warp.column);
+        multiply_main(acc, walk, loads, steps);
+        epilogue.store(acc, rows.begin + warp.row, at.column + warp.column);
       } else {
         clear(acc);
-        multiply_main(acc, walk, loads);
+        multiply_main(acc, walk, loads, steps);
         const LoraGemmPlace at = raster.place_of(tile);
-        adapters.multiply(*this, acc, walk, loads, at.row);
-        epilogue.store(acc, at.row + warp.row, at.column + warp.column);
+        const auto rows = adapters.span_at(at.row);
+        adapters.multiply(*this, acc, walk, loads, rows);
+        adapters.template epilogue<Epilogue>(p, rows, adapters.rows)
+            .store(acc, rows.begin + warp.row, at.column + warp.column);
       }
     }
     ptx::cp_async_commit_group();  // steps past the last tile commit a group, too

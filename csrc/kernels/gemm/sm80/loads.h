@@ -111,6 +111,45 @@ struct LoraGemmRaster {
   }
 };
 
+// The tiles' rows: here tiles of all rows, one below the other. grouped/own_weights.h has tiles of one
+// expert's rows each, and their own Q.
+struct TilesOfAllRows {
+  // The rows of a tile, by position.
+  struct Span {
+    int begin;
+    template <class Params>
+    __device__ __forceinline__ static int end(const Params& p) {
+      return p.m;
+    }
+    static constexpr bool is_empty() { return false; }
+  };
+
+  template <class Params>
+  __device__ __forceinline__ static int row_tiles(const Params& p, int rows) {
+    return (p.m + rows - 1) / rows;
+  }
+  // Of the tile whose first row would be `row`; known in the loads by a cursor.
+  __device__ __forceinline__ static Span span_at(int row) { return {row}; }
+  template <class Cursor>
+  __device__ __forceinline__ static Span span_of(const Cursor&, int row) {
+    return {row};
+  }
+  // Steps of P Q, and Q.
+  template <class Params>
+  __device__ __forceinline__ static int main_steps(const Params& p, const Span&) {
+    return (p.k + 63) / 64;
+  }
+  template <class Params>
+  __device__ __forceinline__ static auto q(const Params& p, const Span&) {
+    return p.q;
+  }
+  template <class Epilogue, class Params, class Rows>
+  __device__ __forceinline__ static Epilogue epilogue(const Params& p, const Span&,
+                                                      const Rows& rows) {
+    return {p, rows};
+  }
+};
+
 template <class T, class Tile, bool kMNMajor, bool kMasked, class Adapters>
 struct LoraGemmLoads {
   using TileOf = Tile;
@@ -148,16 +187,21 @@ struct LoraGemmLoads {
         ++part;
       }
       low_rank = part != (kMasked ? adapters.parts(p) : 0);
-      steps = low_rank ? adapters.steps(p, cursor) : (p.k + Tile::kK - 1) / Tile::kK;
+      steps = low_rank ? adapters.steps(p, cursor) : adapters.main_steps(p, span());
     } while (steps == 0);
     low_rank ? adapters.begin_part(*this, kMasked ? part : part - 1)
-             : begin_product(p.p, p.p_pitch, p.q, p.q_pitch, p.k);
+             : begin_product(p.p, p.p_pitch, adapters.q(p, span()), p.q_pitch, p.k);
+  }
+  // The rows of the tile.
+  __device__ __forceinline__ auto span() const {
+    return adapters.span_of(cursor, raster.place_of(tile).row);
   }
   __device__ __forceinline__ void begin_product(const T* of_left, int64_t left_pitch,
                                                 const T* of_right, int64_t right_pitch, int depth) {
     // Recomputed for each part rather than kept in registers throughout.
     const LoraGemmPlace at = raster.place_of(tile);
-    left.begin({of_left, left_pitch, p.m, depth}, at.row, 0, adapters.rows);
+    const auto rows = span();
+    left.begin({of_left, left_pitch, rows.end(p), depth}, rows.begin, 0, adapters.rows);
     if constexpr (kMNMajor) {
       right.begin({of_right, right_pitch, depth, p.n}, 0, at.column, {});
     } else {

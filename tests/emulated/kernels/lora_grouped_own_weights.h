@@ -1,0 +1,29 @@
+// The instances of lora_grouped_gemm_own_weights_sm80 that the tests run.
+#pragma once
+#include "emulated/kernels/instance.h"
+#include "kernels/grouped/own_weights.h"
+
+// X(variant, T, tile, Q is MN-major, U is MN-major, masked)
+#define LORA_GROUPED_OWN_WEIGHTS_VARIANTS(X)                                     \
+  X(bf16, __nv_bfloat16, LoraGemmTile128x128, false, false, false)               \
+  X(fp16_deep, __half, LoraGemmTile128x128Deep, false, false, false)             \
+  X(fp16_128x64, __half, LoraGemmTile128x64, false, false, false)                \
+  X(transposed_deep, __nv_bfloat16, LoraGemmTile128x128Deep, true, false, false) \
+  X(dx_fp16, __half, LoraGemmTile128x128, true, true, false)                     \
+  X(dx_masked_deep, __nv_bfloat16, LoraGemmTile128x128Deep, true, true, true)    \
+  X(dx_masked_128x64, __half, LoraGemmTile128x64, true, true, true)              \
+  X(dx_transposed_deep, __half, LoraGemmTile128x128Deep, false, true, false)     \
+  X(dx_transposed_masked, __nv_bfloat16, LoraGemmTile128x128, false, true, true)
+
+// The same with rows of P, Q and Y at any address.
+#define LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(X)                 \
+  X(element, __nv_bfloat16, LoraGemmTile128x64, false, false, false) \
+  X(dx_element, __nv_bfloat16, LoraGemmTile128x64, true, true, true)
+
+#define LORA_GROUPED_OWN_WEIGHTS_INSTANCES(variant, T, Tile, mn_major, u_mn_major, masked) \
+  INSTANCE(lora_grouped_gemm_own_weights_sm80<T, Tile, mn_major, u_mn_major, masked>(      \
+      LoraOwnWeightsParams<T>))
+namespace lora_ext::kernel {
+LORA_GROUPED_OWN_WEIGHTS_VARIANTS(LORA_GROUPED_OWN_WEIGHTS_INSTANCES)
+LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(LORA_GROUPED_OWN_WEIGHTS_INSTANCES)
+}  // namespace lora_ext::kernel
