@@ -116,9 +116,11 @@ def plan_as_asked(
     use_pdl: bool = True,
     groups: int = 0,
     listed: bool = False,
+    own_weights: bool = False,
 ) -> Plan:
     """The plan for a route and a tile, or the planner's own if the tile is not available; with
-    groups, for this number of adapters, in a list or a pool, and an index."""
+    groups, for this number of adapters, in a list or a pool, and an index, or of experts with
+    weights of their own."""
 
 class AutotuneEntry:
     """The fastest route for a layer and rows on a card (kernels/plan/autotune_cache.h)."""

@@ -48,7 +48,7 @@ def reason(name: str) -> str:
     )
 
 
-def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
+def kernels_of(plan, problem, backward: bool, groups: int = 0, experts: bool = False) -> set[str]:
     """What a plan launches, as sass_kernels.py names it, without the type of x."""
     if not plan.kernel:
         return set()
@@ -61,16 +61,24 @@ def kernels_of(plan, problem, backward: bool, groups: int = 0) -> set[str]:
         return {f"lora_decode{' float' if problem.float_adapters else ''} {at['batch']}"}
     masked = " masked" if problem.dropout else ""
     orientation = " MN-major" if backward else ""
-    found = {"lora_grouped_count", "lora_grouped_scan", "lora_grouped_place"} if groups else set()
+    found = {"lora_grouped_scan"} if groups else set()
+    if groups and not experts:  # whose rows are sorted
+        found |= {"lora_grouped_count", "lora_grouped_place"}
     if "lora_split" in text and not groups:
         found.add("lora_split")
     if plan.one_pass:
         found.add(f"lora_dsdb {16 if plan.columns <= 16 else 32}{element}")
     elif plan.shrink_splits:
-        found.add(f"{many}_shrink{factors}{orientation or masked}{element}")
+        of_shrink = "" if experts else factors  # experts' are halves
+        found.add(f"{many}_shrink{of_shrink}{orientation or masked}{element}")
     if f"{many}_reduce," in text:
         found.add(f"{many}_reduce")
-    if plan.blocks:
+    if plan.blocks and experts:
+        by_rows = " MN-major" if backward == problem.weight_row_major else ""
+        of_u = " U MN-major" if backward else ""
+        variant = f"{by_rows}{of_u}{masked * backward}"
+        found.add(gemm_of(plan, many, variant, named).replace("_gemm", "_gemm_own_weights"))
+    elif plan.blocks:
         found.add(gemm_of(plan, many, factors + orientation + masked * backward, named))
     if f"{many}_wgrad," in text:
         found.add(f"{many}_wgrad{factors}{masked}{element}")
@@ -107,6 +115,11 @@ def census(card: _C.Card, count: int = PLANS) -> Counter:
         backward = draw.random() < 0.5
         plan = _C.plan_as_asked(card, problem, backward=backward, choice="auto", groups=groups)
         found.update(kernels_of(plan, problem, backward, groups))
+        if groups:
+            problem.weight_row_major, problem.given_base = draw.random() < 0.7, False
+            asked = {"choice": "auto", "groups": groups, "own_weights": True}
+            plan = _C.plan_as_asked(card, problem, backward=backward, **asked)
+            found.update(kernels_of(plan, problem, backward, groups, experts=True))
     return found
 
 

@@ -11,6 +11,8 @@ import sass_paths
 OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL", "BAR")
 OPCODES_SM90A = ("HGMMA", "UTMALDG", "MULTICAST", "UTMASTG", "STSM", "USETMAXREG", "ACQBULK")
 
+MULTIPLIES = r"lora_((grouped_)?(gemm(_own_weights)?|shrink|wgrad|dsdb)|decode)\b"  # on sm_80
+
 # What is counted of a main loop, beside all of its instructions.
 COUNTED = {
     "tensor": ("HMMA", "HGMMA"),
@@ -211,7 +213,7 @@ class Kernel:
             found += self.objections_to_groups()
             if self.lane_loops:  # some 70 cycles for each copy, where elect.sync says who issues it
                 found.append(f"{self.lane_loops} BRA.U.ANY: loops over lanes")
-        elif re.match(r"lora_((grouped_)?(gemm|shrink|wgrad|dsdb)|decode)\b", self.name):
+        elif re.match(MULTIPLIES, self.name):
             wanted = ["HMMA", "LDSM"] + ([] if "element" in self.name else ["LDGSTS"])
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
         if self.blocks(*SHARED[self.arch]) == 0:
@@ -237,6 +239,7 @@ def name_of(demangled: str) -> str:
     flags = re.findall(r"\b(true|false)\b", rest)
     meanings = {"lora_gemm": ["MN-major", "masked"], "lora_shrink": ["MN-major", "masked"]}
     meanings["lora_wgrad"] = ["masked"]
+    meanings["lora_gemm_own_weights"] = ["MN-major", "U MN-major", "masked"]
     of_one = words[0].replace("grouped_", "")
     for flag, meaning in zip(flags, meanings.get(of_one, []), strict=False):
         words += [meaning] if flag == "true" else []
@@ -259,7 +262,7 @@ def name_of_sm90a(kernel: str, arguments: str) -> str:
 
 
 def launch_of(name: str, known: dict[str, Launch]) -> Launch:
-    kernel, *words = name.replace("grouped_", "").split()
+    kernel, *words = name.replace("grouped_", "").replace("_own_weights", "").split()
     tiles = [f"{kernel}_{word}" for word in words if f"{kernel}_{word}" in known]
     return known[tiles[0]] if tiles else known.get(kernel, Launch(0, 256))
 

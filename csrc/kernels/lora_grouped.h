@@ -53,8 +53,8 @@ struct LoraGroupedFactors {
   int64_t b_step = 1;
 };
 
-// Where each operand has the row of a position: tables [m], or null for the position itself. Not
-// read where a position belongs to no expert. `y` is of Y and S; of dX in a backward.
+// Where each operand has the row of a position: tables [m], or null for the position itself. They are
+// filled for positions of no expert, too. `y` is of Y and S; of dX in a backward.
 struct LoraGroupedPlaces {
   const int *x, *dy, *y, *mask;
 };
@@ -114,7 +114,8 @@ struct LoraGroupedOperands : LoraOperands {
   // With own weights the factors are a pool without ranks, in X's type and in whole chunks of 16
   // bytes: A [groups, plan.columns, k] and B [groups, n, plan.columns], whose hi has plan.width ranks
   // and is followed by lo if float_adapters. Their gradients are in float then, of max_rank ranks.
-  int64_t weight_stride;  // elements from one group's W to the next
+  // Elements from one group's W, [n, k] or as the plan says [k, n], to the next, and of the bias.
+  int64_t weight_stride;
   int64_t bias_stride;
   LoraGroupedPlaces places;
 };

@@ -102,9 +102,10 @@ def test_a_plan_fits_its_card(problem, card, backward):
     check(problem, CARDS[card], backward)
 
 
-def tables_of_many(problem, plan, at, groups, listed, backward):
+def tables_of_many(problem, plan, at, groups, kind, backward):
     """Name -> offset, bytes, as csrc/kernels/lora_grouped.h describes them. One is only too small
     where 256 bytes, by which they are rounded, do not hide it."""
+    listed, experts = kind == "list", kind == "experts"
     if plan.tile == "decode":
         found = decode_regions(problem, plan, at)
         return found | ({"entries": (at["entries"], 40 * groups)} if listed else {})
@@ -114,6 +115,8 @@ def tables_of_many(problem, plan, at, groups, listed, backward):
         return (m - adapters) // rows + adapters
 
     assert at["tile_count"] >= most_pieces(64, taken)
+    # Rows without an expert have tiles, too.
+    assert at["row_tile_count"] >= most_pieces(128, min(groups + 1, m))
     assert at["piece_count"] >= most_pieces(at["piece_rows"], taken)
     several = min(groups, m // (at["piece_rows"] + 1))  # adapters with more than one piece
     assert at["slots"] >= (most_pieces(at["piece_rows"], several) if several else 0)
@@ -125,6 +128,7 @@ def tables_of_many(problem, plan, at, groups, listed, backward):
         "segments": 20 * (groups + 1),
         "first": 4 * (blocks_of(m, 128) + 1),
         "tiles": 16 * at["tile_count"],
+        "row_tiles": 16 * at["row_tile_count"],
         "pieces": 16 * at["piece_count"],
         "sums": 8 * groups,
         "t": 2 * m * plan.columns,
@@ -135,6 +139,7 @@ def tables_of_many(problem, plan, at, groups, listed, backward):
     }
     absent = set() if backward else {"s", "g_a", "g_b"}
     absent |= {"ranks"} if listed else {"entries"}
+    absent |= {"order", "counts"} if experts else {"row_tiles"}
     # One launch writes both.
     has_gradients = listed and backward
     assert at["gradient_entries"] == (at["entries"] + 40 * groups if has_gradients else NONE)
@@ -147,16 +152,17 @@ def test_many_adapters_have_room_for_their_tables_at_every_number_of_them():
     """Also where all but the last entry of a table fill 256 bytes: 64 adapters, 8192 rows, or as
     many tiles of few rows as there are adapters here."""
     tiles = set()
-    for groups, m, listed, backward in product(
-        range(1, 131), (1, 9, 65, 257, 640, 8192), (False, True), (False, True)
+    for groups, m, kind, backward in product(
+        range(1, 131), (1, 9, 65, 257, 640, 8192), ("pool", "list", "experts"), (False, True)
     ):
         problem = _C.Problem(m, 64 * groups, 72, 16)
-        asked = {"backward": backward, "choice": "kernel", "groups": groups, "listed": listed}
+        asked = {"backward": backward, "choice": "kernel", "groups": groups}
+        asked |= {"listed": kind == "list", "own_weights": kind == "experts"}
         plan = _C.plan_as_asked(CARDS["A100"], problem, **asked)
-        found = tables_of_many(problem, plan, _C.plan_numbers(plan), groups, listed, backward)
+        found = tables_of_many(problem, plan, _C.plan_numbers(plan), groups, kind, backward)
         check_workspace(found, plan.workspace)
         tiles.add(plan.tile)
-    assert tiles >= {"decode", "128 x 64"}
+    assert tiles >= {"decode", "128 x 64", "128 x 128"}
 
 
 # Beyond any memory, where only the numbers could go wrong.

@@ -74,17 +74,12 @@ struct OwnWeights {
   }
   template <class Epilogue, class Params>
   __device__ __forceinline__ Epilogue epilogue(const Params&, const Span& span, const Rows&) const {
-    const bool of_expert = span.of_expert();
-    return {p,
-            {o.y_rows, p.m},
-            {of_expert ? o.mask_rows : nullptr, p.m},
-            span.begin + span.count,
-            of_expert ? bias_of(span.adapter) : nullptr};
+    return {p, {o.y_rows, p.m}, {o.mask_rows, p.m}, span.begin + span.count, bias_of(span)};
   }
-  __device__ __forceinline__ const void* bias_of(int adapter) const {
-    if (p.bias == nullptr) return nullptr;
+  __device__ __forceinline__ const void* bias_of(const Span& span) const {
+    if (p.bias == nullptr || !span.of_expert()) return nullptr;
     const int64_t bytes = p.float_bias ? sizeof(float) : sizeof(T);
-    return static_cast<const unsigned char*>(p.bias) + adapter * o.bias_stride * bytes;
+    return static_cast<const unsigned char*>(p.bias) + span.adapter * o.bias_stride * bytes;
   }
 
   // The low-rank product: its depth, whose last term has no zeros up to the width, and in steps.

@@ -21,12 +21,13 @@ std::pair<plan::Problem, plan::Plan> planned_small_case(const Kernels& kernels,
   return {small.problem, plan::make_plan(card, small.problem, small.request)};
 }
 
-// With groups != 0 the plan is for many adapters with an index for each row, in a list or a pool.
+// With groups != 0 the plan is for many adapters with an index for each row, in a list or a pool; or
+// for experts with weights of their own.
 plan::Plan plan_as_asked(const plan::Card& card, plan::Problem problem, bool backward,
                          const std::string& choice, const std::string& tile, bool use_pdl,
-                         int64_t groups, bool listed) {
+                         int64_t groups, bool listed, bool own_weights) {
   problem.backward = backward;
-  if (groups != 0) problem.groups = plan::Groups{groups, true, listed};
+  if (groups != 0) problem.groups = plan::Groups{groups, !own_weights, listed, own_weights};
   const plan::Request request{choice_of(choice), plan::tile_named(tile), "", use_pdl};
   return plan::make_plan(card, problem, request);
 }
@@ -60,11 +61,13 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
                       {"segments", tables.segments},
                       {"first", tables.first},
                       {"tiles", tables.tiles},
+                      {"row_tiles", tables.row_tiles},
                       {"pieces", tables.pieces},
                       {"sums", tables.sums},
                       {"ranks", tables.ranks},
                       {"piece_rows", tables.piece_rows},
                       {"tile_count", tables.tile_count},
+                      {"row_tile_count", tables.row_tile_count},
                       {"piece_count", tables.piece_count},
                       {"slots", tables.slots}});
     }
@@ -141,7 +144,7 @@ void bind_kernel_set(py::module& m) {
       py::arg("plan"), py::arg("problem"), py::kw_only(), py::arg("backward"));
   m.def("plan_as_asked", &plan_as_asked, py::arg("card"), py::arg("problem"), py::kw_only(),
         py::arg("backward"), py::arg("choice"), py::arg("tile") = "", py::arg("use_pdl") = true,
-        py::arg("groups") = 0, py::arg("listed") = false);
+        py::arg("groups") = 0, py::arg("listed") = false, py::arg("own_weights") = false);
 }
 
 void bind_kernel_check(py::module& m) {

@@ -26,6 +26,8 @@ HARMLESS = {
     "tile/halves.high_half.fabsf(value)<=kLargestFloat:high": LARGE_FLOAT,
     "tile/factor_chunk.load.kSplit&&place.aligned&&place.left>=kElements:never": EIGHT_LOADS,
     "tile/factor_chunk.load.place.left>=kElements:high": EIGHT_LOADS,
+    "grouped/segments.batch.t.row_tiles==nullptr:never": "row tiles are counted for no table",
+    "gemm/sm80/kernel.run.found.is_empty():never": "of all rows no tile is empty",
     "gemm/sm80/loads.place_of.row_tiles-first>=kGroup:high": (
         "eight rows that are left are a group"
     ),

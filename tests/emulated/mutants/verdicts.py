@@ -39,7 +39,8 @@ STEPS_OF = {
     "lora_linear_sequence": [("plain", "1:19"), ("race", "1:7"), ("plain", "19:37")],
     "lora_decode": [*STEPS, ("plain", "29:72")],
     "lora_grouped_gemm": [*STEPS, ("plain", "29:60")],
-    "lora_grouped_segments": [*STEPS, ("plain", "29:80")],
+    "lora_grouped_own_weights": [*STEPS, ("plain", "29:90")],
+    "lora_grouped_segments": [*STEPS, ("plain", "29:170")],
 }
 PROGRAMS = list(dict.fromkeys([*mutants.PROGRAMS, *STEPS_OF]))
 # What must raise no alarm runs these seeds besides the one that comes by it.

@@ -12,6 +12,7 @@ SEEDS = {
     "lora_dsdb_sm80": (240, 240),
     "lora_grouped_shrink": (240, 240),
     "lora_grouped_gemm": (240, 240),
+    "lora_grouped_own_weights": (120, 240),
     "lora_grouped_wgrad": (200, 200),
     "dequantize": (300, 300),
     "dropout": (600, 600),

@@ -12,6 +12,7 @@ from emulated.mutants.faults.decode import DECODE
 from emulated.mutants.faults.dequantize import DEQUANTIZE
 from emulated.mutants.faults.devices import DEVICES
 from emulated.mutants.faults.epilogue import EPILOGUE
+from emulated.mutants.faults.experts import EXPERTS
 from emulated.mutants.faults.grouped import GROUPED
 from emulated.mutants.faults.host import HOST
 from emulated.mutants.faults.jobs import JOBS
@@ -24,5 +25,5 @@ from emulated.mutants.faults.thought import THOUGHT
 
 FAULTS = [
     *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
-    *(*DECODE, *DEQUANTIZE, *DEVICES, *CONTROLS),
+    *(*EXPERTS, *DECODE, *DEQUANTIZE, *DEVICES, *CONTROLS),
 ]
