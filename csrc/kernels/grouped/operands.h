@@ -31,6 +31,14 @@ struct PositionedRows {
   }
 };
 
+// The row at a position of a piece, by one of LoraGroupedPlaces' tables; past the last one `none`.
+__device__ __forceinline__ int row_in_piece(const int* rows, const LoraGroupedPiece& piece,
+                                            int position, int none) {
+  if (position >= piece.count) return none;
+  const int at = piece.begin + position;
+  return rows == nullptr ? at : rows[at];
+}
+
 // Columns of Z or T for a rank, and for each half if a factor is in floats: whole chunks.
 __device__ __forceinline__ int whole_chunks(int rank) { return (rank + 7) / 8 * 8; }
 

@@ -4,8 +4,8 @@
 //     forward   Z[split] = drop(X) A_g^T     at the positions of g's rows     [m, its columns]
 //     dS        Z[split] = dY B_g
 //
-// lora_shrink on a tile of 64 positions of one adapter. A tile gathers its rows of X by `order`,
-// once for every 64 columns, and has as many columns as its adapter's rank takes.
+// lora_shrink on a tile of 64 positions of one adapter. A tile gathers its rows of X, once for every
+// 64 columns, and has as many columns as its adapter's rank takes.
 #pragma once
 #include "kernels/grouped/operands.h"
 #include "kernels/skinny/shrink.h"
@@ -15,14 +15,15 @@ namespace lora_ext::kernel {
 template <class T>
 struct LoraGroupedShrinkParams {
   const T* x;  // [m, k]
-  float* z;    // [splits, m, z_pitch], by position; with floats lo's columns follow hi's
+  float* z;    // [splits, m, z_pitch], by position; with two terms lo's columns follow hi's
   int64_t x_pitch;
   int m, k, z_pitch, max_rank;
+  int terms;            // 2 for factors in floats, or in halves of both terms along the rank
   int steps_per_split;  // of 64 along k
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
-  const int* order;
-  Mask mask;  // of X; only for masked kernels
+  const int *rows, *mask_rows;  // of X and of its mask, as in LoraGroupedPlaces
+  Mask mask;                    // of X; only for masked kernels
 };
 
 template <class T, class F, bool kMNMajor, bool kMasked, Alignment kAlignment>
@@ -44,10 +45,6 @@ struct LoraGroupedShrinkSm80 {
   const int first_step = static_cast<int>(blockIdx.z) * p.steps_per_split;
   const int end_step = min(first_step + p.steps_per_split, (p.k + Tile::kK - 1) / Tile::kK);
 
-  // Returns the row of X at a position of the tile, or m (out of range) if there is none.
-  __device__ __forceinline__ int row_at(int position) const {
-    return position < piece.count ? PositionedRows{p.order, p.m}(piece.begin + position) : p.m;
-  }
   __device__ __forceinline__ uint32_t stage_of(int step) const {
     return static_cast<uint32_t>((step - first_step) % Tile::kStages) * Tile::kStageBytes;
   }
@@ -88,12 +85,17 @@ struct LoraGroupedShrinkSm80 {
   }
 
   __device__ __forceinline__ void run() const {
+    // m is out of range.
+    const auto row_of = [&](int position) { return row_in_piece(p.rows, piece, position, p.m); };
+    const auto mask_row_of = [&](int position) {
+      return row_in_piece(p.mask_rows, piece, position, p.m);
+    };
     int rows[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i)
-      rows[i] = row_at((static_cast<int>(threadIdx.x) + i * Tile::kThreads) / 8);
+      rows[i] = row_of((static_cast<int>(threadIdx.x) + i * Tile::kThreads) / 8);
     const int in_fragment = warp * 16 + lane / 4;
-    const Product product{p.mask, {row_at(in_fragment), row_at(in_fragment + 8)}};
+    const Product product{p.mask, {mask_row_of(in_fragment), mask_row_of(in_fragment + 8)}};
     for (int i = 0; i < Tile::kStages - 1; ++i) load(rows, first_step + i);
     typename Product::Accumulators acc;
     product.clear(acc);
@@ -116,10 +118,11 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
   if (piece.count == 0) return;
   const LoraGroupedEntry entry = entry_of<F>(p.factors, piece.adapter);
   const int rank = clamped_rank(entry.rank, p.max_rank);
-  const int width = whole_chunks(rank), columns = Shrink::Factor::kSplit ? 2 * width : rank;
+  const int width = whole_chunks(rank), columns = p.terms == 2 ? 2 * width : rank;
   if (static_cast<int>(blockIdx.y) * LoraShrinkTile::kN >= columns) return;
   const typename Shrink::Factor factor{static_cast<const F*>(kMNMajor ? entry.b : entry.a),
-                                       kMNMajor ? entry.b_pitch : entry.a_pitch, rank, p.k, width};
+                                       kMNMajor ? entry.b_pitch : entry.a_pitch,
+                                       Shrink::Factor::kSplit ? rank : columns, p.k, width};
   Shrink{p, piece, factor, columns}.run();
 }
 
@@ -129,7 +132,7 @@ __global__ void __launch_bounds__(LoraShrinkTile::kThreads)
 //     T = s_g S                     in X's type, as hi and lo          [m, width] each, by position
 //
 // Or T alone from a saved S. Only the columns of a row's own rank are read and written. A backward
-// wants dS and s_g S, in one launch.
+// wants dS and s_g S, and where rows have weights both with them besides, in one launch.
 template <class T>
 struct LoraGroupedReduced {
   const float* z;      // [splits, m, z_pitch], by position; null if S is given
@@ -137,18 +140,19 @@ struct LoraGroupedReduced {
   const float* saved;  // [m, max_rank]; may be null
   T* t[2];             // [m, t_pitch], hi and lo; lo may be null
   float keep_scale;
+  const float* row_weights;  // [m], of T, by position; null for 1
 };
 template <class T>
 struct LoraGroupedReduceParams {
-  LoraGroupedReduced<T> of[2];  // one for each blockIdx.y; the second may be missing
+  LoraGroupedReduced<T> of[3];  // one for each blockIdx.y; the last ones may be missing
   const float* scaling;         // [groups]
   int64_t t_pitch;
   int m, splits, terms, z_pitch, max_rank;
   LoraGroupedFactors factors;
   const LoraGroupedPiece* tiles;
-  const int* order;
+  const int* rows;  // of S, at each position
 
-  unsigned count() const { return of[1].t[0] != nullptr ? 2 : 1; }
+  unsigned count() const { return of[2].t[0] != nullptr ? 3 : of[1].t[0] != nullptr ? 2 : 1; }
 };
 
 // Grid: tiles of positions, what is reduced. One thread per element of T.
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(256)
   const LoraGroupedReduced<T>& reduced = p.of[blockIdx.y];
   const int rank = rank_of(p.factors, piece.adapter, p.max_rank), width = whole_chunks(rank);
   for (int i = static_cast<int>(threadIdx.x); i < piece.count * rank; i += 256) {
-    const int at = piece.begin + i / rank, row = PositionedRows{p.order, p.m}(at);
+    const int at = piece.begin + i / rank, row = PositionedRows{p.rows, p.m}(at);
     const int64_t position = at, column = i % rank;
     const int64_t in_s = static_cast<int64_t>(row) * p.max_rank + column;
     float s = 0.f;
@@ -171,7 +175,8 @@ __global__ void __launch_bounds__(256)
           sum_of_splits<T>(z, p.splits, static_cast<int64_t>(p.m) * p.z_pitch, p.terms, width);
       if (reduced.s != nullptr) reduced.s[in_s] = s;
     }
-    const float t = p.scaling[piece.adapter] * s;
+    const float weight = reduced.row_weights != nullptr ? reduced.row_weights[at] : 1.f;
+    const float t = p.scaling[piece.adapter] * s * weight;
     reduced.t[0][position * p.t_pitch + column] = high_half<T>(t);
     if (reduced.t[1] != nullptr) reduced.t[1][position * p.t_pitch + column] = low_half<T>(t);
   }

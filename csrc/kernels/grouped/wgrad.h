@@ -15,9 +15,10 @@ namespace lora_ext::kernel {
 
 template <class T>
 struct LoraGroupedWgradProduct {
-  const T* p;      // [m, c], by row
-  const T* u;      // [m, u_pitch], by position
-  float* partial;  // [slots, max_rank, c]
+  const T* p;       // [m, c], by row
+  const int* rows;  // of P, at each position
+  const T* u;       // [m, u_pitch], by position
+  float* partial;   // [slots, max_rank, c]
   int64_t p_pitch, u_pitch;
   int c, c_tiles;
   bool masked;  // whether P is masked; only in masked kernels
@@ -28,9 +29,9 @@ struct LoraGroupedWgradParams {
   LoraGroupedWgradProduct<T> product[2];  // dA, dB; no tiles if not wanted
   LoraGroupedFactors gradients, factors;  // only the ranks of the factors are used
   const LoraGroupedPiece* pieces;
-  const int* order;
+  const int* mask_rows;  // at each position
   int m, max_rank;
-  int lo_column;  // first lo column of U, if the factors are in floats
+  int lo_column;  // first lo column of U, if the gradients are in floats
   Mask mask;
 };
 
@@ -52,9 +53,6 @@ struct LoraGroupedWgradSm80 {
   const int column0 = static_cast<int>(blockIdx.z) * kColumns;
   const int steps = (piece.count + Tile::kM - 1) / Tile::kM;
 
-  __device__ __forceinline__ int row_at(int position) const {
-    return position < piece.count ? PositionedRows{p.order, p.m}(piece.begin + position) : p.m;
-  }
   __device__ __forceinline__ static uint32_t stage_of(int step) {
     return static_cast<uint32_t>(step % Tile::kStages) * Tile::kStageBytes;
   }
@@ -69,7 +67,8 @@ struct LoraGroupedWgradSm80 {
       for (int i = 0; i < Tile::kM / kRowsAtOnce; ++i) {
         const int row = static_cast<int>(threadIdx.x) / kChunks + i * kRowsAtOnce;
         copy.copy_chunk(tile + panel_chunk_offset<Tile::kM>(row, chunk),
-                        {product.p, product.p_pitch, p.m, product.c}, row_at(step * Tile::kM + row),
+                        {product.p, product.p_pitch, p.m, product.c},
+                        row_in_piece(product.rows, piece, step * Tile::kM + row, p.m),
                         c0 + chunk * 8);
       }
       load_u(tile + Tile::kLeftBytes, step);
@@ -113,7 +112,7 @@ struct LoraGroupedWgradSm80 {
       if (piece.slot >= 0) {
         partial[column * product.c + c] = sum;
       } else if (of_b) {
-        static_cast<F*>(to.b)[c * to.b_pitch + column] = to_element(sum);
+        static_cast<F*>(to.b)[c * to.b_pitch + column * p.gradients.b_step] = to_element(sum);
       } else {
         static_cast<F*>(to.a)[column * to.a_pitch + c] = to_element(sum);
       }
@@ -139,17 +138,20 @@ struct LoraGroupedWgradSm80 {
       ptx::cp_async_wait_group<Tile::kStages - 2>();
       __syncthreads();  // before a read of the loaded stage and before a write to the freed one
       load(step + Tile::kStages - 1);
-      multiply.multiply(acc, shared + stage_of(step), step * Tile::kM, product.masked,
-                        [&](int position) { return row_at(position); });
+      multiply.multiply(
+          acc, shared + stage_of(step), step * Tile::kM, product.masked,
+          [&](int position) { return row_in_piece(p.mask_rows, piece, position, p.m); });
     }
     if constexpr (kSplit) add_lo(acc);
     store(multiply, acc);
   }
 };
 
-// Grid: pieces, tiles along the columns of X and then of dY, tiles along the largest rank.
+// Grid: pieces, tiles along the columns of X and then of dY, tiles along the largest rank. Shared
+// memory has room for three blocks on an SM of sm_90, and with masks ptxas would not leave them the
+// registers. Loads of single elements need more of them than those.
 template <class T, class F, bool kMasked, Alignment kAlignment>
-__global__ void __launch_bounds__(LoraWgradTile::kThreads)
+__global__ void __launch_bounds__(LoraWgradTile::kThreads, kAlignment == Alignment::kVector ? 3 : 1)
     lora_grouped_wgrad_sm80(const __grid_constant__ LoraGroupedWgradParams<T> p) {
   const LoraGroupedPiece piece = p.pieces[blockIdx.x];
   if (piece.count == 0) return;
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(256)
               sum_of_splits<T>(gradient.partial + sum.slot * size + column * gradient.c + c,
                                sum.pieces, size, 1, 0);
     }
-    F* element = of_b ? static_cast<F*>(to.b) + c * to.b_pitch + column
+    F* element = of_b ? static_cast<F*>(to.b) + c * to.b_pitch + column * p.gradients.b_step
                       : static_cast<F*>(to.a) + column * to.a_pitch + c;
     if constexpr (std::is_same_v<F, float>) {
       *element = value;

@@ -99,8 +99,9 @@ struct Tiled {
   Splits dlora_b{}, dlora_a{};
   bool wgrad_uses_pdl = false;  // lora_wgrad starts beside the last tiles of dX
   // Byte offsets. Halves: A [terms * rank, a_pitch], B [n, columns], T, which is s S or dS, [m,
-  // columns], and s S [m, columns]. Partial sums, in float32: of S or dS, of dA, of dB.
-  int64_t a = kNone, b = kNone, t = kNone, s = kNone, a_pitch = 0;
+  // columns], s S [m, columns], and with own weights dS with the weights of rows [m, columns].
+  // Partial sums, in float32: of S or dS, of dA, of dB.
+  int64_t a = kNone, b = kNone, t = kNone, s = kNone, weighted_t = kNone, a_pitch = 0;
   int64_t z = kNone, g_a = kNone, g_b = kNone;
   std::optional<Tables> tables{};  // with many adapters
 

@@ -57,6 +57,8 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   if (need_t && !plan.fused_shrink)
     plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
   if (need_t) plan.t = workspace.take(halves, element);
+  if (need_da && plan.tables && plan.tables->own_weights())
+    plan.weighted_t = workspace.take(halves, element);
   // Partial sums: one per split, with many adapters one per slot.
   const auto sums = [&](const Splits& splits) {
     return plan.tables ? plan.tables->slots * p.rank : int64_t{splits.splits} * plan.columns;

@@ -38,13 +38,13 @@ class LoraGroupedParams {
 
   // Z = drop(X) A_g^T
   LoraGroupedShrinkParams<T> shrink() const {
-    LoraGroupedShrinkParams<T> params = shrink_of(o_.x, o_.x_pitch, o_.k);
+    LoraGroupedShrinkParams<T> params = shrink_of(o_.x, o_.x_pitch, o_.k, places().x);
     params.mask = o_.mask;
     return params;
   }
   // Z = dY B_g
   LoraGroupedShrinkParams<T> shrink(const LoraGroupedBackward& g) const {
-    return shrink_of(g.dy, g.dy_pitch, o_.n);
+    return shrink_of(g.dy, g.dy_pitch, o_.n, places().dy);
   }
 
   // S and T from Z
@@ -54,12 +54,15 @@ class LoraGroupedParams {
     params.of[0].s = f.s, params.of[0].keep_scale = o_.mask.keep_scale;
     return params;
   }
-  // T = dS from Z, and s S from S
+  // T = dS from Z, and with the rows' weights for dA; s S from S, with them
   LoraGroupedReduceParams<T> reduce(const LoraGroupedBackward& g) const {
     LoraGroupedReduceParams<T> params = reduce_of();
     LoraGroupedReduced<T>* next = params.of;
     if (plan_.t != plan::kNone) *next++ = reduced_to(plan_.t);
-    if (plan_.s != plan::kNone) *next = reduced_to(plan_.s), next->saved = g.s;
+    if (weighted_t(g) != plan_.t)
+      *next = reduced_to(plan_.weighted_t), (next++)->row_weights = g.row_weights;
+    if (plan_.s != plan::kNone)
+      *next = reduced_to(plan_.s), next->saved = g.s, next->row_weights = g.row_weights;
     return params;
   }
 
@@ -94,22 +97,20 @@ class LoraGroupedParams {
   // dA_g = dS^T drop(X), dB_g = dY^T (s S), or partial sums of them
   LoraGroupedWgradParams<T> wgrad(const LoraGroupedBackward& g) const {
     LoraGroupedWgradParams<T> params{};
-    const auto product = [&](const void* p, int64_t pitch, int64_t u, int64_t c, int64_t partial) {
+    const auto product = [&](const void* p, int64_t pitch, const int* rows, int64_t u, int64_t c,
+                             int64_t partial) {
       const auto c_tiles = static_cast<int>((c + LoraWgradTile::kC - 1) / LoraWgradTile::kC);
-      return LoraGroupedWgradProduct<T>{static_cast<const T*>(p),
-                                        at<T>(u),
-                                        at<float>(partial),
-                                        pitch,
-                                        plan_.columns,
-                                        static_cast<int>(c),
-                                        c_tiles,
-                                        false};
+      return LoraGroupedWgradProduct<T>{static_cast<const T*>(p), rows,    at<T>(u),
+                                        at<float>(partial),       pitch,   plan_.columns,
+                                        static_cast<int>(c),      c_tiles, false};
     };
-    if (g.need_da) params.product[0] = product(o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
-    if (g.need_db) params.product[1] = product(g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
+    if (g.need_da)
+      params.product[0] = product(o_.x, o_.x_pitch, places().x, weighted_t(g), o_.k, plan_.g_a);
+    if (g.need_db)
+      params.product[1] = product(g.dy, g.dy_pitch, places().dy, plan_.s, o_.n, plan_.g_b);
     params.product[0].masked = o_.dropout;
     params.gradients = gradients(g), params.factors = factors();
-    params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.order = at<int>(tables_.order);
+    params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.mask_rows = places().mask;
     params.m = static_cast<int>(o_.m), params.max_rank = o_.rows.max_rank;
     params.lo_column = plan_.width, params.mask = o_.mask;
     return params;
@@ -128,6 +129,10 @@ class LoraGroupedParams {
   template <class V>
   V* at(int64_t offset) const {
     return offset == plan::kNone ? nullptr : reinterpret_cast<V*>(o_.workspace + offset);
+  }
+  // T = dS as dA's sum has it.
+  int64_t weighted_t(const LoraGroupedBackward& g) const {
+    return g.need_da && g.row_weights != nullptr ? plan_.weighted_t : plan_.t;
   }
   // A pool may have no ranks; those of the tables are written for each.
   LoraGroupedFactors factors() const { return with_ranks(o_.factors.pool, entries()); }
@@ -157,13 +162,15 @@ class LoraGroupedParams {
     return tables;
   }
 
-  LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k) const {
+  LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k,
+                                       const int* rows) const {
     LoraGroupedShrinkParams<T> params{};
     params.x = static_cast<const T*>(x), params.x_pitch = pitch, params.z = at<float>(plan_.z);
     params.m = static_cast<int>(o_.m), params.k = static_cast<int>(k);
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
-    params.steps_per_split = plan_.shrink.steps_per_split, params.factors = factors();
-    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
+    params.terms = plan_.terms, params.steps_per_split = plan_.shrink.steps_per_split;
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.factors = factors();
+    params.rows = rows, params.mask_rows = places().mask;
     return params;
   }
   LoraGroupedReduced<T> reduced_to(int64_t t) const {
@@ -172,7 +179,8 @@ class LoraGroupedParams {
             nullptr,
             nullptr,
             {hi, plan_.terms == 2 ? hi + plan_.width : nullptr},
-            1.f};
+            1.f,
+            nullptr};
   }
   LoraGroupedReduceParams<T> reduce_of() const {
     LoraGroupedReduceParams<T> params{};
@@ -180,7 +188,7 @@ class LoraGroupedParams {
     params.splits = plan_.shrink.splits, params.terms = plan_.terms;
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.factors = factors();
-    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.order = at<int>(tables_.order);
+    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.rows = places().y;
     return params;
   }
   LoraGroupedGemmParams<T> gemm_of(const void* p, int64_t pitch, int64_t n, int64_t k,

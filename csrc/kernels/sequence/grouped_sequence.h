@@ -78,14 +78,19 @@ class LoraGroupedSequence {
 
   template <bool kMNMajor>
   void shrink(const LoraGroupedShrinkParams<T>& params, bool masked) {
+    plan_.tables->own_weights() ? shrink_by<T, kMNMajor>(params, masked)
+                                : shrink_by<F, kMNMajor>(params, masked);
+  }
+  template <class Factor, bool kMNMajor>
+  void shrink_by(const LoraGroupedShrinkParams<T>& params, bool masked) {
     using Tile = LoraShrinkTile;
     const dim3 grid(static_cast<unsigned>(plan_.tables->tile_count),
                     blocks_of(params.z_pitch, Tile::kN),
                     static_cast<unsigned>(plan_.shrink.splits));
     constexpr bool kMaybeMasked = !kMNMajor;  // X may be, dY is not
     with_alignment(plan_.vector, [&](auto alignment) {
-      launch_(masked ? lora_grouped_shrink_sm80<T, F, kMNMajor, kMaybeMasked, alignment>
-                     : lora_grouped_shrink_sm80<T, F, kMNMajor, false, alignment>,
+      launch_(masked ? lora_grouped_shrink_sm80<T, Factor, kMNMajor, kMaybeMasked, alignment>
+                     : lora_grouped_shrink_sm80<T, Factor, kMNMajor, false, alignment>,
               grid, Tile::kThreads, Tile::kSlabs, params);
     });
   }

@@ -11,27 +11,29 @@
 namespace kernels {
 
 // A [rank, k] and B [n, rank] of each adapter, in a pool or in a list, with `between` unused
-// elements after each.
+// elements after each. B's may be interleaved in a pool: their elements are neighbours there.
 template <class F>
 struct GroupedPool {
   using Entry = LoraGroupedEntry;
 
   const bool pooled;
-  const int64_t a_pitch, b_pitch, a_stride, b_stride;
+  const int64_t b_step, a_pitch, b_pitch, a_stride, b_stride;
   GlobalBuffer<int> ranks;
   GlobalBuffer<F> all_a, all_b;
   GlobalBuffer<Entry> entries;
 
   GroupedPool(const GroupedRows& rows, int n, bool pooled_, int a_pitch_, int b_pitch_, int between,
-              double fill)
+              double fill, bool interleaved = false)
       : pooled(pooled_),
+        b_step(interleaved ? rows.groups + 1 : 1),
         a_pitch(a_pitch_),
-        b_pitch(b_pitch_),
+        b_pitch(b_pitch_ * b_step),
         a_stride(rows.max_rank * a_pitch + between),
-        b_stride(n * b_pitch + between),
+        b_stride(interleaved ? 1 : n * b_pitch + between),
         ranks(rows.ranks, "ranks"),
         all_a(static_cast<size_t>(rows.groups * a_stride), "A of adapters"),
-        all_b(static_cast<size_t>(rows.groups * b_stride), "B of adapters"),
+        all_b(static_cast<size_t>(interleaved ? n * b_pitch : rows.groups * b_stride),
+              "B of adapters"),
         entries(static_cast<size_t>(rows.groups), "entries") {
     all_a.fill(from_double<F>(fill)), all_b.fill(from_double<F>(fill)), entries.fill({});
     for (int g = 0; g < rows.groups; ++g)
@@ -48,7 +50,8 @@ struct GroupedPool {
             b_stride,
             a_pitch,
             b_pitch,
-            ranks.data()};
+            ranks.data(),
+            b_step};
   }
   // On the host; null for a pool.
   const Entry* list() const { return pooled ? nullptr : entries.data(); }
@@ -56,7 +59,7 @@ struct GroupedPool {
     return static_cast<F*>(entries[g].a)[r * entries[g].a_pitch + column];
   }
   F& b(int g, int row, int r) const {
-    return static_cast<F*>(entries[g].b)[row * entries[g].b_pitch + r];
+    return static_cast<F*>(entries[g].b)[row * entries[g].b_pitch + r * b_step];
   }
 };
 
@@ -132,11 +135,12 @@ struct GroupedGradients {
   const int n, k;
   GroupedPool<F> pool;
 
-  GroupedGradients(const GroupedRows& rows_, int n_, int k_, bool pooled)
+  GroupedGradients(const GroupedRows& rows_, int n_, int k_, bool pooled, bool interleaved = false)
       : rows(rows_),
         n(n_),
         k(k_),
-        pool(rows, n, pooled, k + kBetween, rows.max_rank + kBetween, kBetween, kUnwritten) {}
+        pool(rows, n, pooled, k + kBetween, rows.max_rank + kBetween, kBetween, kUnwritten,
+             interleaved) {}
 
   bool same_bits(const GroupedGradients& other) const {
     const auto same = [](const GlobalBuffer<F>& a, const GlobalBuffer<F>& b) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -18,7 +19,7 @@ struct GroupedRows {
   int m, groups, max_rank;
   bool indexed, own_weights;
   std::vector<int> ranks, given, adapter_of;  // ranks as the device has them, then an index or ends
-  std::unique_ptr<GlobalBuffer<int>> buffer;
+  std::shared_ptr<GlobalBuffer<int>> buffer;
 
   // `alike`: all adapters have the largest rank. `own_weights`: they are experts, with ends.
   GroupedRows(int m_, int groups_, int max_rank_, Random& random, bool alike = false,
@@ -42,7 +43,7 @@ struct GroupedRows {
                                   : draw(1, max_rank));
     }
     indexed ? draw_index(draw) : draw_ends(draw);
-    buffer = std::make_unique<GlobalBuffer<int>>(given, indexed ? "index" : "ends");
+    buffer = std::make_shared<GlobalBuffer<int>>(given, indexed ? "index" : "ends");
     for (int& adapter : adapter_of)
       if (adapter >= 0 && rank(adapter) == 0) adapter = -1;
   }
@@ -52,6 +53,13 @@ struct GroupedRows {
   LoraGroupedRows parameters() const {
     return {indexed ? buffer->data() : nullptr, indexed ? nullptr : buffer->data(), m, groups,
             max_rank};
+  }
+
+  // The same rows, and all adapters with a rank.
+  GroupedRows with_rank(int rank) const {
+    GroupedRows rows = *this;
+    rows.max_rank = rank, rows.ranks.assign(ranks.size(), rank);
+    return rows;
   }
 
   // Gives an index's rows the adapters of the rows from the last on, in place on the device.
@@ -181,6 +189,29 @@ struct GroupedTables {
     });
     return order;
   }
+};
+
+// The row at each position in one operand: by the order of the rows, or, with own weights, at the
+// position itself or anywhere, in a table that is not read where a position belongs to nobody.
+struct GroupedPlaces {
+  std::vector<int> row;
+  std::unique_ptr<GlobalBuffer<int>> table;
+
+  // `once`: no two positions have the same row.
+  GroupedPlaces(const GroupedRows& rows, bool own, bool once, Random& random, const char* name)
+      : row(GroupedTables::positions(rows)) {
+    const std::vector<int> order = row;
+    if (own) std::iota(row.begin(), row.end(), 0);
+    const bool tabled = own ? random() % 4 > 0 : rows.indexed;
+    if (!tabled) return;
+    if (own && once) std::shuffle(row.begin(), row.end(), random);
+    if (own && !once)
+      for (int& at : row) at = static_cast<int>(random() % static_cast<uint64_t>(rows.m));
+    table = std::make_unique<GlobalBuffer<int>>(row, name);
+    for (int i = 0; own && i < rows.m; ++i)
+      if (rows.adapter_of[order[i]] < 0) (*table)[i] = INT_MIN;
+  }
+  const int* data() const { return table ? table->data() : nullptr; }
 };
 
 }  // namespace kernels

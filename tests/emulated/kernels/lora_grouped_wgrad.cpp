@@ -1,5 +1,6 @@
 // Runs lora_grouped_wgrad and lora_grouped_reduce_wgrad: the gradients of both factors or of one,
-// of adapters with many pieces of rows, with one, and with none.
+// of adapters with many pieces of rows, with one, and with none; rows in one order, or placed in each
+// operand as with own weights, whose gradients of B are interleaved.
 #include "emulated/kernels/lora_grouped_wgrad.h"
 
 #include <deque>
@@ -25,11 +26,15 @@ void run_wgrad(const Case& run) {
   GroupedTables tables(rows, piece_rows);
   tables.fill(rows);
   const auto order = GroupedTables::positions(rows);
+  const bool own = random() % 2;
+  const GroupedPlaces of_p[] = {{rows, own, false, random, "rows of X"},
+                                {rows, own, false, random, "rows of dY"}},
+                      of_mask{rows, own, false, random, "rows of the mask"};
   const int columns[] = {c, 1 + static_cast<int>(random() % (2 * c))};
   const int wanted = 1 + static_cast<int>(random() % 3);
   const RandomMask mask(numbers, random);
   const bool with_mask = kMasked && random() % 4;
-  GroupedGradients<F> gradients(rows, columns[1], columns[0], random() % 2);
+  GroupedGradients<F> gradients(rows, columns[1], columns[0], own || random() % 2, own);
   const GlobalBuffer<int> ranks(rows.ranks, "ranks");
 
   LoraGroupedWgradParams<T> params{};
@@ -45,14 +50,15 @@ void run_wgrad(const Case& run) {
     partial.emplace_back(static_cast<size_t>(wants ? slots : 0) * max_rank * columns[i],
                          "partial sums");
     const int tiles = wants ? static_cast<int>(blocks_of(columns[i], LoraWgradTile::kC)) : 0;
-    params.product[i] = {p[i].data(), u[i].data(), partial[i].data(),  p[i].pitch(), u[i].pitch(),
-                         columns[i],  tiles,       with_mask && i == 0};
+    params.product[i] = {p[i].data(),       of_p[i].data(), u[i].data(),
+                         partial[i].data(), p[i].pitch(),   u[i].pitch(),
+                         columns[i],        tiles,          with_mask && i == 0};
     const float scale = with_mask && i == 0 ? mask.keep_scale : 1.f;
     sums.gradient[i] = {partial[i].data(), wants ? columns[i] : 0, scale};
   }
   params.gradients = sums.gradients = gradients.pool.parameters();
   params.factors.ranks = sums.factors.ranks = ranks.data();
-  params.pieces = tables.pieces.data(), params.order = tables.parameters().order;
+  params.pieces = tables.pieces.data(), params.mask_rows = of_mask.data();
   params.m = m, params.max_rank = sums.max_rank = max_rank, params.lo_column = width;
   params.mask = mask.parameters();
   sums.sums = tables.sums.data();
@@ -90,10 +96,10 @@ void run_wgrad(const Case& run) {
     const auto expected = [&](int adapter, int r, int column) {
       Bounded sum;
       for (int position = 0; position < m; ++position) {
-        const int row = order[position];
-        if (rows.adapter_of[row] != adapter) continue;
-        const double factor = with_mask && which == 0 ? mask.factor(row, column) : 1;
-        const double p_at = factor * p[which].matrix(row, column);
+        if (rows.adapter_of[order[position]] != adapter) continue;
+        const bool masked = with_mask && which == 0;
+        const double factor = masked ? mask.factor(of_mask.row[position], column) : 1;
+        const double p_at = factor * p[which].matrix(of_p[which].row[position], column);
         sum.add(p_at * u[which].matrix(position, r));
         if (kSplit) sum.add(p_at * u[which].matrix(position, width + r) / kLoScale<T>);
       }

@@ -58,7 +58,10 @@ PROGRAMS = {
     "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (
         "grouped/shrink",
-        *(f"grouped/operands.{name}" for name in ("copy", "entry_of", "place_of", "in_chunks")),
+        *(
+            f"grouped/operands.{name}"
+            for name in ("copy", "entry_of", "place_of", "in_chunks", "row_in_piece")
+        ),
     ),
     "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()", "tile/factor_chunk"),
     "lora_grouped_own_weights": ("grouped/own_weights",),

@@ -5,6 +5,8 @@ from emulated.mutants.faults.fault import Fault, faults_of
 PROGRAM = "lora_grouped_sequence"
 of_gemm = faults_of("grouped/gemm.h")
 of_scan = faults_of("grouped/segments.h")
+of_shrink = faults_of("grouped/shrink.h")
+of_wgrad = faults_of("grouped/wgrad.h")
 
 
 def of_op(file: str, *arguments: str):
@@ -41,8 +43,8 @@ GROUPED = [
         "the scaled S is made where dS lies",
         "dB's sums and dA's take different columns",
         (
-            "*next = reduced_to(plan_.s), next->saved = g.s;",
-            "*next = reduced_to(plan_.t), next->saved = g.s;",
+            "*next = reduced_to(plan_.s), next->saved = g.s,",
+            "*next = reduced_to(plan_.t), next->saved = g.s,",
         ),
     ),
     of_partial_sums(
@@ -161,6 +163,48 @@ GROUPED = [
             "const int end = next + static_cast<int>(g.segments[next].begin < row + kRows);",
             "const int end = next;",
         ),
+    ),
+    of_shrink(
+        "grouped_shrink_masks_rows_of_x",
+        "the mask is drawn for the rows that X has at the positions",
+        "an expert's rows may be masked by other numbers",
+        ("row_in_piece(p.mask_rows, piece", "row_in_piece(p.rows, piece"),
+    ),
+    of_shrink(
+        "grouped_halves_end_at_the_rank",
+        "of a pool in halves the rank's columns alone are read",
+        "lo's follow them",
+        ("Shrink::Factor::kSplit ? rank : columns", "rank"),
+    ),
+    of_shrink(
+        "grouped_s_by_position",
+        "S is read and written at the position",
+        "it has the rows of Y",
+        ("static_cast<int64_t>(row) * p.max_rank", "static_cast<int64_t>(at) * p.max_rank"),
+    ),
+    of_shrink(
+        "grouped_weights_by_row_of_s",
+        "a row's weight is read where S has the row",
+        "weights are by position",
+        ("reduced.row_weights[at]", "reduced.row_weights[row]"),
+    ),
+    of_wgrad(
+        "grouped_wgrad_masks_rows_of_x",
+        "the mask is drawn for the rows that X has at the positions",
+        "an expert's rows may be masked by other numbers",
+        ("row_in_piece(p.mask_rows, piece", "row_in_piece(product.rows, piece"),
+    ),
+    of_wgrad(
+        "grouped_wgrad_stores_ranks_side_by_side",
+        "dB's ranks are stored as neighbours",
+        "between them are those of the other experts",
+        ("c * to.b_pitch + column * p.gradients.b_step] =", "c * to.b_pitch + column] ="),
+    ),
+    of_wgrad(
+        "grouped_sums_store_ranks_side_by_side",
+        "dB's ranks are stored as neighbours after the sum of pieces",
+        "between them are those of the other experts",
+        ("c * to.b_pitch + column * p.gradients.b_step\n", "c * to.b_pitch + column\n"),
     ),
     of_scan(
         "grouped_carry_of_warps_read_early",
