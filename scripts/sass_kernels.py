@@ -33,6 +33,7 @@ KNOWN_TO_WAIT = {
         1,
         "floats of some chunks of a factor, all at once; an adapter and rows of the tile",
     ),
+    r"lora_grouped_gemm_own_weights ": (2, "a tile's expert and rows; elements at odd addresses"),
     r"lora_decode ": (1, "a chunk of a factor that is float, or at odd addresses"),
 }
 # An A100's tensor core takes 8 cycles for 16 x 8 x 16, in which its SMSP issues 8 instructions.

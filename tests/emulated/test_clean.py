@@ -23,7 +23,7 @@ MANY_OF = {
     "lora_decode": {"race": 60, "asan": 24},
     "lora_grouped_sequence": {"plain": 60, "race": 20, "asan": 6},
 }
-FEW_OF = {"lora_grouped_sequence": {"plain": 9, "race": 3, "asan": 2}}
+FEW_OF = {"lora_grouped_sequence": {"plain": 18, "race": 6, "asan": 3}}
 
 
 @pytest.mark.parametrize("flavour", build.FLAVOURS)

@@ -4,6 +4,7 @@
 #include "emulated/kernels/lora_grouped_sequence.h"
 
 #include "emulated/kernels/driver.h"
+#include "emulated/kernels/experts_case.h"
 #include "emulated/kernels/float64_values.h"
 #include "emulated/kernels/grouped_factors.h"
 #include "emulated/kernels/linear_case.h"
@@ -239,6 +240,11 @@ void run_variant(const Case& run) {
   limit_residency();
   GroupedTest<T, F>(run).run();
 }
+template <class T, class F>
+void run_experts(const Case& run) {
+  limit_residency();
+  ExpertsTest<T, F>(run).run();
+}
 
 }  // namespace
 
@@ -246,7 +252,11 @@ const Program program{"lora_grouped_sequence",
                       {{"bf16", run_variant<__nv_bfloat16, __nv_bfloat16>},
                        {"fp16", run_variant<__half, __half>},
                        {"float_bf16", run_variant<__nv_bfloat16, float>},
-                       {"float_fp16", run_variant<__half, float>}},
+                       {"float_fp16", run_variant<__half, float>},
+                       {"experts_bf16", run_experts<__nv_bfloat16, __nv_bfloat16>},
+                       {"experts_fp16", run_experts<__half, __half>},
+                       {"experts_float_bf16", run_experts<__nv_bfloat16, float>},
+                       {"experts_float_fp16", run_experts<__half, float>}},
                       {{"even", 128, 136, 72},
                        {"odd", 131, 77, 99},
                        {"tall", 300, 24, 40},

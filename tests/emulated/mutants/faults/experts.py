@@ -1,8 +1,12 @@
 """Rows of experts: what is another expert's, another row's, or no expert's."""
 
 from emulated.mutants.faults.fault import faults_of
+from emulated.mutants.faults.grouped import of_op
 
 of_gemm = faults_of("grouped/own_weights.h")
+of_params = of_op("sequence/grouped_params.h", "--variant", "experts_float_fp16")
+of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_bf16")
+of_plan = of_op("tile_choice.cpp", "--variant", "experts_bf16")
 
 EXPERTS = [
     of_gemm(
@@ -100,5 +104,56 @@ EXPERTS = [
         "rows of T end where all rows end",
         "those of the next expert are read for nothing",
         ("p.t_pitch, span.begin + span.count, of_t + left}", "p.t_pitch, p.m, of_t + left}"),
+    ),
+    of_params(
+        "experts_weights_a_row_apart",
+        "an expert's W begins a row after the one before",
+        "it has as many rows as there are features",
+        ("params.q_stride = o_.weight_stride", "params.q_stride = o_.weight_pitch"),
+    ),
+    of_params(
+        "experts_biases_in_one",
+        "all experts have the first one's bias",
+        "each has its own",
+        (
+            "params.bias_stride = o_.bias_stride, params.p_rows",
+            "params.bias_stride = 0, params.p_rows",
+        ),
+    ),
+    of_params(
+        "experts_dy_where_x_is",
+        "dX reads a row of dY where X has it",
+        "one is by token and the other by position",
+        ("params.p_rows = o_.places.dy", "params.p_rows = o_.places.x"),
+    ),
+    of_params(
+        "experts_mask_where_dy_is",
+        "dX's mask is that of the row of dY",
+        "forward has drawn it for the row of X",
+        ("params.mask_rows = o_.places.mask", "params.mask_rows = o_.places.dy"),
+    ),
+    of_params(
+        "experts_hi_alone",
+        "of factors in floats hi is multiplied alone",
+        "lo is lost",
+        ("params.gemm.terms = plan_.terms == 2 ? 3 : 1;", "params.gemm.terms = 1;"),
+    ),
+    of_sequence(
+        "experts_of_many_adapters",
+        "dX of experts is that of many adapters",
+        "all take the first expert's W",
+        (
+            "plan_.tables->own_weights() ? own_weights<true, kMasked>(params_.own_weights(g))",
+            "false ? own_weights<true, kMasked>(params_.own_weights(g))",
+        ),
+    ),
+    of_plan(
+        "experts_tiles_as_of_all_rows",
+        "there are row tiles for all rows one below the other",
+        "each expert begins a new one",
+        (
+            "static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedRowTileRows))",
+            "static_cast<int>(blocks_of(p.m, kGroupedRowTileRows))",
+        ),
     ),
 ]
