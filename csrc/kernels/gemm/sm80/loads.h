@@ -121,7 +121,7 @@ struct TilesOfAllRows {
     __device__ __forceinline__ static int end(const Params& p) {
       return p.m;
     }
-    static constexpr bool is_empty() { return false; }
+    __device__ __forceinline__ static bool is_empty() { return false; }
   };
 
   template <class Params>
