@@ -36,6 +36,10 @@ ELSEWHERE = {
     "dequantize_4bit": "launched for a quantised weight, whatever the plan",
     "dequantize_8bit": "launched for a quantised weight, whatever the plan",
     "lora_grouped_entries": "launched for a list of adapters, whatever the plan",
+    **{
+        f"lora_experts_{name}": "launched for a mixture's experts, whatever the plan"
+        for name in ("count", "begin", "place", "routes", "factors", "sum", "dot")
+    },
 }
 CANDIDATES = {"lora_gemm 128x128": "what warmup times on Ampere; on Hopper for ranks above 256"}
 

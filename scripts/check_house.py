@@ -41,6 +41,7 @@ FOLDERS = [
     "kernels/launch",
     "kernels/sequence",
     "kernels/decode",
+    "kernels/experts",
     "kernels/grouped",
     "kernels/skinny",
     "kernels/gemm",

@@ -45,6 +45,7 @@ SOURCES = (
         for half in ("bf16", "fp16")
     ),
     "dequantize",
+    "experts",
 )
 SOURCES_SM90A = tuple(
     f"{kernel}_sm90a_{half}"
@@ -57,6 +58,7 @@ SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 CONSTANTS = """
 #include <cstdio>
 #include "kernels/decode/work.h"
+#include "kernels/experts/factors.h"
 #include "kernels/skinny/dsdb.h"
 #include "kernels/gemm/params.h"
 #include "kernels/gemm/sm90a/jobs.h"
@@ -87,6 +89,7 @@ int main() {
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);
   print<LoraDsdbTile<32>>("lora_dsdb_32", LoraDsdbTile<32>::kSharedBytes);
+  print<ExpertsFactors<__half>>("lora_experts_factors", ExpertsFactors<__half>::kSharedBytes);
   print<LoraDecodeTile<8>>("lora_decode_8", LoraDecodeTile<8>::kSharedBytes);
   print<LoraDecodeTile<16>>("lora_decode_16", LoraDecodeTile<16>::kSharedBytes);
   print<LoraDecodeTile<32>>("lora_decode_32", LoraDecodeTile<32>::kSharedBytes);

@@ -233,8 +233,8 @@ def name_of(demangled: str) -> str:
     words = [kernel.removesuffix("_sm80")]
     deep = "x3" if tile and tile[3] == "16" else ""  # three stages, and a narrow slab
     words += [f"{tile[1]}x{tile[2]}{deep}"] if tile else []
-    halves = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "float"}
-    types = re.findall(r"\b(?:__half|__nv_bfloat16|float)\b", rest)
+    halves = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "float", "long": "int64"}
+    types = re.findall(r"\b(?:__half|__nv_bfloat16|float|long)\b", rest)
     words += [halves[types[0]]] if types else []
     words += ["float"] if "float" in types[1:] else []
     flags = re.findall(r"\b(true|false)\b", rest)

@@ -7,8 +7,10 @@ from emulated.cuda.scripts import (
     COUNTS,
     DEQUANTIZE,
     DROPOUT,
+    EXPERTS,
     FIRST_USE,
     MANY,
+    ON_CUDA,
     RUNS_CUDA,
     asked,
     python,
@@ -171,7 +173,8 @@ assert last_error() == 0
 @pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("cuda")])
 def test_a_wrong_call_of_cuda_is_seen(mutant):
     calls = [asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT]
-    calls.insert(0 if mutant.startswith("dequantize") else len(calls), DEQUANTIZE)
+    for stem, code in (("dequantize", DEQUANTIZE), ("experts", ON_CUDA + EXPERTS)):
+        calls.insert(0 if mutant.startswith(stem) else len(calls), code)
     of_devices = [COUNTS, *(unlike(*cards) for cards in UNLIKE)]
     for code in of_devices if mutant.startswith("devices") else calls:
         try:

@@ -55,6 +55,18 @@ EDITS = [
         CUT,
     ),
     (
+        "experts/factors.h",
+        "(int64_t{expert} * p.out + row) * p.terms * p.width;",
+        "(expert * p.out + row) * p.terms * p.width;",
+        PRODUCT,
+    ),
+    (
+        "experts/slots.h",
+        "rows + positions[i] * p.pitch",
+        "rows + static_cast<int>(positions[i] * p.pitch)",
+        CUT,
+    ),
+    (
         "skinny/shrink.h",
         "static_cast<int64_t>(blockIdx.z) * p.m * p.columns",
         "blockIdx.z * p.m * p.columns",

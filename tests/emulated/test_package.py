@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from emulated.cuda.scripts import EXPERTS
 from emulated.package import build
 from emulated.package.child import python
 
@@ -375,4 +376,21 @@ failed = check_kernels("cpu", kernels)
 assert not failed, failed
 """,
         arch,
+    )
+
+
+def test_what_surrounds_the_products_of_experts_is_right():
+    python(
+        f"there = cpu\n{EXPERTS}"
+        + """
+calls = (
+    (ops.experts_routes, (index, experts)),
+    (ops.experts_factors, (a, b, [1.0, 0.3], experts, dtype, 2)),
+    (ops.experts_sum, (x[:, :n], *routes[2:], weights, k)),
+    (ops.experts_dot, given),
+)
+for op, arguments in calls:
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op.default, arguments, test_utils=utils)
+"""
     )

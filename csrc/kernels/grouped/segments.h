@@ -84,6 +84,18 @@ struct LoraGroupedChunk {
     keys[thread] = key;
     __syncthreads();
   }
+  // Counts the rows of each key: the last one with a key in its chunk knows their number.
+  __device__ __forceinline__ void count(int key) const {
+    for (int i = thread; i < p.rows.groups + 1; i += kChunk) count_of(i) = 0;
+    publish(key);
+    const int before = count_equal(key, thread);
+    if (key >= 0 && before + 1 == count_equal(key, kChunk)) count_of(key) = before + 1;
+  }
+  // The row's position, where counts are those at which rows begin; -1 of a row past m.
+  __device__ __forceinline__ int position(int key) const {
+    publish(key);
+    return key < 0 ? -1 : count_of(key) + count_equal(key, thread);
+  }
 };
 
 // Grid: chunks.
@@ -91,13 +103,7 @@ template <class T>
 __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_count(const __grid_constant__ LoraGroupedSegmentsParams p) {
   const LoraGroupedChunk chunk{p};
-  const int key = chunk.key();
-  constexpr int kThreads = LoraGroupedSegmentsParams::kThreads;
-  for (int i = chunk.thread; i < p.rows.groups + 1; i += kThreads) chunk.count_of(i) = 0;
-  chunk.publish(key);
-  // The last row with a key in its chunk knows their number.
-  const int before = chunk.count_equal(key, chunk.thread);
-  if (key >= 0 && before + 1 == chunk.count_equal(key, kThreads)) chunk.count_of(key) = before + 1;
+  chunk.count(chunk.key());
 }
 
 // Grid: chunks.
@@ -105,10 +111,8 @@ template <class T>
 __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_place(const __grid_constant__ LoraGroupedSegmentsParams p) {
   const LoraGroupedChunk chunk{p};
-  const int key = chunk.key();
-  chunk.publish(key);
-  if (key >= 0)
-    p.tables.order[chunk.count_of(key) + chunk.count_equal(key, chunk.thread)] = chunk.row;
+  const int position = chunk.position(chunk.key());
+  if (position >= 0) p.tables.order[position] = chunk.row;
 }
 
 struct LoraGroupedScan {

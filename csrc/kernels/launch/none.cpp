@@ -2,6 +2,7 @@
 #include "kernels/dequantize.h"
 #include "kernels/device.h"
 #include "kernels/dropout.h"
+#include "kernels/lora_experts.h"
 #include "kernels/lora_grouped.h"
 #include "kernels/lora_linear.h"
 
@@ -38,5 +39,6 @@ template std::string launch_lora(Dtype, const plan::Plan&, const kernel::LoraGro
                                  void*);
 std::string launch_dropout(Dtype, const DropoutParams&, void*) { return kNone; }
 std::string launch_dequantize(Dtype, const kernel::DequantizeParams&, void*) { return kNone; }
+std::string launch_experts(Dtype, const kernel::ExpertsParams&, void*) { return kNone; }
 
 }  // namespace lora_ext::cuda

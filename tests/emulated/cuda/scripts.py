@@ -238,6 +238,76 @@ assert {kernel_of(each) for each in calls} == {"dequantize4bit", "dequantize8bit
 assert {each["device"] for each in calls} == {1} and current_device() == 0 and last_error() == 0
 """
 
+ON_CUDA = """
+card(80)
+there = torch.device("cuda", 1)
+"""
+
+# On a device `there`: what surrounds the products of experts, beside torch's own calls in float64.
+EXPERTS = """
+ops = torch.ops.lora_ext
+torch.manual_seed(0)
+
+def check_pool(pool, wanted, dim, dtype):
+    hi, lo = pool.cpu().double().chunk(2, dim)
+    value = hi + lo / (2048 if dtype == torch.float16 else 1)
+    assert value.shape[dim] == 16, value.shape
+    ranks = wanted.shape[dim]
+    torch.testing.assert_close(value.narrow(dim, 0, ranks), wanted.double(), rtol=2e-5, atol=1e-6)
+    assert not value.narrow(dim, ranks, 16 - ranks).any()
+
+for tokens, k, experts, dtype in ((5, 3, 7, torch.bfloat16), (90, 4, 40, torch.float16)):
+    close_to = dict(rtol=2e-2, atol=2e-2)
+    index = torch.randint(-1, experts + 1, (tokens, k))
+    index[0, 0] = experts - 1
+    ids = index.masked_fill(index < 0, experts).flatten()
+    perm = ids.argsort(stable=True)
+    offs = torch.bincount(ids, minlength=experts + 1)[:experts].cumsum(0)
+    wanted = perm, perm // k, perm.argsort(), offs
+    routes = ops.experts_routes((index if tokens < 9 else index.int()).to(there), experts)
+    for got, each in zip(routes, wanted):
+        assert got.dtype == torch.int32 and got.device == there
+        assert torch.equal(got.cpu().long(), each), (got, each)
+
+    a = [torch.randn(experts * rank, 27) for rank in (3, 8)]
+    b = [torch.randn(20, rank * experts) for rank in (3, 8)]
+    a[1], b[0] = a[1].to(dtype), b[0].to(dtype)
+    given = [[each.to(there) for each in some] for some in (a, b)]
+    pool_a, pool_b = ops.experts_factors(*given, [1.0, 0.3], experts, dtype, 2)
+    by_expert = [(s * each).view(20, -1, experts).permute(2, 0, 1) for s, each in zip((1, 0.3), b)]
+    check_pool(pool_a, torch.cat([each.view(experts, -1, 27) for each in a], 1), 1, dtype)
+    check_pool(pool_b, torch.cat(by_expert, 2), 2, dtype)
+
+    n, count = 24, int(offs[-1])
+    has_expert = (ids < experts)[perm]
+    x, dx = (torch.randn(2, tokens * k, n + 8).to(dtype))
+    weights = torch.randn(tokens, k, dtype=torch.float32 if tokens < 9 else dtype)
+    by_position = weights.flatten()[perm].double()[:, None]
+    rows = torch.where(has_expert[:, None], x[:, :n].double() * by_position, 0)
+    summed = rows[perm.argsort()].view(tokens, k, n).sum(1)
+    unread = x.clone()
+    unread[count:] = float("nan")
+    given = unread.to(there)[:, :n], *routes[2:], weights.to(there), k
+    torch.testing.assert_close(ops.experts_sum(*given).cpu().double(), summed, **close_to)
+
+    grad, bias = torch.randn(tokens, 19).to(dtype), torch.randn(experts, 19).to(dtype)
+    number = (x[:, :n].double() * dx[:, :n].double()).sum(1)
+    own = bias[ids[perm].clamp(max=experts - 1)].double()
+    number += (grad[perm // k].double() * own).sum(1)
+    dweights = torch.where(has_expert, number, 0)[perm.argsort()].view(tokens, k)
+    scaled = torch.where(has_expert[:, None], dx[:, :n].double() * by_position, dx[:, :n].double())
+    # x and dx have unlike pitches.
+    found = dx.to(there)[:, :n]
+    given = x[:, :n].contiguous().to(there), found, routes[0], routes[3], weights.to(there), k
+    got = ops.experts_dot(*given, grad=grad.to(there), bias=bias.to(there))
+    assert got.dtype == weights.dtype
+    torch.testing.assert_close(got.cpu().double(), dweights, **close_to)
+    torch.testing.assert_close(found.cpu().double(), scaled, **close_to)
+
+empty = ops.experts_routes(torch.zeros(0, 4, dtype=torch.long).to(there), 3)
+assert [each.tolist() for each in (each.cpu() for each in empty)] == [[], [], [], [0, 0, 0]]
+"""
+
 # Operands of an op of many adapters, and both directions.
 MANY = """
 there = torch.device("cuda", 1)

@@ -10,6 +10,7 @@ NEXT_GRID = (
 LARGE_FLOAT = "a float as large as that and one more are the same"
 EIGHT_STORES = "eight stores of 2 bytes, where one of 16 would do"
 EIGHT_LOADS = "eight loads of a float, where two of 16 bytes would do"
+NOTHING_LEFT = "of a chunk behind the row's end nothing is loaded or stored"
 ONE_BY_ONE = "two loads of an element, where one of both would do"
 OTHERS = "adapters without a row in a part of the batch are multiplied for it, too, and not added"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
@@ -69,6 +70,26 @@ HARMLESS = {
     "decode/kernel.part_of_s.finish.has_s(walk.tile):always": (
         "zeros of no adapter's rows are kept, too, where nobody reads them"
     ),
+    "experts/chunk.is_whole.left>=kElements:high": EIGHT_LOADS,
+    "experts/chunk.is_whole.reinterpret_cast<uintptr_t>(at)%16==0&&left>=kElements:never": (
+        EIGHT_LOADS
+    ),
+    "experts/chunk.load.is_whole(from,left):never": EIGHT_LOADS,
+    "experts/chunk.store.is_whole(to,left):never": EIGHT_STORES,
+    "experts/factors.copy_a.column>=p.in:high": NOTHING_LEFT,
+    "experts/factors.store_chunk.rank>=p.ranks:high": NOTHING_LEFT,
+    "experts/factors.turn_b.row0>=p.out:never": "blocks behind the last row load and store nothing",
+    "experts/factors.turn_b.row0>=p.out:high": "a block behind the last row stores nothing",
+    "experts/routes.key.expert>=p.rows.groups:high": "the number of experts is that of no expert",
+    "experts/slots.lora_experts_sum.column<p.n:always": NOTHING_LEFT,
+    "experts/slots.lora_experts_sum.column<p.n:high": NOTHING_LEFT,
+    "experts/slots.add.p.pitch%kChunk==0&&RowChunk<T>::is_whole(rows,p.n-column):never": (
+        EIGHT_LOADS
+    ),
+    "experts/slots.add.Chunk::is_whole(a,left)&&Chunk::is_whole(b,left):never": EIGHT_LOADS,
+    "experts/slots.add_slots.slot<p.slots:high": "a round of no slots more",
+    "experts/slots.scale_row.column<p.n:high": NOTHING_LEFT,
+    "experts/slots.add_bias.column<p.bias_n:high": NOTHING_LEFT,
     "grouped/segments.begin_chunks.first<all:high": "a round of no counts more",
     "grouped/segments.begin_chunks.i<left:low": "nothing begins behind the last count",
     "grouped/segments.run.first<groups:high": "a batch of no adapters more",

@@ -55,6 +55,9 @@ PROGRAMS = {
         "decode/work",
     ),
     "dequantize": ("dequantize/formats",),
+    "lora_experts": tuple(
+        f"experts/{name}" for name in ("chunk", "factors", "launch", "routes", "slots")
+    ),
     "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (
         "grouped/shrink",

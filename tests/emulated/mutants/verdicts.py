@@ -41,6 +41,7 @@ STEPS_OF = {
     "lora_grouped_gemm": [*STEPS, ("plain", "29:60")],
     "lora_grouped_own_weights": [*STEPS, ("plain", "29:90")],
     "lora_grouped_segments": [*STEPS, ("plain", "29:170")],
+    "lora_experts": [*STEPS, ("plain", "29:80")],
 }
 PROGRAMS = list(dict.fromkeys([*mutants.PROGRAMS, *STEPS_OF]))
 # What must raise no alarm runs these seeds besides the one that comes by it.

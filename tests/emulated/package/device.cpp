@@ -16,6 +16,7 @@
 #include <string>
 #include <thread>
 
+#include "emulated/kernels/lora_experts.h"
 #include "emulated/kernels/lora_grouped_sequence.h"
 #include "emulated/kernels/lora_linear_sequence.h"
 #include "emulated/mutants/known_fault.h"
@@ -24,6 +25,7 @@
 #include "emulator/machine/fail.h"
 #include "kernels/dequantize.h"
 #include "kernels/dropout.h"
+#include "kernels/lora_experts.h"
 #include "kernels/lora_grouped.h"
 #include "kernels/lora_linear.h"
 
@@ -134,6 +136,13 @@ std::string launch_lora(Dtype dtype, const plan::Plan& plan,
   return run([&](emulator::Stream& stream) {
     dtype == Dtype::kBFloat16 ? kernel::grouped_backward<__nv_bfloat16>(stream, plan, operands)
                               : kernel::grouped_backward<__half>(stream, plan, operands);
+  });
+}
+
+std::string launch_experts(Dtype dtype, const kernel::ExpertsParams& params, void*) {
+  return run([&](emulator::Stream& stream) {
+    dtype == Dtype::kBFloat16 ? kernel::launch_experts<__nv_bfloat16>(stream, params)
+                              : kernel::launch_experts<__half>(stream, params);
   });
 }
 

@@ -1,8 +1,9 @@
-// The whole LoRA linear, with one adapter and with many, launched by the objects of nvcc, in place of
-// kernels/lora_linear_sequence_kernels.cpp and its like.
+// The whole LoRA linear, with one adapter and with many, and what surrounds experts, launched by the
+// objects of nvcc, in place of kernels/lora_linear_sequence_kernels.cpp and its like.
 #include <cuda_runtime.h>  // before the layer, whose macros it does not stand
 
 #include "emulated/kernels/driver.h"
+#include "emulated/kernels/lora_experts.h"
 #include "emulated/kernels/lora_grouped_sequence.h"
 #include "emulated/kernels/lora_linear_sequence.h"
 #include "emulated/ptx/runtime.h"
@@ -51,6 +52,15 @@ void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
   run<T>(stream, plan, operands, 1);
 }
 
+template <class T>
+void launch_experts(emulator::Stream& stream, const ExpertsParams& params) {
+  stream.synchronize();
+  emulated::ptx::begin(emulator::config(), 1);
+  cuda::StreamLaunch launch(emulator::cuda::stream_of(0, 0));
+  std::visit([&](const auto& own) { enqueue<T>(launch, own); }, params);
+  emulated::ptx::end(launch.error());
+}
+
 #define SEQUENCES(T)                                                                        \
   template void forward<T>(emulator::Stream&, const plan::Plan&, const LoraLinearForward&,  \
                            int64_t);                                                        \
@@ -59,7 +69,8 @@ void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
   template void grouped_forward<T>(emulator::Stream&, const plan::Plan&,                    \
                                    const LoraGroupedForward&);                              \
   template void grouped_backward<T>(emulator::Stream&, const plan::Plan&,                   \
-                                    const LoraGroupedBackward&);
+                                    const LoraGroupedBackward&);                            \
+  template void launch_experts<T>(emulator::Stream&, const ExpertsParams&);
 SEQUENCES(__nv_bfloat16)
 SEQUENCES(__half)
 

@@ -21,9 +21,10 @@ from emulated.mutants.faults.maps import MAPS
 from emulated.mutants.faults.mask import MASK
 from emulated.mutants.faults.products import PRODUCTS
 from emulated.mutants.faults.set_up import SET_UP
+from emulated.mutants.faults.slots import SLOTS
 from emulated.mutants.faults.thought import THOUGHT
 
 FAULTS = [
     *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
-    *(*EXPERTS, *DECODE, *DEQUANTIZE, *DEVICES, *CONTROLS),
+    *(*EXPERTS, *DECODE, *DEQUANTIZE, *SLOTS, *DEVICES, *CONTROLS),
 ]

@@ -1,0 +1,83 @@
+// What surrounds the products of a mixture's experts on a device (lora_grouped.h): the order of the
+// rows, the factors of all experts, and the sum over a token's slots with its gradients. Parameters
+// of the kernels, and the function that launches them. Plain C++ without device code.
+//
+//     S = tokens k rows; the row at position p is of slot perm[p], which is of token perm[p] / k
+//     expert e has the positions from offs[e - 1] to offs[e]; slots without an expert come last
+//
+// Rows and pools are halves, T; other numbers are T or floats. Pitches are in elements.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <variant>
+
+#include "common/dtype.h"
+
+namespace lora_ext::kernel {
+
+// A stable sort by expert. A number that is no expert, such as -1, is that of a slot without one.
+struct ExpertsRoutesParams {
+  static constexpr int kChunk = 256;  // rows that a block counts
+
+  const void* index;          // [rows], the expert of each slot
+  bool is_long;               // the index is int64, not int32
+  int *perm, *token, *place;  // [rows]; place, by slot, is the inverse of perm
+  int* offs;                  // [experts]
+  int* counts;                // [experts + 1, chunks], for the kernels alone
+  int rows, slots, experts;   // slots: k, of each token
+};
+
+// One adapter's factors, in PEFT's layout, as ranks [first, first + ranks) of two pools. With two
+// terms a pool has hi of its `width` ranks, then lo (tile/halves.h):
+//
+//     pool_a[e, first + j, :] = lora_a[e r + j, :]
+//     pool_b[e, c, first + j] = scale * lora_b[c, j experts + e]        zeros from j = r on
+struct ExpertsFactorsParams {
+  const void *lora_a, *lora_b;  // [experts r, in] and [out, r experts]
+  bool a_in_float, b_in_float;
+  void *pool_a, *pool_b;  // [experts, terms width, in] and [experts, out, terms width]
+  const int* offs;        // an expert without rows is left out; null: none is
+  int experts, rank, in, out;
+  int terms, width, first, ranks;  // ranks >= r
+  float scale;
+};
+
+// out[t] = sum over t's slots of weight * row, in the slots' order, in float32 and rounded once. A
+// slot without an expert adds nothing.
+struct ExpertsSumParams {
+  const void* rows;     // [rows, n] by position
+  const int* place;     // [tokens k]
+  const int* count;     // one number: the positions that have an expert
+  const void* weights;  // [tokens k]; null for 1
+  bool weights_in_float;
+  void* out;  // [tokens, n]
+  int64_t pitch;
+  int tokens, slots, n;
+};
+
+// The gradient of a weight, <x, dx'> + <grad, bias>, where dx' is dx but for the weight; and
+// dx = weight * dx', in place. Where a slot has no expert the gradient is 0, and dx stays.
+struct ExpertsDotParams {
+  const void* x;           // [rows, n] by position
+  void* dx;                // [rows, n] by position
+  const int *perm, *offs;  // [rows] and [experts]
+  const void* weights;     // [rows] by slot
+  void* dweights;          // as weights
+  bool weights_in_float;
+  const void *grad, *bias;  // [tokens, bias_n] and [experts, bias_n], or null
+  int64_t x_pitch, dx_pitch, grad_pitch, bias_pitch;
+  int rows, slots, experts, n, bias_n;
+};
+
+using ExpertsParams =
+    std::variant<ExpertsRoutesParams, ExpertsFactorsParams, ExpertsSumParams, ExpertsDotParams>;
+
+}  // namespace lora_ext::kernel
+
+namespace lora_ext::cuda {
+
+// Launches on `stream` of the current device, without synchronising with the host; there is at
+// least one row. The dtype is T's. Returns "" or the error of a launch.
+std::string launch_experts(Dtype dtype, const kernel::ExpertsParams& params, void* stream);
+
+}  // namespace lora_ext::cuda
