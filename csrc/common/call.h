@@ -57,8 +57,30 @@ struct Base {
     return base;
   }
   bool is_given() const { return !weight.defined(); }
+  bool of_experts() const { return !is_given() && weight.dim() == 3; }
+  // That of one expert.
+  Base of(int64_t expert) const {
+    Base own;
+    own.weight = weight.select(0, expert);
+    if (bias) own.bias = bias->select(0, expert);
+    return own;
+  }
   // Name of the Python function, used in error messages.
-  const char* op() const { return is_given() ? "lora_update" : "lora_linear"; }
+  const char* op() const {
+    return is_given() ? "lora_update" : of_experts() ? "experts.lora_experts" : "lora_linear";
+  }
+};
+
+// A projection of experts: adapter g of a pool is expert g's, which has a weight of its own, g of
+// base.weight [G, N, K] and of base.bias [G, N]. Y and dX have the rows sorted by expert, those of
+// none, zeros, last; x, grad and the mask have them elsewhere. What a mask keeps is not scaled.
+struct ExpertRows {
+  int64_t count;        // S, of sorted rows
+  int64_t rank;         // of the factors, whose pools may be padded to whole chunks
+  bool float_adapters;  // pools are two halves (kernels/tile/halves.h): hi, then lo
+  // int32 [S]: the row of x, of grad and of the mask that a sorted row has; nullopt: its own number.
+  std::optional<at::Tensor> x{}, grad{}, mask{};
+  std::optional<at::Tensor> weights{};  // float32 [S]: of the rows in the gradients of the factors
 };
 
 // In a call with many adapters: which adapter each row has, and the scaling of each adapter.
@@ -67,6 +89,7 @@ struct Grouping {
   std::optional<at::Tensor> index{};  // int32, for each row: an adapter, or -1 for none; or
   std::optional<at::Tensor> offs{};   // [G], int32: adapter g has the rows from offs[g - 1] on
   std::optional<at::Tensor> ranks{};  // [G], int32, for a pool; 0 for a free slot
+  std::optional<ExpertRows> experts{};
 };
 
 // Most calls have one adapter: its list needs no allocation.
@@ -93,6 +116,9 @@ struct Update {
   const at::Tensor& b() const { return lora_b[0]; }
 
   bool is_pool() const { return lora_a.size() == 1 && lora_a[0].dim() == 3; }
+  const ExpertRows* experts() const {
+    return grouping && grouping->experts ? &*grouping->experts : nullptr;
+  }
   c10::SymInt sym_adapters() const {
     return is_pool() ? lora_a[0].sym_size(0) : c10::SymInt(static_cast<int64_t>(lora_a.size()));
   }
@@ -106,6 +132,7 @@ struct Update {
     return most;
   }
   int64_t rank() const {
+    if (experts() != nullptr) return experts()->rank;
     if (is_pool()) return lora_a[0].size(1);
     int64_t most = 0;
     for (const at::Tensor& a : lora_a) most = std::max(most, a.size(0));
@@ -113,6 +140,8 @@ struct Update {
   }
   int64_t in_features() const { return lora_a[0].size(-1); }
   int64_t out_features() const { return lora_b[0].size(-2); }
+  // M, of Y and dX, beside an x.
+  int64_t rows(const at::Tensor& x) const { return experts() ? experts()->count : x.size(0); }
 };
 
 struct ForwardArgs {

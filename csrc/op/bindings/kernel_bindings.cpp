@@ -102,6 +102,14 @@ void warn_in_python(const std::string& text) {
 }  // namespace
 
 void bind_kernel_set(py::module& m) {
+  m.def(
+      "runs_kernels",
+      [](const at::Device& device) {
+        if (!kernel_launch::has_kernels(device)) return false;
+        const plan::Card card = kernel_launch::card_of(device);
+        return card.error.empty() && card.arch >= 80;
+      },
+      py::arg("device"));
   py::class_<Kernels>(m, "Kernels")
       .def_property_readonly("name", &Kernels::name)
       .def_readonly("backward", &Kernels::backward)

@@ -12,6 +12,7 @@
 // elements, and below the error that one missing second half causes.
 #include "op/check/kernel_bounds.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -77,16 +78,38 @@ Update in_double(const Update& update) {
 
 // ---- many adapters: the bounds for one, applied to the rows and gradients of each ----
 
-// The rows of an adapter; for -1, the rows without an adapter.
+// The rows of an adapter; for -1, the rows without an adapter, of which experts have none: zeros.
 at::Tensor rows_of(const Update& update, int64_t adapter) {
-  return update.grouping->index->reshape({-1}).eq(adapter).nonzero().reshape({-1});
+  const Grouping& many = *update.grouping;
+  if (!update.experts()) return many.index->reshape({-1}).eq(adapter).nonzero().reshape({-1});
+  const auto end = [&](int64_t g) { return g < 0 ? 0 : (*many.offs)[g].item<int64_t>(); };
+  return at::arange(end(adapter - 1), end(adapter), many.offs->options().dtype(at::kLong));
+}
+
+ExpertRows experts_of(const Update& update) {
+  return update.experts() != nullptr ? *update.experts() : ExpertRows{};
+}
+
+// Of x or of grad, the rows that sorted rows are.
+at::Tensor at_rows(const at::Tensor& tensor, const at::Tensor& rows,
+                   const std::optional<at::Tensor>& places) {
+  return tensor.index_select(0, places ? places->index_select(0, rows) : rows);
+}
+
+// Of x or S, in gradients of factors.
+at::Tensor weighted(const at::Tensor& own, const at::Tensor& rows, const ExpertRows& experts) {
+  if (!experts.weights) return own;
+  return own.mul(experts.weights->index_select(0, rows).unsqueeze(1)).to(own.scalar_type());
 }
 
 // One adapter, for the bounds of a call with one adapter. They hold for any mask: what it drops
 // only makes the sums smaller.
 Update update_of(const Update& update, int64_t g) {
-  return Update::one(update.lora_a[g], update.lora_b[g], update.grouping->scaling[g].item<double>(),
-                     update.dropout);
+  const auto of = [&](const Factors& factors) {
+    return update.is_pool() ? factors[0][g] : factors[static_cast<size_t>(g)];
+  };
+  return Update::one(of(update.lora_a), of(update.lora_b),
+                     update.grouping->scaling[g].item<double>(), update.dropout);
 }
 
 // No update: factors of zeros.
@@ -95,9 +118,10 @@ Update no_update(const Update& update) {
                      at::zeros({update.out_features(), 1}, update.lora_b[0].options()), 1.0);
 }
 
-Base base_of(const Base& base, const at::Tensor& rows) {
+Base base_of(const Base& base, int64_t g, const at::Tensor& rows) {
+  if (base.of_experts()) return base.of(g);
   Base own = base;
-  if (base.is_given()) own.y = base.y.index_select(0, rows);
+  if (base.y.defined()) own.y = base.y.index_select(0, rows);
   return own;
 }
 
@@ -107,15 +131,16 @@ Forward allowed_grouped(const ForwardArgs& args, const ForwardArgs& exact, const
                         bool hybrid) {
   Forward out{at::zeros_like(expected.y),
               at::full_like(expected.s, std::numeric_limits<double>::infinity())};
+  const ExpertRows experts = experts_of(args.update);
   for (int64_t g = -1; g < args.update.adapters(); ++g) {
     const at::Tensor rows = rows_of(args.update, g);
     if (rows.numel() == 0) continue;
     const Update own = g < 0 ? no_update(args.update) : update_of(args.update, g);
     const Update own_exact = g < 0 ? no_update(exact.update) : update_of(exact.update, g);
-    const Forward part =
-        allowed({args.x.index_select(0, rows), base_of(args.base, rows), own},
-                ForwardArgs{exact.x.index_select(0, rows), base_of(exact.base, rows), own_exact},
-                {expected.y.index_select(0, rows), expected.s}, hybrid);
+    const Forward part = allowed(
+        {at_rows(args.x, rows, experts.x), base_of(args.base, g, rows), own},
+        ForwardArgs{at_rows(exact.x, rows, experts.x), base_of(exact.base, g, rows), own_exact},
+        {expected.y.index_select(0, rows), expected.s}, hybrid);
     out.y.index_copy_(0, rows, part.y);
     if (g >= 0) out.s.narrow(1, 0, own.rank()).index_copy_(0, rows, part.s);
   }
@@ -125,15 +150,17 @@ Forward allowed_grouped(const ForwardArgs& args, const ForwardArgs& exact, const
 Backward allowed_grouped(const BackwardArgs& args, const BackwardArgs& exact,
                          const Backward& expected, bool hybrid) {
   Backward out{at::zeros_like(expected.dx), {}, {}};
+  const ExpertRows experts = experts_of(args.update);
   for (int64_t g = -1; g < args.update.adapters(); ++g) {
     const at::Tensor rows = rows_of(args.update, g);
     const Update own = g < 0 ? no_update(args.update) : update_of(args.update, g);
     const Update own_exact = g < 0 ? no_update(exact.update) : update_of(exact.update, g);
     const auto of = [&](const BackwardArgs& like, const Update& update, const auto& from) {
       BackwardArgs part = like;
-      part.grad = from.grad.index_select(0, rows), part.x = from.x.index_select(0, rows);
-      part.base = from.base, part.update = update;
-      part.s = from.s.index_select(0, rows).narrow(1, 0, update.rank());
+      part.grad = at_rows(from.grad, rows, experts.grad);
+      part.x = weighted(at_rows(from.x, rows, experts.x), rows, experts);
+      part.base = base_of(from.base, g, rows), part.update = update;
+      part.s = weighted(from.s.index_select(0, rows), rows, experts).narrow(1, 0, update.rank());
       part.wanted = Wanted::one(true, g >= 0, g >= 0);
       return part;
     };

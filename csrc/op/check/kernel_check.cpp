@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
@@ -113,14 +114,20 @@ void wait_for(const at::Device& device, const Kernels& kernels) {
       "which checks in a process of its own.");
 }
 
-// Gradients of a pool as those of a list.
-void take_apart(Forward&) {}
-void take_apart(Backward& got) {
+// Gradients of a pool, which of experts are in PEFT's layout, as those of a list.
+void take_apart(Forward&, const Update&) {}
+void take_apart(Backward& got, const Update& update) {
+  if (!update.is_pool()) return;
+  const int64_t adapters = update.adapters(), rank = update.rank();
   for (Factors* factors : {&got.dlora_a, &got.dlora_b}) {
-    if (!(*factors)[0].defined()) continue;
-    const at::Tensor pool = (*factors)[0];
+    at::Tensor pool = (*factors)[0];
+    if (!pool.defined()) continue;
+    if (update.experts()) {
+      pool = factors == &got.dlora_a ? pool.view({adapters, rank, -1})
+                                     : pool.view({-1, rank, adapters}).permute({2, 0, 1});
+    }
     factors->clear();
-    for (int64_t g = 0; g < pool.size(0); ++g) factors->push_back(pool[g]);
+    for (int64_t g = 0; g < adapters; ++g) factors->push_back(pool[g]);
   }
 }
 
@@ -134,7 +141,8 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   if (planned != kernels) return "the small case takes other kernels: " + planned.name();
   const at::Device device = args.x.device();
   const auto exact = kernel_bounds::in_double(args);
-  const auto expected = by_library(exact);
+  auto expected = by_library(exact);
+  take_apart(expected, exact.update);
   // A given base is not a product of the library, so it is not rounded once more.
   const auto allowed =
       kernel_bounds::allowed(args, exact, expected, kernels.hybrid && !kernels.given_base);
@@ -145,7 +153,7 @@ std::string run_case(const plan::Card& card, const Kernels& kernels, const plan:
   try {
     auto got = kernel_launch::run(plan, launched);
     wait_for(device, kernels);
-    if (launched.update.is_pool()) take_apart(got);
+    take_apart(got, launched.update);
     std::string off = compare_all(got, expected, allowed);
     if constexpr (std::is_same_v<Args, ForwardArgs>) {
       // lora_decode counts from what the launch before has left.
@@ -180,8 +188,8 @@ Update many_of(const Update& one, int64_t rows, const at::TensorOptions& options
   return update;
 }
 
-// An update as experts launch it, a pool whose adapters have ranges of rows, one of them empty, and
-// last come rows without an adapter; and the same as a list with an index.
+// A pool whose adapters have ranges of rows, one of them empty, and last come rows without an adapter,
+// as experts have them onto a base product of torch's; and the same as a list with an index.
 struct InTwoForms {
   Update list, pool;
 };
@@ -204,12 +212,58 @@ InTwoForms pool_of(const Update& one, int64_t rows, const at::TensorOptions& opt
   return update;
 }
 
+at::Tensor weight_of(const Kernels& kernels, int64_t n, int64_t k,
+                     const at::TensorOptions& options) {
+  if (!kernels.experts) return numbers({n, k}, 12.37, 0.1, options);
+  return kernels.transposed ? numbers({4, k, n}, 12.37, 0.1, options).transpose(1, 2)
+                            : numbers({4, n, k}, 12.37, 0.1, options);
+}
+
+// A pool as halves in whole chunks along the rank.
+at::Tensor in_halves(const at::Tensor& pool, int64_t rank_dim, const Kernels& kernels) {
+  const at::ScalarType half = scalar_type_of(kernels.dtype);
+  const at::Tensor hi = pool.to(half);
+  std::vector<at::Tensor> terms{hi};
+  if (kernels.float_adapters)
+    terms.push_back(pool.sub(hi).mul_(kernel_dtype(kernels.dtype).lo_scale).to(half));
+  std::vector<int64_t> padded = pool.sizes().vec();
+  const int64_t rank = padded[rank_dim], width = (rank + 7) / 8 * 8;
+  padded[rank_dim] = width * static_cast<int64_t>(terms.size());
+  at::Tensor out = at::zeros(padded, hi.options());
+  for (size_t i = 0; i < terms.size(); ++i)
+    out.narrow(rank_dim, static_cast<int64_t>(i) * width, rank).copy_(terms[i]);
+  return out;
+}
+
+// The update of a projection of experts, of which one has no rows, and last come rows of none: as a
+// pool of the factors, and as one of halves. Rows of x, grad and the mask are elsewhere.
+InTwoForms experts_of(const Update& one, const Kernels& kernels, int64_t rows, int64_t tokens,
+                      const at::TensorOptions& options) {
+  InTwoForms update{pool_of(one, rows, options).pool, {}};
+  const at::Tensor turns = at::arange(rows, options.dtype(at::kLong));
+  const auto every = [&](int64_t step, int64_t count) {
+    return turns.mul(step).remainder(count).to(at::kInt);
+  };
+  ExpertRows experts{rows, one.rank(), kernels.float_adapters, every(5, tokens)};
+  experts.mask = every(7, rows);
+  if (kernels.backward) {
+    experts.grad = every(11, tokens);
+    experts.weights = numbers({rows}, 12.17, 1, options.dtype(at::kFloat));
+  }
+  update.list.grouping->experts = experts;
+  update.pool = update.list;
+  update.pool.lora_a = {in_halves(update.list.lora_a[0], 1, kernels)};
+  update.pool.lora_b = {in_halves(update.list.lora_b[0], 2, kernels)};
+  return update;
+}
+
 std::string run_small_case(const at::Device& device, const plan::Card& card,
                            const Kernels& kernels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const kernel_set::SmallCase small = kernel_set::small_case(kernels);
   const plan::Problem& problem = small.problem;
   const int64_t m = problem.m, n = problem.n, k = problem.k, rank = problem.rank;
+  const int64_t tokens = kernels.experts ? m / 2 : m;
   const at::ScalarType dtype = scalar_type_of(kernels.dtype);
   const auto options = at::TensorOptions().device(device).dtype(dtype);
   const auto adapter = options.dtype(kernels.float_adapters ? at::kFloat : dtype);
@@ -218,17 +272,19 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
     dropout.p = 0.25;
     dropout.seed = at::full({}, 7, options.dtype(at::kLong));
   }
-  const at::Tensor x = numbers({m, k}, 12.71, 1, options), w = numbers({n, k}, 12.37, 0.1, options);
+  const at::Tensor x = numbers({tokens, k}, 12.71, 1, options);
+  const at::Tensor w = weight_of(kernels, n, k, options);
   const at::Tensor a = numbers({rank, k}, 12.53, 0.1, adapter);
   const at::Tensor b = numbers({n, rank}, 12.29, 0.1, adapter);
   const auto run = [&](const Update& update, const Update& launched) {
     if (!kernels.backward) {
+      const at::IntArrayRef bias = w.sizes().slice(0, w.dim() - 1);
       const Base base = kernels.given_base ? Base::given(numbers({m, n}, 12.61, 1, options))
-                                           : Base{w, numbers({n}, 12.9, 1, options)};
+                                           : Base{w, numbers(bias, 12.9, 1, options)};
       return run_case(card, kernels, small.request, ForwardArgs{x, base, update},
                       ForwardArgs{x, base, launched});
     }
-    const at::Tensor grad = numbers({m, n}, 12.47, 1, options);
+    const at::Tensor grad = numbers({tokens, n}, 12.47, 1, options);
     const at::Tensor s = numbers({m, rank}, 12.83, 1, options.dtype(at::kFloat));
     const auto args = [&](const Update& of) {
       const size_t factors = of.lora_a.size();
@@ -240,10 +296,14 @@ std::string run_small_case(const at::Device& device, const plan::Card& card,
   };
   const Update one = Update::one(a, b, 2.0, dropout);
   if (!kernels.grouped) return run(one, one);
+  if (kernels.experts) {
+    const InTwoForms update = experts_of(one, kernels, m, tokens, options);
+    return run(update.list, update.pool);
+  }
   const Update many = many_of(one, m, options);
   const std::string off = run(many, many);
-  const bool experts = kernels.hybrid && (kernels.backward || kernels.given_base);
-  if (!off.empty() || !experts) return off;
+  const bool has_ranges = kernels.hybrid && (kernels.backward || kernels.given_base);
+  if (!off.empty() || !has_ranges) return off;
   const InTwoForms ranges = pool_of(one, m, options);
   return run(ranges.list, ranges.pool);
 }

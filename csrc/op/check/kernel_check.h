@@ -26,7 +26,10 @@ struct Kernels {
   bool uses_pdl;         // some are launched with PDL
   bool given_base;       // lora_gemm adds onto a given y; forward only
   bool grouped = false;  // many adapters in one call
-  int rows = 0;          // the most rows that lora_decode's instance takes; 0 for other kernels
+  bool experts =
+      false;  // each with a weight of its own, whose columns have unit stride if transposed
+  bool transposed = false;
+  int rows = 0;  // the most rows that lora_decode's instance takes; 0 for other kernels
 
   auto operator<=>(const Kernels&) const = default;
   std::string name() const;  // unique

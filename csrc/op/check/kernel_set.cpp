@@ -60,6 +60,18 @@ void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vecto
   }
 }
 
+// Of rows that are no whole chunks the smallest tile alone.
+void add_experts(Kernels kernels, std::vector<Kernels>& all) {
+  kernels.experts = true;
+  for (const bool transposed : {false, true}) {
+    kernels.transposed = transposed;
+    for (const bool vector : {true, false}) {
+      kernels.vector = vector;
+      if (vector || kernels.tile == plan::Tile::k128x64) all.push_back(kernels);
+    }
+  }
+}
+
 // A rank that gives up to 16 columns, up to 32, or more, with an adapter in one half or in two; and
 // the requested tail.
 int64_t rank_for(const Kernels& kernels) {
@@ -82,7 +94,8 @@ std::string Kernels::name() const {
   if (tail != 0) text += " tail " + std::to_string(tail);
   if (uses_pdl) text += " PDL";
   if (given_base) text += " onto a base";
-  if (grouped) text += " many adapters";
+  if (grouped) text += experts ? " experts" : " many adapters";
+  if (transposed) text += " transposed";
   if (rows != 0) text += " up to " + std::to_string(rows) + " rows";
   return text;
 }
@@ -92,6 +105,8 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   kernels.backward = problem.backward, kernels.dtype = problem.dtype;
   kernels.float_adapters = problem.float_adapters, kernels.dropout = problem.dropout;
   kernels.grouped = problem.groups.has_value();
+  kernels.experts = kernels.grouped && problem.groups->own_weights;
+  kernels.transposed = kernels.experts && !problem.weight_row_major;
   if (const plan::Decode* decode = plan.decode()) {
     kernels.tile = plan::Tile::kDecode, kernels.vector = true, kernels.rows = decode->batch;
     return kernels;
@@ -135,9 +150,10 @@ std::vector<Kernels> all_of(const plan::Card& card, bool use_pdl) {
 std::vector<Kernels> all_grouped_of(const plan::Card& card) {
   std::vector<Kernels> all;
   for (Kernels& each : all_of(card, false)) {
-    if (!plan::has_grouped_kernel(each.tile) || each.one_pass) continue;
+    if (each.one_pass) continue;
     each.grouped = true;
-    all.push_back(each);
+    if (plan::has_grouped_kernel(each.tile)) all.push_back(each);
+    if (!each.hybrid && plan::has_grouped_kernel(each.tile, true)) add_experts(each, all);
   }
   return all;
 }

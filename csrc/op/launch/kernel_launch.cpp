@@ -14,22 +14,29 @@
 namespace lora_ext::kernel_launch {
 namespace {
 
+bool has_float_adapters(const Update& update) {
+  const ExpertRows* experts = update.experts();
+  return experts ? experts->float_adapters : update.a().scalar_type() == at::kFloat;
+}
+
 template <class Args>
 plan::Problem common_problem(const Args& args) {
   plan::Problem problem{};
   const Update& update = args.update;
-  problem.m = args.x.size(0), problem.n = update.out_features(), problem.k = args.x.size(1);
+  problem.m = update.rows(args.x), problem.n = update.out_features(), problem.k = args.x.size(1);
   problem.rank = update.rank();
-  problem.float_adapters = update.a().scalar_type() == at::kFloat;
+  problem.float_adapters = has_float_adapters(update);
   problem.dropout = update.dropout.enabled();
   problem.given_base = args.base.is_given();
+  const bool experts = args.base.of_experts();
   if (!problem.given_base) {
-    problem.weight_row_major = args.base.weight.stride(1) == 1;
-    problem.aligned_weight = aligned(args.base.weight);
+    const at::Tensor& weight = args.base.weight;
+    problem.weight_row_major = weight.stride(-1) == 1;
+    problem.aligned_weight = experts ? aligned_stack(weight) : aligned(weight);
   }
   if (!update.is_one()) {
-    problem.groups =
-        plan::Groups{update.adapters(), update.grouping->index.has_value(), !update.is_pool()};
+    problem.groups = plan::Groups{update.adapters(), update.grouping->index.has_value(),
+                                  !update.is_pool(), experts};
     return problem;
   }
   problem.aligned_a = aligned(update.a()), problem.aligned_b = aligned(update.b());
@@ -37,8 +44,34 @@ plan::Problem common_problem(const Args& args) {
   return problem;
 }
 
+void* gradient_at(const at::Tensor& gradient) {
+  return gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
+}
+
 kernel::Matrix matrix_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), pitch_of(tensor), tensor.stride(1)};
+}
+
+// Operands of experts beside those of many adapters.
+void set_experts(kernel::LoraGroupedOperands& o, const Base& base, const Update& update) {
+  const ExpertRows* rows = update.experts();
+  if (rows == nullptr) return;
+  const auto numbers = [](const std::optional<at::Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr<int32_t>() : nullptr;
+  };
+  o.weight_stride = base.weight.stride(0);
+  o.bias_stride = base.bias ? base.bias->stride(0) : 0;
+  o.places = {numbers(rows->x), numbers(rows->grad), nullptr, numbers(rows->mask)};
+}
+
+// In PEFT's layout, [G r, K] and [N, r G].
+kernel::LoraGroupedMatrices gradients_of_experts(const Update& update, const Backward& out) {
+  const int64_t rank = update.rank(), experts = update.adapters();
+  kernel::LoraGroupedFactors pool{};
+  pool.a = gradient_at(out.dlora_a[0]), pool.b = gradient_at(out.dlora_b[0]);
+  pool.a_pitch = update.in_features(), pool.a_stride = rank * pool.a_pitch;
+  pool.b_stride = 1, pool.b_pitch = rank * experts, pool.b_step = experts;
+  return {pool, nullptr};
 }
 
 void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
@@ -51,14 +84,17 @@ void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
 template <class Operands, class Args>
 void launch(const plan::Plan& plan, const Args& args, Operands& o) {
   const Update& update = args.update;
-  o.m = args.x.size(0), o.n = update.out_features(), o.k = args.x.size(1);
+  o.m = update.rows(args.x), o.n = update.out_features(), o.k = args.x.size(1);
   o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
   if (!args.base.is_given()) {
-    o.weight = args.base.weight.const_data_ptr(), o.weight_pitch = pitch_of(args.base.weight);
+    const at::Tensor& weight = args.base.weight;
+    o.weight = weight.const_data_ptr(),
+    o.weight_pitch = pitch_of(args.base.of_experts() ? first_matrix(weight) : weight);
   }
-  o.float_adapters = update.a().scalar_type() == at::kFloat;
+  o.float_adapters = has_float_adapters(update);
   o.dropout = update.dropout.enabled();
   o.mask = mask_of(update.dropout);
+  if (update.experts()) o.mask.keep_scale = 1.f;
   const at::Tensor workspace = at::empty({plan.workspace}, args.x.options().dtype(at::kByte));
   o.workspace = workspace.mutable_data_ptr<uint8_t>();
   const at::Device device = args.x.device();
@@ -102,14 +138,26 @@ Factors empty_gradients(at::TensorList factors, bool any_wanted) {
   return out;
 }
 
+Backward empty_gradients(const Update& update, const Wanted& wanted) {
+  if (update.experts() == nullptr) {
+    return {{},
+            empty_gradients(update.lora_a, wanted.any_a()),
+            empty_gradients(update.lora_b, wanted.any_b())};
+  }
+  Backward out = Backward::one();
+  const int64_t all = update.rank() * update.adapters();
+  const at::ScalarType half = update.lora_a[0].scalar_type();
+  const auto options =
+      update.lora_a[0].options().dtype(update.experts()->float_adapters ? at::kFloat : half);
+  if (wanted.any_a()) out.da() = at::empty({all, update.in_features()}, options);
+  if (wanted.any_b()) out.db() = at::empty({update.out_features(), all}, options);
+  return out;
+}
+
 void forget_unwanted(Factors& gradients, const NeedsGrad& wanted) {
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (!wanted[i]) gradients[i] = at::Tensor();
   }
-}
-
-void* gradient_at(const at::Tensor& gradient) {
-  return gradient.defined() ? gradient.mutable_data_ptr() : nullptr;
 }
 
 }  // namespace
@@ -160,7 +208,7 @@ plan::Problem problem_of(const BackwardArgs& args) {
 Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Update& update = args.update;
-  const int64_t rows = args.x.size(0);
+  const int64_t rows = update.rows(args.x);
   Forward out{at::empty({rows, update.out_features()}, args.x.options()),
               at::empty({rows, update.rank()}, args.x.options().dtype(at::kFloat))};
   if (update.is_one()) {
@@ -171,6 +219,7 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
     const GroupedOperands many(update);
     kernel::LoraGroupedForward operands{};
     many.set(operands, rows);
+    set_experts(operands, args.base, update);
     launch_forward(plan, args, out, operands);
   }
   if (plan.library_base()) add_base_forward(out.y, args.x, args.base);
@@ -181,9 +230,9 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Update& update = args.update;
   const Wanted& wanted = args.wanted;
-  Backward out{wanted.dx ? at::empty(args.x.sizes(), args.x.options()) : at::Tensor(),
-               empty_gradients(update.lora_a, wanted.any_a()),
-               empty_gradients(update.lora_b, wanted.any_b())};
+  const int64_t rows = update.rows(args.x);
+  Backward out = empty_gradients(update, wanted);
+  if (wanted.dx) out.dx = at::empty({rows, args.x.size(1)}, args.x.options());
   if (update.is_one()) {
     kernel::LoraLinearBackward operands{};
     set_adapter(operands, update);
@@ -191,10 +240,16 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
     launch_backward(plan, args, out, operands);
   } else {
     const GroupedOperands many(update);
-    const GroupedMatrices gradients(update, out.dlora_a, out.dlora_b);
     kernel::LoraGroupedBackward operands{};
-    many.set(operands, args.x.size(0));
-    operands.gradients = gradients.matrices();
+    many.set(operands, rows);
+    set_experts(operands, args.base, update);
+    std::optional<GroupedMatrices> gradients;
+    if (const ExpertRows* experts = update.experts()) {
+      operands.gradients = gradients_of_experts(update, out);
+      if (experts->weights) operands.row_weights = experts->weights->const_data_ptr<float>();
+    } else {
+      operands.gradients = gradients.emplace(update, out.dlora_a, out.dlora_b).matrices();
+    }
     operands.need_da = wanted.any_a(), operands.need_db = wanted.any_b();
     launch_backward(plan, args, out, operands);
   }

@@ -1,5 +1,6 @@
 #include "op/launch/launch_parts.h"
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -15,12 +16,17 @@ namespace {
 
 constexpr int64_t kChunk = 16;  // bytes that are copied at a time
 
-// The matrices or pools with unit stride within a row: the tensors themselves, or copies.
-Factors with_rows(at::TensorList factors) {
+// The matrices or pools with unit stride within a row, and those of experts with rows in whole
+// chunks: the tensors themselves, or copies.
+Factors with_rows(at::TensorList factors, bool in_chunks) {
   Factors out;
   out.reserve(factors.size());
   for (const at::Tensor& factor : factors) {
     out.push_back(factor.stride(-1) == 1 ? factor : factor.contiguous());
+    const int64_t chunk = kChunk / static_cast<int64_t>(factor.element_size());
+    const int64_t columns = factor.size(-1), more = (chunk - columns % chunk) % chunk;
+    if (in_chunks && more != 0)
+      out.back() = at::constant_pad_nd(factor, {0, more}).narrow(-1, 0, columns);
   }
   return out;
 }
@@ -104,6 +110,16 @@ bool aligned(const at::Tensor& tensor) {
          reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kChunk == 0;
 }
 
+at::Tensor first_matrix(const at::Tensor& stack) {
+  const at::Tensor first = stack.select(0, 0);
+  return first.stride(1) == 1 ? first : first.t();
+}
+
+bool aligned_stack(const at::Tensor& stack) {
+  const auto bytes = static_cast<int64_t>(stack.element_size());
+  return stack.stride(0) * bytes % kChunk == 0 && aligned(first_matrix(stack));
+}
+
 bool aligned_rows(int64_t columns, Dtype dtype) { return columns % chunk_elements(dtype) == 0; }
 
 kernel::Mask mask_of(const DropoutArgs& dropout) {
@@ -161,8 +177,8 @@ GroupedOperands::GroupedOperands(const Update& update)
     : adapters_(update.adapters()),
       rank_(update.rank()),
       scaling_(update.grouping->scaling.contiguous()),
-      a_(with_rows(update.lora_a)),
-      b_(with_rows(update.lora_b)),
+      a_(with_rows(update.lora_a, update.experts() != nullptr)),
+      b_(with_rows(update.lora_b, update.experts() != nullptr)),
       factors_(update, a_, b_) {
   const Grouping& many = *update.grouping;
   if (many.index) index_ = many.index->reshape({-1}).contiguous();

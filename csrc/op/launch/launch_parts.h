@@ -20,6 +20,10 @@ int64_t pitch_of(const at::Tensor& tensor);
 // Whether the rows of a tensor can be copied in 16-byte chunks, and by a tensor map, which does not
 // support rows that overlap.
 bool aligned(const at::Tensor& tensor);
+// The first matrix of a stack, or its transpose if that has unit stride within a row.
+at::Tensor first_matrix(const at::Tensor& stack);
+// Whether all of them are aligned.
+bool aligned_stack(const at::Tensor& stack);
 // The same for a result [rows, columns] from torch's allocator, which aligns it.
 bool aligned_rows(int64_t columns, Dtype dtype);
 

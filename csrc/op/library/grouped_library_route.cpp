@@ -1,5 +1,6 @@
 // The rows of each adapter are one call of library_route.h on a given y: they are gathered, and
-// dropout is applied beforehand, with the row numbers that they have in x.
+// dropout is applied beforehand, with the row numbers that they have in x. Of an expert that y is the
+// product with its own weight.
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
@@ -13,8 +14,11 @@ namespace {
 // Gathers the rows of one segment from the tensors of the call, and writes them back.
 class Rows {
  public:
-  Rows(const Segments& segments, const Segment& segment, const at::Device& device)
-      : at_(segments.order.data() + segment.begin), count_(segment.count) {
+  Rows(const Segments& segments, const Segment& segment, const Update& update,
+       const at::Device& device)
+      : at_(segments.order.data() + segment.begin),
+        count_(segment.count),
+        experts_(update.experts()) {
     if (is_range()) return;
     auto* data = const_cast<int32_t*>(at_);
     index_ = at::from_blob(data, {count_}, at::TensorOptions(at::kInt)).to(device);
@@ -22,6 +26,16 @@ class Rows {
 
   at::Tensor of(const at::Tensor& tensor) const {
     return is_range() ? tensor.narrow(0, at_[0], count_) : tensor.index_select(0, index_);
+  }
+  at::Tensor of_x(const at::Tensor& x) const {
+    return experts_ && experts_->x ? x.index_select(0, of(*experts_->x)) : of(x);
+  }
+  at::Tensor of_grad(const at::Tensor& grad) const {
+    return experts_ && experts_->grad ? grad.index_select(0, of(*experts_->grad)) : of(grad);
+  }
+  // `rows` times their weights, at least in float32, if they have some.
+  at::Tensor weighted(const at::Tensor& rows) const {
+    return experts_ && experts_->weights ? rows.mul(of(*experts_->weights).unsqueeze(1)) : rows;
   }
   void put(at::Tensor& tensor, const at::Tensor& rows) const {
     if (is_range()) {
@@ -32,6 +46,7 @@ class Rows {
   }
   // rows *= keep_scale * mask, with the row numbers of the call.
   void drop(at::Tensor& rows, const DropoutArgs& dropout) const {
+    if (experts_) return drop_rows_(rows, of(*experts_->mask).to(at::kLong), dropout);
     for (int64_t begin = 0, end = 0; begin < count_; begin = end) {
       while (end < count_ && at_[end] - at_[begin] == end - begin) ++end;
       at::Tensor run = rows.narrow(0, begin, end - begin);
@@ -44,8 +59,28 @@ class Rows {
 
   const int32_t* at_;
   int64_t count_;
+  const ExpertRows* experts_;
   at::Tensor index_;
 };
+
+// A pool of experts as the factors were before they were padded and split.
+at::Tensor whole(const at::Tensor& pool, int64_t rank_dim, const ExpertRows& experts) {
+  const int64_t terms = experts.float_adapters ? 2 : 1, width = pool.size(rank_dim) / terms;
+  if (pool.size(rank_dim) == experts.rank) return pool;
+  const at::Tensor hi = pool.narrow(rank_dim, 0, experts.rank);
+  if (!experts.float_adapters) return hi;
+  const double scale = kernel_dtype(dtype_of(pool.scalar_type())).lo_scale;
+  const at::Tensor lo = pool.narrow(rank_dim, width, experts.rank).to(at::kFloat);
+  return lo.mul_(1 / scale).add_(hi);
+}
+
+Update whole(const Update& update) {
+  Update own = update;
+  if (update.experts() == nullptr) return own;
+  own.lora_a = {whole(update.lora_a[0], 1, *update.experts())};
+  own.lora_b = {whole(update.lora_b[0], 2, *update.experts())};
+  return own;
+}
 
 at::Tensor factor_of(at::TensorList factors, bool pool, int64_t rank_dim, const Segment& segment) {
   return pool ? factors[0].select(0, segment.adapter).narrow(rank_dim, 0, segment.rank)
@@ -64,7 +99,7 @@ Update update_of(const Update& update, const Segment& segment, const double* sca
 // rounded to half.
 at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y,
                      const Rows& rows) {
-  at::Tensor own = rows.of(x);
+  at::Tensor own = rows.of_x(x);
   if (!update.dropout.enabled()) return own;
   const at::ScalarType adapters = update.lora_a[0].scalar_type();
   const at::ScalarType wide = is_half(y) ? adapters : c10::promoteTypes(adapters, at::kFloat);
@@ -96,16 +131,21 @@ struct Gradients {
 }  // namespace
 
 Forward forward_grouped(const ForwardArgs& args) {
-  const Update& update = args.update;
-  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const Update update = whole(args.update);
+  const int64_t count = update.rows(args.x);
+  const bool own_bases = args.base.of_experts();
+  const Segments segments = segments_of(args.base.op(), update, count);
   const at::Tensor scaling = on_host(update.grouping->scaling);
   const at::ScalarType sums = accumulation_dtype(args.x.scalar_type());
-  Forward out{base_forward(args.x, args.base),
-              at::zeros({args.x.size(0), update.rank()}, args.x.options().dtype(sums))};
+  Forward out{own_bases ? at::zeros({count, update.out_features()}, args.x.options())
+                        : base_forward(args.x, args.base),
+              at::zeros({count, update.rank()}, args.x.options().dtype(sums))};
   for (const Segment& segment : segments.list) {
-    const Rows rows(segments, segment, args.x.device());
+    const Rows rows(segments, segment, update, args.x.device());
+    const at::Tensor y =
+        own_bases ? base_forward(rows.of_x(args.x), args.base.of(segment.adapter)) : rows.of(out.y);
     const Forward own =
-        forward({inputs_of(args.x, update, out.y.scalar_type(), rows), Base::given(rows.of(out.y)),
+        forward({inputs_of(args.x, update, out.y.scalar_type(), rows), Base::given(y),
                  update_of(update, segment, scaling.const_data_ptr<double>())});
     rows.put(out.y, own.y);
     at::Tensor s = out.s.narrow(1, 0, segment.rank);
@@ -115,27 +155,40 @@ Forward forward_grouped(const ForwardArgs& args) {
 }
 
 Backward backward_grouped(const BackwardArgs& args) {
-  const Update& update = args.update;
-  const bool pool = update.is_pool();
-  const Segments segments = segments_of(args.base.op(), update, args.x.size(0));
+  const Update update = whole(args.update);
+  const bool pool = update.is_pool(), own_bases = args.base.of_experts();
+  const int64_t count = update.rows(args.x);
+  const Segments segments = segments_of(args.base.op(), update, count);
   const at::Tensor scaling = on_host(update.grouping->scaling);
   at::Tensor dx;
-  if (args.wanted.dx) dx = base_backward(args.grad, args.x, args.base);
+  if (args.wanted.dx) {
+    dx = own_bases ? at::zeros({count, args.x.size(1)}, args.x.options())
+                   : base_backward(args.grad, args.x, args.base);
+  }
   Gradients da(update.lora_a, args.wanted.dlora_a), db(update.lora_b, args.wanted.dlora_b);
   for (const Segment& segment : segments.list) {
     const bool need_a = da.wants(pool, segment), need_b = db.wants(pool, segment);
-    const Rows rows(segments, segment, args.x.device());
-    Backward own =
-        backward({rows.of(args.grad), inputs_of(args.x, update, args.grad.scalar_type(), rows),
-                  Base::given(), update_of(update, segment, scaling.const_data_ptr<double>()),
-                  rows.of(args.s.narrow(1, 0, segment.rank)).contiguous(),
-                  Wanted::one(args.wanted.dx, need_a, need_b)});
+    const Rows rows(segments, segment, update, args.x.device());
+    const at::Tensor grad = rows.of_grad(args.grad);
+    const at::Tensor x = inputs_of(args.x, update, args.grad.scalar_type(), rows);
+    Backward own = backward({grad, rows.weighted(x), Base::given(),
+                             update_of(update, segment, scaling.const_data_ptr<double>()),
+                             rows.weighted(rows.of(args.s.narrow(1, 0, segment.rank))).contiguous(),
+                             Wanted::one(args.wanted.dx, need_a, need_b)});
     if (need_a) da.put(pool, 0, segment, own.da());
     if (need_b) db.put(pool, 1, segment, own.db());
     if (!args.wanted.dx) continue;
     at::Tensor delta = own.dx;
     if (update.dropout.enabled()) rows.drop(delta, update.dropout);
-    rows.put(dx, rows.of(dx).add(delta.to(dx.scalar_type())));
+    const at::Tensor base =
+        own_bases ? base_backward(grad, x, args.base.of(segment.adapter)) : rows.of(dx);
+    rows.put(dx, base.add(delta.to(dx.scalar_type())));
+  }
+  if (update.experts()) {  // in PEFT's layout, [G r, K] and [N, r G]
+    const int64_t all = update.adapters() * update.rank();
+    at::Tensor &own_a = da.each[0], &own_b = db.each[0];
+    if (own_a.defined()) own_a = own_a.view({all, -1});
+    if (own_b.defined()) own_b = own_b.permute({1, 2, 0}).reshape({-1, all});
   }
   return {dx, da.each, db.each};
 }

@@ -99,8 +99,9 @@ void expect_no_capture(const Args& args) {
   if (args.update.is_one() || !kernel_launch::is_capturing(device)) return;
   const Explained found = explained(device, call_of(args));
   const char* op = args.base.op();
-  const std::string call = c10::str("x of ", args.x.sizes(), " and ", args.update.adapters(),
-                                    " adapters of rank ", args.update.rank(), " at most");
+  const char* many = args.base.of_experts() ? " experts of rank " : " adapters of rank ";
+  const std::string call = c10::str("x of ", args.x.sizes(), " and ", args.update.adapters(), many,
+                                    args.update.rank(), " at most");
   EXPECT(!found.plan.has_kernels() || (found.check != "not yet" && found.check != "passed"),
          "expected kernels that were checked before a CUDA graph is captured, but got their first "
          "use in a capture, with ",
@@ -175,7 +176,7 @@ Forward forward(ForwardArgs args) {
     if (std::optional<Forward> out = kernel_route::forward(args)) return *std::move(out);
   }
   if (bias) bias = bias->to(args.x.scalar_type());
-  if (args.x.is_cpu()) {
+  if (args.x.is_cpu() && !args.base.of_experts()) {
     if (std::optional<Forward> out = cpu::forward(args)) return *std::move(out);
   }
   return library_route::forward(args);
@@ -186,7 +187,7 @@ Backward backward(const BackwardArgs& args) {
   if (kernel_launch::has_kernels(args.x.device())) {
     if (std::optional<Backward> out = kernel_route::backward(args)) return *std::move(out);
   }
-  if (args.x.is_cpu()) {
+  if (args.x.is_cpu() && !args.base.of_experts()) {
     if (std::optional<Backward> out = cpu::backward(args)) return *std::move(out);
   }
   return library_route::backward(args);

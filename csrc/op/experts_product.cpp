@@ -1,0 +1,210 @@
+// A projection of experts by the kernels of many adapters (kernels/lora_grouped.h), for rows that are
+// sorted by expert. Not differentiable: the passes of lora_ext/experts/by_kernels.py call it.
+//
+//     y  = x W_e^T + b_e + s (mask * x A_e^T) B_e^T         s_ = mask * x A_e^T, saved
+//     dx = g W_e + s mask * (g B_e A_e)
+//     dA_e = s (w g B_e)^T (mask * x)    dB_e = s (w g)^T s_
+//
+// The rows of x, g and the mask are where x_rows, grad_rows and mask_rows say.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "common/bounds.h"
+#include "common/check.h"
+#include "kernels/device.h"
+#include "op/checks.h"
+#include "op/launch/kernel_launch.h"
+#include "op/route/route.h"
+
+namespace lora_ext {
+namespace {
+
+constexpr char op[] = "experts_product";  // in messages
+
+using Optional = std::optional<at::Tensor>;
+using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// What both directions have, as the schemas have it.
+struct Product {
+  const at::Tensor& weight;           // [E, N, K], either of the last strides 1
+  const at::Tensor &lora_a, &lora_b;  // pools of halves [E, C, K] and [E, N, C]
+  int64_t rank;
+  double scaling;
+  const at::Tensor& offs;              // int32 [E]
+  const Optional &x_rows, &mask_rows;  // int32 [S]
+  DropoutArgs dropout;
+
+  int64_t experts() const { return weight.size(0); }
+  int64_t in_features() const { return weight.size(2); }
+  int64_t out_features() const { return weight.size(1); }
+  int64_t width() const { return (rank + 7) / 8 * 8; }
+  bool float_adapters() const { return lora_a.size(1) == 2 * width(); }
+};
+
+void check_numbers(const char* name, const Optional& numbers, int64_t count, const at::Tensor& x) {
+  EXPECT(
+      !numbers || (numbers->scalar_type() == at::kInt && numbers->is_contiguous() &&
+                   numbers->sizes() == at::IntArrayRef(count) && numbers->device() == x.device()),
+      "expected contiguous ", name, " of int32 and shape [", count, "] on ", x.device(),
+      ", but got ", numbers ? numbers->scalar_type() : at::kInt, " of ",
+      numbers ? numbers->sizes() : at::IntArrayRef());
+}
+
+void check_rows(const char* name, const at::Tensor& rows, int64_t columns, const Product& given) {
+  EXPECT(rows.dim() == 2 && rows.size(1) == columns && (columns == 1 || rows.stride(1) == 1) &&
+             rows.scalar_type() == given.weight.scalar_type() &&
+             rows.device() == given.weight.device(),
+         "expected ", name, " of shape [rows, ", columns, "] in ", given.weight.scalar_type(),
+         ", contiguous along its columns, but got ", rows.scalar_type(), " of ", rows.sizes(),
+         " and strides ", rows.strides());
+}
+
+void check(const Product& given, const at::Tensor& x, int64_t count) {
+  const at::Tensor& weight = given.weight;
+  EXPECT_TYPE(is_half(weight.scalar_type()), "expected a weight in bfloat16 or float16, but got ",
+              weight.scalar_type());
+  EXPECT(
+      weight.dim() == 3 && weight.numel() > 0 && (weight.stride(1) == 1 || weight.stride(2) == 1),
+      "expected a weight of shape [experts, out_features, in_features], not empty and with "
+      "unit stride along one of the last two, but got ",
+      weight.sizes(), " and strides ", weight.strides());
+  check_rows("x", x, given.in_features(), given);
+  EXPECT(given.rank >= 1 && given.rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank,
+         ", but got ", given.rank);
+  const int64_t columns = given.float_adapters() ? 2 * given.width() : given.width();
+  const std::array<int64_t, 3> a{given.experts(), columns, given.in_features()};
+  const std::array<int64_t, 3> b{given.experts(), given.out_features(), columns};
+  for (const auto& [pool, sizes] : {std::pair(&given.lora_a, a), std::pair(&given.lora_b, b)}) {
+    EXPECT(pool->sizes() == at::IntArrayRef(sizes) && pool->is_contiguous() &&
+               pool->scalar_type() == weight.scalar_type() && pool->device() == x.device(),
+           "expected contiguous pools of halves, ", at::IntArrayRef(sizes), " in ",
+           weight.scalar_type(), " for rank ", given.rank, ", but got ", pool->scalar_type(),
+           " of ", pool->sizes());
+  }
+  check_numbers("offs", given.offs, given.experts(), x);
+  check_numbers("x_rows", given.x_rows, count, x);
+  check_numbers("mask_rows", given.mask_rows, count, x);
+  if (given.dropout.p == 0.0) return;
+  EXPECT(given.dropout.seed && given.mask_rows, "expected a seed and mask_rows beside dropout");
+  check_dropout_mask(op, *given.dropout.seed, x.size(0), x.size(1), given.dropout.p);
+}
+
+Update update_of(const Product& given, int64_t count, const Optional& grad_rows = {},
+                 const Optional& weights = {}) {
+  const at::Tensor scaling =
+      at::full({given.experts()}, given.scaling, given.weight.options().dtype(at::kFloat));
+  const ExpertRows rows{
+      count, given.rank, given.float_adapters(), given.x_rows, grad_rows, given.mask_rows, weights};
+  return {{given.lora_a},
+          {given.lora_b},
+          1.0,
+          given.dropout,
+          Grouping{scaling, {}, given.offs, {}, rows}};
+}
+
+int64_t count_of(const at::Tensor& own, const Optional& rows) {
+  return rows ? rows->size(0) : own.size(0);
+}
+
+YAndS empty_forward(const at::Tensor& x, const Product& given, int64_t count) {
+  return {at::empty({count, given.out_features()}, x.options()),
+          at::empty({count, given.rank}, x.options().dtype(at::kFloat))};
+}
+
+template <bool kHasData>
+std::tuple<at::Tensor, at::Tensor> experts_product(
+    const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, int64_t rank, double scaling, const at::Tensor& offs,
+    const Optional& x_rows, const Optional& mask_rows, double dropout_p, const Optional& seed) {
+  const Product given{weight, lora_a,    lora_b,           rank, scaling, offs,
+                      x_rows, mask_rows, {dropout_p, seed}};
+  const int64_t count = count_of(x, x_rows);
+  check(given, x, count);
+  EXPECT(!bias || (bias->sizes() == weight.sizes().slice(0, 2) && bias->device() == x.device() &&
+                   (bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat)),
+         "expected a bias of shape ", weight.sizes().slice(0, 2), " in ", x.scalar_type(),
+         " or float32");
+  if (!kHasData || count == 0) return empty_forward(x, given, count);
+  Base base;
+  base.weight = weight, base.bias = bias;
+  Forward out = route::forward({x, base, update_of(given, count)});
+  return {out.y, out.s};
+}
+
+template <bool kHasData>
+ThreeTensors experts_product_backward(const at::Tensor& grad, const at::Tensor& x,
+                                      const at::Tensor& s, const Optional& weights,
+                                      std::array<bool, 3> wanted, const at::Tensor& weight,
+                                      const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                      int64_t rank, double scaling, const at::Tensor& offs,
+                                      const Optional& x_rows, const Optional& grad_rows,
+                                      const Optional& mask_rows, double dropout_p,
+                                      const Optional& seed) {
+  const Product given{weight, lora_a,    lora_b,           rank, scaling, offs,
+                      x_rows, mask_rows, {dropout_p, seed}};
+  const int64_t count = s.size(0);
+  check(given, x, count);
+  check_rows("grad", grad, given.out_features(), given);
+  check_numbers("grad_rows", grad_rows, count, x);
+  EXPECT(count == count_of(x, x_rows) && count == count_of(grad, grad_rows) &&
+             s.sizes() == at::IntArrayRef({count, rank}) && s.scalar_type() == at::kFloat &&
+             s.is_contiguous(),
+         "expected contiguous s of shape [rows, ", rank,
+         "] in float32 for rows of x and grad, but got ", s.scalar_type(), " of ", s.sizes());
+  EXPECT(!weights || (weights->scalar_type() == at::kFloat && weights->is_contiguous() &&
+                      weights->sizes() == at::IntArrayRef(count)),
+         "expected contiguous weights of float32, one for each of the ", count, " rows");
+  if (kHasData && count != 0 && (wanted[0] || wanted[1] || wanted[2])) {
+    Base base;
+    base.weight = weight;
+    const Backward out =
+        route::backward({grad, x, base, update_of(given, count, grad_rows, weights), s,
+                         Wanted::one(wanted[0], wanted[1], wanted[2])});
+    return {out.dx, out.dlora_a[0], out.dlora_b[0]};
+  }
+  const auto made = [&](bool wants, int64_t rows, int64_t columns, at::ScalarType dtype) {
+    return wants ? at::zeros({rows, columns}, x.options().dtype(dtype)) : at::Tensor();
+  };
+  const at::ScalarType factors = given.float_adapters() ? at::kFloat : x.scalar_type();
+  const int64_t ranks = rank * given.experts();
+  return {made(wanted[0], count, given.in_features(), x.scalar_type()),
+          made(wanted[1], ranks, given.in_features(), factors),
+          made(wanted[2], given.out_features(), ranks, factors)};
+}
+
+template <bool kHasData>
+void register_product(torch::Library& m) {
+  m.impl("experts_product", TORCH_FN(experts_product<kHasData>));
+  m.impl("experts_product_backward", TORCH_FN(experts_product_backward<kHasData>));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  // (y [S, N], s [S, r] in float32). lora_a [E, C, K] and lora_b [E, N, C] are experts_factors' pools,
+  // offs and rows those of experts_routes; a row of no expert is zero in y.
+  m.def(
+      "experts_product(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
+      "int rank, float scaling, Tensor offs, Tensor? x_rows, Tensor? mask_rows, float dropout_p, "
+      "Tensor? seed) -> (Tensor, Tensor)",
+      tags);
+  // (dx [S, K], dA [E r, K], dB [N, r E]), those that are wanted. weights, float32 [S], are of the
+  // rows in dA and dB.
+  m.def(
+      "experts_product_backward(Tensor grad, Tensor x, Tensor s, Tensor? weights, bool[3] wanted, "
+      "Tensor weight, Tensor lora_a, Tensor lora_b, int rank, float scaling, Tensor offs, "
+      "Tensor? x_rows, Tensor? grad_rows, Tensor? mask_rows, float dropout_p, Tensor? seed) -> "
+      "(Tensor, Tensor, Tensor)",
+      tags);
+}
+
+TORCH_LIBRARY_IMPL(lora_ext, CPU, m) { register_product<true>(m); }
+TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) { register_product<true>(m); }
+TORCH_LIBRARY_IMPL(lora_ext, Meta, m) { register_product<false>(m); }
+
+}  // namespace lora_ext
