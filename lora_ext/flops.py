@@ -122,16 +122,16 @@ def _ranks_of_experts(
     return [rank * n for rank, n in zip(each, counts[1:], strict=True)]
 
 
-@register_flop_formula(_ops.experts_forward, get_raw=True)
-def _(x, weight, numbers, dtype, _b, perm, _t, offs, ends, lora_a, *_, **__) -> int:
+@register_flop_formula([_ops.experts_forward, _ops.experts_forward_on_host], get_raw=True)
+def _(x, weight, numbers, dtype, _b, perm, _t, offs, ends, _p, lora_a, *_, **__) -> int:
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
     return _forward(x, out, True, sum(_ranks_of_experts(len(x), experts, lora_a, ends)))
 
 
-@register_flop_formula(_ops.experts_backward, get_raw=True)
+@register_flop_formula([_ops.experts_backward, _ops.experts_backward_on_host], get_raw=True)
 def _(
-    grad, x, _w, s, wanted, weight, numbers, dtype, _b, perm, _t, offs, ends, lora_a, *_, **__
+    grad, x, _w, s, wanted, weight, numbers, dtype, _b, perm, _t, offs, ends, _p, lora_a, *_, **__
 ) -> int:  # fmt: skip
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
@@ -139,3 +139,18 @@ def _(
     dx, adapters = wanted[0], len(each)
     wants = (_wanted(each, wanted[2 : 2 + adapters]), _wanted(each, wanted[2 + adapters :]))
     return _backward(x, out, True, sum(each), *wants, dx)
+
+
+@register_flop_formula(_ops.experts_product, get_raw=True)
+def _(x, weight, _b, _la, _lb, rank, _s, offs, x_rows, *_, **__) -> int:
+    rows = _rows_of_experts(x if x_rows is None else x_rows, offs)
+    x = x.new_empty(()).expand(rows, x.shape[-1])
+    return _forward(x, weight.shape[1], True, rows * rank)
+
+
+@register_flop_formula(_ops.experts_product_backward, get_raw=True)
+def _(grad, x, s, _w, wanted, weight, _la, _lb, rank, _s, offs, *_, **__) -> int:
+    dx, da, db = wanted
+    ranks = _rows_of_experts(s, offs) * rank
+    x = x.new_empty(()).expand(ranks // rank, x.shape[-1])
+    return _backward(x, weight.shape[1], True, ranks, ranks * da, ranks * db, dx)

@@ -48,10 +48,14 @@ def _forward(ctx: Any, call: Projection, x: Tensor, factors: list[Tensor], *kept
 def _saved(ctx: Any, reads_weight: bool, kept: int) -> tuple[Projection, list[Tensor]]:
     """(the projection with its factors, [S, the other tensors])."""
     # Once: a checkpoint unpacks each tensor once.
-    dense, bias, perm, token, offs, ends, seed, *tensors = ctx.saved_tensors
+    dense, bias, *tensors = ctx.saved_tensors
+    routes, (seed, *tensors) = (
+        Routes(*tensors[: len(Routes._fields)]),
+        tensors[len(Routes._fields) :],
+    )
     if reads_weight and ctx.versions is not None:
         ctx.versions.check()
-    weight, routes = ctx.call.weight if dense is None else dense, Routes(perm, token, offs, ends)
+    weight = ctx.call.weight if dense is None else dense
     call = ctx.call._replace(weight=weight, bias=bias, routes=routes, seed=seed)
     return _with(call, tensors[kept + 1 :]), tensors[: kept + 1]
 
@@ -79,7 +83,7 @@ class Projected(torch.autograd.Function):
         found = passes().backward(grad, x, None, call, s, want_x, *_wanted(wants))
         dx = found.dx
         if dx is not None and call.is_first:
-            dx = passes().sum_of_slots(dx, call.routes.perm, None, call.slots)
+            dx = passes().sum_of_slots(dx, call.routes, None, call.slots)
         return None, dx, *found.dlora_a, *found.dlora_b
 
 
@@ -105,7 +109,7 @@ class GateDown(torch.autograd.Function):
         ctx.random_state = before if is_random else None
         ctx.gate = gate
         y = _forward(ctx, call, h, factors, z, weights)
-        return passes().sum_of_slots(y, call.routes.perm, weights.reshape(-1), call.slots)
+        return passes().sum_of_slots(y, call.routes, weights.reshape(-1), call.slots)
 
     @staticmethod
     @once_differentiable
@@ -121,8 +125,7 @@ class GateDown(torch.autograd.Function):
                     if state is not None:
                         _generator(z).set_state(state)
                     h = ctx.gate(leaf)
-        perm = call.routes.perm
-        own_weights, want_x = weights.reshape(-1)[perm], want_z or want_weights
+        own_weights, want_x = weights.reshape(-1), want_z or want_weights
         found = passes().backward(grad, h.detach(), own_weights, call, s, want_x, *_wanted(wants))
         dz = found.dx if want_z else None
         if dz is not None and ctx.gate is not None:
@@ -130,7 +133,5 @@ class GateDown(torch.autograd.Function):
                 (dz,) = torch.autograd.grad(h, leaf, dz)
         dweights = None
         if want_weights and found.dweights is not None:
-            dweights = weights.new_empty(weights.numel())
-            dweights[perm] = found.dweights.to(weights.dtype)
-            dweights = dweights.view(weights.shape)
+            dweights = found.dweights.view(weights.shape)
         return None, None, dz, dweights, *found.dlora_a, *found.dlora_b

@@ -72,8 +72,9 @@ def lora_experts(
     if adapter_index is not None:
         _check_index(adapter_index, len(x), up, down)
     routes = routes_of(top_k_index, count, adapter_index, adapters)
-    # Their rows are zero, but zero times NaN is NaN.
-    top_k_weights = top_k_weights.masked_fill((top_k_index < 0) | (top_k_index >= count), 0)
+    # Their rows are zero, but zero times NaN is NaN; the kernels do not read them.
+    if routes.place is None or experts.norm is not None or experts.up.dtype not in HALVES:
+        top_k_weights = top_k_weights.masked_fill((top_k_index < 0) | (top_k_index >= count), 0)
     given = routes, top_k_index.shape[-1], block
     first, first_factors = _call(experts, True, up, *given)
     second, second_factors = _call(experts, False, down, *given)
@@ -87,7 +88,7 @@ def lora_experts(
         else:
             y = experts.norm(Projected.apply(second, h, *second_factors))
             # In torch's own differentiable calls.
-            slots = y[places_of(routes.perm)].view(*top_k_weights.shape, y.shape[-1])
+            slots = y[places_of(routes)].view(*top_k_weights.shape, y.shape[-1])
             wide = torch.promote_types(y.dtype, torch.float32)
             out = (slots * top_k_weights[..., None].to(wide)).sum(1).to(y.dtype)
     return out.to(x.dtype)

@@ -128,7 +128,7 @@ class Projection(NamedTuple):
     def mask_rows(self, group: ExpertGroup) -> Tensor:
         """int64, the mask's row of each row of a group."""
         rows = self.routes.token if self.is_first else self.routes.perm
-        return rows[group.begin : group.end]
+        return rows[group.begin : group.end].long()
 
     def drop(self, values: Tensor, group: ExpertGroup, in_place: bool) -> Tensor:
         """The rows of a group with zeros where the mask drops.
@@ -142,6 +142,21 @@ class Projection(NamedTuple):
         values = values if in_place else values.clone(memory_format=torch.contiguous_format)
         torch.ops.lora_ext.drop_rows(values, self.mask_rows(group), self.seed, self.dropout_p)
         return values
+
+
+class Backward(NamedTuple):
+    """The gradients of a projection.
+
+    Attributes:
+        dx: ``[S, in]``, or None.
+        dweights: ``[S]`` by slot, in their dtype, or None.
+        dlora_a, dlora_b: one for each adapter, None if not requested.
+    """
+
+    dx: Tensor | None
+    dweights: Tensor | None
+    dlora_a: list[Tensor | None]
+    dlora_b: list[Tensor | None]
 
 
 def part_of(values: Tensor, token: Tensor | None, group: ExpertGroup) -> Tensor:

@@ -1,7 +1,8 @@
 """The passes of `projection` and `routing` as ops of torch.library, for traced programs.
 
 The number of rows of each expert is read on the host inside an op, so that it causes no graph
-break. Eager calls use the functions directly, without the dispatcher.
+break; what the kernels of a GPU compute reads none. Eager calls use the functions directly, without
+the dispatcher.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..quantized.stacks import flat_weight, weight_from_flat
+from . import by_kernels, routing
 from . import projection as eager
-from . import routing
 from .operands import Projection
 from .projection import Backward
 from .routing import Routes
@@ -22,8 +23,8 @@ from .routing import Routes
 # A `Projection`: its weight, bias and routes, then its other fields but slots.
 _FLAT = (
     "Tensor[] weight, SymInt[] numbers, ScalarType dtype, Tensor? bias, Tensor perm, Tensor token, "
-    "Tensor offs, Tensor? ends, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, bool is_first, "
-    "SymInt row_block, float dropout_p, Tensor? seed"
+    "Tensor offs, Tensor? ends, Tensor? place, Tensor[] lora_a, Tensor[] lora_b, "
+    "float[] scalings, bool is_first, SymInt row_block, float dropout_p, Tensor? seed"
 )
 
 
@@ -32,14 +33,14 @@ def _flat(projection: Projection) -> tuple:
     return *flat_weight(weight), bias, *routes, *map(list, lists), is_first, row_block, p, seed
 
 
-def _projection(weight, numbers, dtype, bias, perm, token, offs, ends, *rest: Any) -> Projection:
-    routes = Routes(perm, token, offs, ends)
+def _projection(weight, numbers, dtype, bias, perm, token, offs, ends, place, *rest) -> Projection:
+    routes = Routes(perm, token, offs, ends, place)
     return Projection(weight_from_flat(weight, numbers, dtype), bias, routes, *rest)
 
 
 def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     """`projection.forward`, as an op."""
-    return _forward(x, *_flat(projection))
+    return _forward[_may_be_captured(projection)](x, *_flat(projection))
 
 
 def backward(
@@ -54,28 +55,42 @@ def backward(
 ) -> Backward:
     """`projection.backward`, as an op."""
     wanted = [want_x, want_x and weights is not None, *want_a, *want_b]
-    found = iter(_backward(grad, x, weights, s, wanted, *_flat(projection)))
+    run = _backward[_may_be_captured(projection)]
+    found = iter(run(grad, x, weights, s, wanted, *_flat(projection)))
     dx, dweights, *factors = [next(found) if wants else None for wants in wanted]
     return Backward(dx, dweights, factors[: len(want_a)], factors[len(want_a) :])
 
 
-def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
+def sum_of_slots(rows: Tensor, routes: Routes, weights: Tensor | None, slots: int) -> Tensor:
     """`routing.sum_of_slots`, as an op."""
-    return _sum_of_slots(rows, perm, weights, slots)
+    return _sum_of_slots(rows, routes.perm, routes.offs, routes.place, weights, slots)
 
 
-def _op(name: str, operands: str, result: str) -> Any:
-    schema = f"({operands}, {_FLAT}) -> {result}"
-    return torch.library.custom_op(f"lora_ext::experts_{name}", mutates_args=(), schema=schema)
+def _may_be_captured(projection: Projection) -> bool:
+    return projection.weight.is_cpu or by_kernels.supports(projection)
 
 
-@_op("forward", "Tensor x", "(Tensor, Tensor)")
-def _forward(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+def _ops_of(name: str, operands: str, result: str, run: Any, fake: Any) -> dict[bool, Any]:
+    """The op of a function, by whether a CUDA graph may contain it."""
+    made = {}
+    for may, tags, suffix in ((True, (), ""), (False, (torch.Tag.cudagraph_unsafe,), "_on_host")):
+        op = torch.library.custom_op(
+            f"lora_ext::experts_{name}{suffix}",
+            run,
+            mutates_args=(),
+            schema=f"({operands}, {_FLAT}) -> {result}",
+            tags=tags,
+        )
+        op.register_fake(fake)
+        made[may] = op
+    return made
+
+
+def _run_forward(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     return eager.forward(x, _projection(*flat))
 
 
-@_forward.register_fake
-def _(x, *flat):
+def _fake_forward(x, *flat):
     projection = _projection(*flat)
     dtype, rows = projection.weight.dtype, projection.routes.perm.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
@@ -83,8 +98,7 @@ def _(x, *flat):
     return y, x.new_empty(rows, projection.rank(), dtype=wide)
 
 
-@_op("backward", "Tensor grad, Tensor x, Tensor? weights, Tensor s, bool[] wanted", "Tensor[]")
-def _backward(grad, x, weights, s, wanted, *flat: Any) -> list[Tensor]:
+def _run_backward(grad, x, weights, s, wanted, *flat: Any) -> list[Tensor]:
     projection = _projection(*flat)
     half = 2 + len(projection.lora_a)
     wants = wanted[0], wanted[2:half], wanted[half:]
@@ -93,24 +107,40 @@ def _backward(grad, x, weights, s, wanted, *flat: Any) -> list[Tensor]:
     return [gradient for gradient in every if gradient is not None]
 
 
-@_backward.register_fake
-def _(grad, x, weights, s, wanted, *flat):
+def _fake_backward(grad, x, weights, s, wanted, *flat):
     projection = _projection(*flat)
     rows, dtype = s.shape[0], projection.weight.dtype
     factors = (*projection.lora_a, *projection.lora_b)
     every = (
         s.new_empty(rows, projection.weight.shape[2], dtype=dtype),
-        s.new_empty(rows),
+        s.new_empty(rows) if weights is None else torch.empty_like(weights),
         *(torch.empty_like(factor, memory_format=torch.contiguous_format) for factor in factors),
     )
     return [gradient for gradient, wants in zip(every, wanted, strict=True) if wants]
 
 
+_forward = _ops_of("forward", "Tensor x", "(Tensor, Tensor)", _run_forward, _fake_forward)
+_backward = _ops_of(
+    "backward",
+    "Tensor grad, Tensor x, Tensor? weights, Tensor s, bool[] wanted",
+    "Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
+
+
 @torch.library.custom_op("lora_ext::experts_sum_of_slots", mutates_args=())
-def _sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
-    return routing.sum_of_slots(rows, perm, weights, slots)
+def _sum_of_slots(
+    rows: Tensor,
+    perm: Tensor,
+    offs: Tensor,
+    place: Tensor | None,
+    weights: Tensor | None,
+    slots: int,
+) -> Tensor:
+    return routing.sum_of_slots(rows, Routes(perm, perm, offs, None, place), weights, slots)
 
 
 @_sum_of_slots.register_fake
-def _(rows, perm, weights, slots):
+def _(rows, perm, offs, place, weights, slots):
     return rows.new_empty(perm.shape[0] // slots, rows.shape[1])

@@ -14,7 +14,7 @@ dw. W has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ from torch import Tensor
 import lora_ext._C as _C
 
 from ..quantized.stack import QuantizedStack
-from . import expert_groups, few_rows, one_pass, products
+from . import by_kernels, expert_groups, few_rows, one_pass, products
 from .expert_groups import ExpertGroup
 from .factors import Updates
-from .operands import Projection, part_of
+from .operands import Backward, Projection, part_of
 from .products import GroupGrad
 from .routing import sum_of_slots
 
@@ -43,6 +43,19 @@ def _numbers(projection: Projection, given: Tensor | None) -> tuple[list[int] | 
     ends = expert_groups.on_host_numbers(routes.offs if routes.ends is None else routes.ends)
     kinds = len(ends) // weight.shape[0]
     return ends, [] if is_whole else ends[kinds - 1 :: kinds]
+
+
+# Rows of an expert, on average, below which its product takes the time to read its matrix.
+_FEW_ROWS = 16
+
+
+def _is_by_kernels(projection: Projection, given: Tensor | None) -> bool:
+    """Whether `by_kernels` computes a call. Torch's grouped product, where it is a kernel that
+    takes the call, is faster for more than few rows."""
+    if not by_kernels.supports(projection):
+        return False
+    weight, rows = projection.weight, len(projection.routes.perm)
+    return rows < _FEW_ROWS * len(weight) or not products.are_grouped(weight, rows, given)
 
 
 def _groups(projection: Projection, bounds: list[int]) -> tuple[Any, list[ExpertGroup]]:
@@ -74,7 +87,10 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
         x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted.
     """
     weight, token = projection.weight, projection.token()
-    ends, bounds = _numbers(projection, x if token is None else None)
+    given = x if token is None else None
+    if _is_by_kernels(projection, given):
+        return by_kernels.forward(x, projection)
+    ends, bounds = _numbers(projection, given)
     found = few_rows.forward(x, projection, ends) if bounds else None
     if found is not None:
         return found
@@ -94,19 +110,6 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     return y, s
 
 
-class Backward(NamedTuple):
-    """Attributes:
-    dx: ``[S, in]``, or None.
-    dweights: ``[S]`` in at least float32, or None.
-    dlora_a, dlora_b: one for each adapter, None if not requested.
-    """
-
-    dx: Tensor | None
-    dweights: Tensor | None
-    dlora_a: list[Tensor | None]
-    dlora_b: list[Tensor | None]
-
-
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -122,12 +125,16 @@ def backward(
     Args:
         grad: ``[S, out]``, sorted; with weights ``[T, out]``.
         x: as of `forward`.
-        weights: ``[S]``, sorted, or None for 1.
+        weights: ``[S]`` by slot, or None for 1.
     """
     weight, bias, token = projection.weight, projection.bias, projection.token()
-    weights = None if weights is None else weights.to(s.dtype)
+    given = grad if weights is None else None
+    if _is_by_kernels(projection, given):
+        return by_kernels.backward(grad, x, weights, projection, s, want_x, want_a, want_b)
+    perm, by_slot = projection.routes.perm, weights
+    weights = None if by_slot is None else by_slot.index_select(0, perm).to(s.dtype)
     grad_token = None if weights is None else projection.routes.token
-    ends, bounds = _numbers(projection, grad if weights is None else None)
+    ends, bounds = _numbers(projection, given)
     run, groups = _groups(projection, bounds)
     updates = Updates(projection, ends, want_a, want_b)
     dx = weight.new_empty(len(s), weight.shape[2]) if want_x and bounds else None
@@ -148,4 +155,7 @@ def backward(
             dpart *= own_weights[:, None]
         dx = dpart if dx is None else dx
     expert_groups.clear_rest(groups, dx, dweights)
+    if dweights is not None and by_slot is not None:
+        sorted_ones, dweights = dweights, torch.empty_like(by_slot)
+        dweights[perm] = sorted_ones.to(by_slot.dtype)
     return Backward(dx, dweights, updates.dlora_a, updates.dlora_b)

@@ -17,8 +17,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import lora_ext._C as _C
+
+from ..dtypes import HALVES
+
+_ops = torch.ops.lora_ext
+
 # Elements in a block of tokens: 1 MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
+
+
+def is_by_kernels(device: torch.device) -> bool:
+    """Whether kernels of this build run on a device: they sort its rows."""
+    return _C.runs_kernels(device)
+
+
+# As torch.compiler.assume_constant_result, which would import all of torch._dynamo: one second.
+is_by_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class Routes(NamedTuple):
@@ -29,12 +44,15 @@ class Routes(NamedTuple):
     ends: ``[E (n + 1)]`` int32, the end of the rows of each expert and each of n adapters: of an
         expert that of its rows without an adapter, then of adapter 0, 1, ...; None if all rows
         have the same adapters.
+    place: ``[S]`` int32, the sorted row of each flat slot, if the kernels of a GPU have sorted
+        them: perm and token are int32, too. Else None.
     """
 
     perm: Tensor
     token: Tensor
     offs: Tensor
     ends: Tensor | None = None
+    place: Tensor | None = None
 
 
 def routes_of(
@@ -47,6 +65,11 @@ def routes_of(
         adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone. None:
             all rows have the same adapters.
     """
+    if adapter_index is None and is_by_kernels(top_k_index.device):
+        is_known = top_k_index.dtype in (torch.int32, torch.int64)
+        given = top_k_index if is_known else top_k_index.long()
+        perm, token, place, offs = _ops.experts_routes(given, experts)
+        return Routes(perm, token, offs, None, place)
     ids, kinds = top_k_index.long(), 1
     ids = ids.masked_fill(ids < 0, experts)  # which would be sorted to the first expert
     if adapter_index is not None:
@@ -64,26 +87,33 @@ def routes_of(
     return Routes(perm, token, ends.view(experts, kinds)[:, -1].contiguous(), ends)
 
 
-def places_of(perm: Tensor) -> Tensor:
+def places_of(routes: Routes) -> Tensor:
     """The sorted row of each flat slot: the inverse of perm."""
+    perm = routes.perm
+    if routes.place is not None:
+        return routes.place
     places = torch.empty_like(perm)
     places[perm] = torch.arange(perm.shape[0], device=perm.device)
     return places
 
 
-def sum_of_slots(rows: Tensor, perm: Tensor, weights: Tensor | None, slots: int) -> Tensor:
+def sum_of_slots(rows: Tensor, routes: Routes, weights: Tensor | None, slots: int) -> Tensor:
     """out[t] = sum over t's slots of weight * row, in the slots' order; ``[T, n]``.
 
     Args:
         rows: ``[S, n]``, sorted.
-        perm: of the routes.
+        routes: their order.
         weights: ``[S]`` in the slots' order, or None for 1.
         slots: k.
 
     The sum is computed in at least float32 and rounded once to the dtype of the rows.
     """
-    place = places_of(perm)
-    tokens, width = len(perm) // slots, rows.shape[1]
+    if routes.place is not None and rows.dtype in HALVES:
+        if weights is not None:
+            weights = (weights if weights.dtype == rows.dtype else weights.float()).contiguous()
+        return _ops.experts_sum(rows, routes.place, routes.offs, weights, slots)
+    place = places_of(routes)
+    tokens, width = len(place) // slots, rows.shape[1]
     wide = torch.promote_types(rows.dtype, torch.float32)
     out = rows.new_empty(tokens, width)
     block = _CPU_BLOCK if rows.is_cpu else _GPU_BLOCK

@@ -25,7 +25,7 @@ SUITES = {
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 250,
     "op/test_many_gradients.py": 20,
-    build.EXPERTS_TEST: 12,
+    **build.EXPERTS_TESTS,
     "op/test_many_random.py": 1,
 }
 # By the library's base product, with which all but that is as without.
@@ -377,6 +377,61 @@ assert not failed, failed
 """,
         arch,
     )
+
+
+# A layer of experts with adapters of float32: Y and every gradient.
+LAYER_OF_EXPERTS = """
+from lora_ext.experts import Experts, ExpertsAdapter, lora_experts
+
+def layer():
+    torch.manual_seed(0)
+    up, down = 0.1 * torch.randn(4, 48, 32), 0.1 * torch.randn(4, 32, 24)
+    experts = Experts(up.bfloat16(), down.bfloat16(), lambda z: z[:, :24] * z[:, 24:].sigmoid())
+    leaves = [torch.randn(9, 32).bfloat16(), torch.rand(9, 2)]
+    leaves += [0.1 * torch.randn(n) for n in ((20, 32), (48, 20), (20, 24), (32, 20))]
+    x, weights, *factors = (leaf.requires_grad_() for leaf in leaves)
+    first, second = ([ExpertsAdapter(*pair, 2.0)] for pair in (factors[:2], factors[2:]))
+    index = torch.arange(18).view(9, 2) % 5  # 4 is no expert
+    y = lora_experts(experts, x, index, weights, first, second)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, weights, *factors))]
+"""
+
+
+def test_experts_are_captured_once_their_kernels_are_checked():
+    """Nothing is read on the host then; the library's products, of a first use too, do that."""
+    python(
+        LAYER_OF_EXPERTS
+        + """
+with pytest.raises(RuntimeError, match="lora_experts: .* first use in a capture, .* call"):
+    layer()
+emulate("CAPTURE", "0")
+results = layer()
+assert {name.split(" ")[0] for name in check_results("cpu")} == {"forward", "backward"}
+assert all("experts" in name for name in check_results("cpu"))
+emulate("CAPTURE", "1")
+assert same(layer(), results)
+_C.set_cuda_route("library")
+with pytest.raises(RuntimeError, match="library route .* call the layer outside of the capture"):
+    layer()
+emulate("CAPTURE", "0")
+expected = layer()
+assert not same(results, expected) and close(results, expected)
+""",
+        LORA_EXT_EMULATED_CAPTURE="1",
+    )
+
+
+def test_experts_whose_kernels_are_wrong_have_the_librarys_products():
+    said = python(
+        LAYER_OF_EXPERTS
+        + """
+results = layer()
+_C.set_cuda_route("library")
+assert same(results, layer())
+""",
+        LORA_EXT_EMULATED_FAULT="tile/halves.sum_of_splits.split<splits:low",
+    )
+    assert said.count("failed their check") == 2 and "experts" in said
 
 
 def test_what_surrounds_the_products_of_experts_is_right():

@@ -5,6 +5,7 @@ import torch
 from expert_helpers import Mixture, assert_close, make_experts, make_routes, mixture, run
 from helpers import BF16, F32, F64
 from peft_helpers import accelerated
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_ext
 
@@ -25,10 +26,10 @@ def test_one_projection_whose_factors_alone_are_trained(forget_graphs, counter):
     assert_close(compiled, eager, 1e-12)
 
 
-def test_without_gradients_and_float32_adapters(forget_graphs, counter):
-    model = accelerated(mixture(dtype=BF16, adapter_dtype=F32))
+def test_without_gradients_and_float32_adapters(device, forget_graphs, counter):
+    model = accelerated(mixture(dtype=BF16, adapter_dtype=F32).to(device))
     compiled = torch.compile(model.base_model.model, backend=counter, fullgraph=True)
-    operands = make_routes(9, dtype=BF16)
+    operands = [each.to(device) for each in make_routes(9, dtype=BF16)]
     with torch.no_grad():
         torch.testing.assert_close(compiled(*operands), model(*operands))
 
@@ -58,7 +59,8 @@ def test_ops_keep_their_contract(name, monkeypatch):
         given.append(operands)
         return real(*operands)
 
-    monkeypatch.setattr(ops, own, noted)
+    is_of_two = isinstance(getattr(ops, own), dict)  # by whether a graph may contain it
+    monkeypatch.setattr(ops, own, dict.fromkeys((True, False), noted) if is_of_two else noted)
     model = mixture("transposed, biases, interleaved", TWO)
     for p in (0.0, 0.3):
         lora_ext.accelerate(model, expert_dropout=p).train()
@@ -68,6 +70,30 @@ def test_ops_keep_their_contract(name, monkeypatch):
     assert given
     for operands in given:
         torch.library.opcheck(real, operands, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "sorted_by_kernels", "may"),
+    [
+        (BF16, "cuda", True, True),
+        (BF16, "cuda", False, False),  # an adapter for each row
+        (F32, "cuda", True, False),
+        (F32, "cpu", False, True),
+    ],
+)
+def test_graphs_leave_out_what_reads_the_host(dtype, kind, sorted_by_kernels, may):
+    """Of CUDA graphs: torch's tag says which ops no graph may contain."""
+    from lora_ext.experts import ops
+    from lora_ext.experts.operands import Projection
+    from lora_ext.experts.routing import Routes
+
+    with FakeTensorMode():
+        weight = torch.empty(2, 8, 8, dtype=dtype, device=kind)
+        rows = torch.empty(4, dtype=torch.int32, device=kind)
+        routes = Routes(rows, rows, rows, None, rows if sorted_by_kernels else None)
+        assert ops._may_be_captured(Projection(weight, None, routes)) == may
+    for every in (ops._forward, ops._backward):
+        assert (torch.Tag.cudagraph_unsafe in every[may]._opoverload.tags) != may
 
 
 def test_a_pool(forget_graphs, counter):

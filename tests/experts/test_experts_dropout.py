@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from expert_helpers import EXPERTS, HIDDEN, assert_close, make_experts, make_routes
-from helpers import BF16, F32, F64, keep_scale_of, pair_id
+from helpers import BF16, F16, F32, F64, keep_scale_of, pair_id
 from torch import Tensor
 
 from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, layer, lora_experts, products
@@ -20,7 +20,7 @@ SEEDS = (11, 12)
 def known_seeds(monkeypatch):
     """The first projection of each call has the first seed, the second the other."""
     drawn = itertools.cycle(SEEDS)
-    monkeypatch.setattr(layer, "draw_seed", lambda device: torch.tensor(next(drawn)))
+    monkeypatch.setattr(layer, "draw_seed", lambda device: torch.tensor(next(drawn), device=device))
 
 
 def sides_of(experts: Experts) -> list[tuple[int, int]]:
@@ -105,16 +105,16 @@ def test_y_and_gradients_are_those_of_the_masks(kind, tokens, monkeypatch):
 
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["by expert", "grouped product"])
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=pair_id)
-def test_other_dtypes_have_the_same_masks(pair, tokens, is_grouped, monkeypatch):
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32)], ids=pair_id)
+def test_other_dtypes_have_the_same_masks(device, pair, tokens, is_grouped, monkeypatch):
     """One token, which without dropout the op of few rows takes; and torch's grouped product, as on
     a GPU."""
     if is_grouped:
         monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
-    module = make_experts("plain").to(pair[0])
+    module = make_experts("plain").to(device, pair[0])
     experts = Experts.of(module)
-    factors = make_factors(experts, pair[1], ranks=(3,))
-    x, index, weights = make_routes(tokens, 3, dtype=pair[0])
+    factors = [factor.to(device) for factor in make_factors(experts, pair[1], ranks=(3,))]
+    x, index, weights = (each.to(device) for each in make_routes(tokens, 3, dtype=pair[0]))
     found = step(lora_experts, experts, factors, x, index, weights)
     wide = Experts.of(copy.deepcopy(module).double())
     factors = [factor.double() for factor in factors]

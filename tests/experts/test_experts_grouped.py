@@ -1,20 +1,25 @@
-"""Experts by torch's grouped product with the grouped update onto it, as on a GPU.
+"""Experts as on a GPU: by the kernels, and by torch's grouped product with the update onto it.
 
-A CPU's grouped product is a loop of torch's; here the code is made to take it all the same.
+A CPU's grouped product is a loop of torch's; here the code is made to take it all the same. It has
+the kernels in the emulated package.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, pair_id
+from helpers import BF16, EMULATED, F16, F32, F64, pair_id
 from torch import Tensor
 from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, lora_experts, products
 from lora_ext.torch_state import is_captured
 
 EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
+HAS_KERNELS = EMULATED or torch.cuda.is_available()
 CARDS = products._CARDS
 
 
@@ -24,6 +29,13 @@ def grouped(monkeypatch):
     monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(expert_groups, "on_host", None)
     monkeypatch.setattr(products, "_CARDS", range(8, 20))
+
+
+def take_kernels(device: str, monkeypatch) -> None:
+    """All that is left to a call that reads nothing on the host."""
+    if device == "cpu" and not EMULATED:
+        pytest.skip("a CPU has the kernels in the emulated package")
+    monkeypatch.setattr(products, "DEVICES", ())
 
 
 def swiglu(z: Tensor) -> Tensor:
@@ -69,6 +81,7 @@ def make_case(
     tokens: int = 40,
     with_bias: bool = False,
     is_transposed: bool = False,
+    widths: tuple[int, int] = (HIDDEN, INNER),
 ) -> Case:
     """Some of the slots have the number of no expert, and a weight that is none; one expert has no
     slot."""
@@ -77,7 +90,8 @@ def make_case(
     def draw(*shape: int, dtype: torch.dtype = pair[0]) -> Tensor:
         return (0.3 * torch.randn(shape, generator=generator)).to(dtype).to(device)
 
-    sides = [(2 * INNER, HIDDEN), (HIDDEN, INNER)]
+    hidden, inner = widths
+    sides = [(2 * inner, hidden), (hidden, inner)]
     weights = [draw(EXPERTS, *(reversed(s) if is_transposed else s)) for s in sides]
     biases = [draw(EXPERTS, out) if with_bias else None for out, _ in sides]
     factors = []
@@ -91,7 +105,7 @@ def make_case(
     experts = Experts(*weights, swiglu, *biases, is_transposed)
     router = torch.rand(tokens, 3, generator=generator).to(pair[0])
     router = router.masked_fill(index == EXPERTS, torch.nan).to(device)
-    return Case(experts, draw(tokens, HIDDEN), index.to(device), router, factors)
+    return Case(experts, draw(tokens, hidden), index.to(device), router, factors)
 
 
 def by_sums(experts, x, index, weights, up, down) -> Tensor:
@@ -115,18 +129,62 @@ def by_sums(experts, x, index, weights, up, down) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 300])
+GROUPED = [(BF16, BF16), (BF16, F32)]
+BY_KERNELS = [*GROUPED, (F16, F16), (F16, F32), (BF16, F16)]
+TOKENS = {"grouped": [1, 40, 300], "kernels": [0, 1, 40, 300]}
+ODD = (27, 13)  # no whole chunks
+CALLS = [
+    pytest.param(way, pair, tokens, (HIDDEN, INNER), id=f"{way}-{pair_id(pair)}-{tokens}")
+    for way, pairs in (("grouped", GROUPED), ("kernels", BY_KERNELS * HAS_KERNELS))
+    for pair in pairs
+    for tokens in TOKENS[way]
+] + [pytest.param("kernels", (F16, F32), 40, ODD, id="odd widths")] * HAS_KERNELS
+
+
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32)], ids=pair_id)
-def test_errors_are_at_most_twice_those_of_sums(device, pair, with_bias, is_transposed, tokens):
-    case = make_case(pair, device, tokens, with_bias, is_transposed)
+@pytest.mark.parametrize(("way", "pair", "tokens", "widths"), CALLS)
+def test_errors_are_at_most_twice_those_of_sums(
+    device, way, pair, with_bias, is_transposed, tokens, widths, monkeypatch
+):
+    if way == "kernels":
+        take_kernels(device, monkeypatch)
+    case = make_case(pair, device, tokens, with_bias, is_transposed, widths)
     exact = case.to(F64).step(by_sums)
     for own, theirs, value in zip(case.step(lora_experts), case.step(by_sums), exact, strict=True):
         assert own.dtype == theirs.dtype
         floor = 4 * torch.finfo(own.dtype).eps * float(value.norm())
         error, of_sums = (float((each - value).norm()) for each in (own, theirs))
         assert error <= 2 * of_sums + floor
+
+
+def dropped(*call: Any) -> Tensor:
+    """The layer with dropout in both projections."""
+    *operands, up, down = call
+    first, second = ([each._replace(dropout=0.3) for each in side] for side in (up, down))
+    return lora_experts(*operands, first, second)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs the kernels")
+@pytest.mark.parametrize("pair", [(BF16, F32), (F16, F16)], ids=pair_id)
+def test_every_way_has_the_bits_of_a_call(device, pair, forget_graphs, monkeypatch):
+    take_kernels(device, monkeypatch)
+    case = make_case(pair, device, with_bias=True)
+
+    def step(layer) -> list[Tensor]:
+        torch.manual_seed(7)
+        return case.step(layer)
+
+    found = step(dropped)
+    with ThreadPoolExecutor(1) as pool:
+        in_thread = pool.submit(step, dropped).result()
+    for each in (
+        in_thread,
+        step(lambda *call: checkpoint(dropped, *call, use_reentrant=False)),
+        step(torch.compile(dropped, backend="aot_eager", fullgraph=True)),
+    ):
+        assert all(torch.equal(*both) for both in zip(each, found, strict=True))
+    assert not torch.equal(found[0], step(lora_experts)[0])
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -161,10 +219,13 @@ def test_tokens_with_adapters_of_their_own(device, pair, tokens):
 
 
 @pytest.mark.gpu
-def test_nothing_is_read_on_the_host(cuda):
+@pytest.mark.parametrize("way", ["grouped", "kernels"])
+def test_nothing_is_read_on_the_host(cuda, way, monkeypatch):
     """Of a second call: at the first the kernels are checked."""
-    if torch.cuda.get_device_capability()[0] not in CARDS:
+    if way == "grouped" and torch.cuda.get_device_capability()[0] not in CARDS:
         pytest.skip("torch's grouped product is a loop on this card")
+    if way == "kernels":
+        take_kernels(cuda, monkeypatch)
     case = make_case((BF16, F32), cuda, 300)
     case.step(lora_experts)
     torch.cuda.set_sync_debug_mode("error")

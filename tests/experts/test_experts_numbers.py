@@ -110,11 +110,19 @@ PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
-@pytest.mark.parametrize("pair", PAIRS, ids=pair_id)
-def test_errors_are_at_most_twice_pefts(pair, adapters, tokens):
-    model = mixture("plain", adapters, dtype=pair[0], adapter_dtype=pair[1])
-    operands = make_routes(tokens, dtype=pair[0])
+@pytest.mark.parametrize(
+    ("kind", "names", "adapters", "pair"),
+    [
+        *(("plain", None, adapters, pair) for adapters in (None, TWO) for pair in PAIRS),
+        ("plain", ["down_proj"], None, (BF16, F32)),
+        ("norm", None, TWO, (BF16, F32)),
+        ("transposed, biases, interleaved", None, TWO, (F16, F32)),
+        ("no gate", ["up_proj"], None, (F16, F16)),
+    ],
+)
+def test_errors_are_at_most_twice_pefts(device, kind, names, adapters, pair, tokens):
+    model = mixture(kind, adapters, names, dtype=pair[0], adapter_dtype=pair[1]).to(device)
+    operands = [each.to(device) for each in make_routes(tokens, dtype=pair[0])]
     x, index, weights = operands
     exact = run(exact_model(model), x.double(), index, weights.double())
     model.base_model.model.experts.get_base_layer().config._experts_implementation = "grouped_mm"

@@ -125,3 +125,20 @@ def test_experts(by_row):
     wants = (None, each, s, True, (True, True), (True, True))
     eager = count(lambda: projection.backward(grad, x, *wants))
     assert eager == count(lambda: ops.backward(grad, x, *wants))
+
+
+def test_a_projection_of_experts():
+    """Of the rows that are an expert's; nothing of chunks that pad the rank."""
+    weight, a, b = (torch.zeros(4, *sizes).bfloat16() for sizes in ((OUT, IN), (8, IN), (OUT, 8)))
+    offs = torch.tensor([3, 3, 10, 17], dtype=torch.int32)
+    x, grad, s = weight.new_zeros(ROWS, IN), weight.new_zeros(ROWS, OUT), torch.zeros(ROWS, 5)
+    product, backward = (
+        torch.ops.lora_ext.experts_product,
+        torch.ops.lora_ext.experts_product_backward,
+    )
+    factors = weight, a, b, 5, 1.0, offs, None
+    own = count(lambda: product(x, weight, None, *factors[1:], None, 0.0, None))
+    assert own == 17 * 2 * (IN * OUT + 5 * (IN + OUT))
+    wanted = [True, False, True]
+    own = count(lambda: backward(grad, x, s, None, wanted, *factors, None, None, 0.0, None))
+    assert own == 17 * 2 * (IN * OUT + 5 * (IN + 2 * OUT))

@@ -1,0 +1,178 @@
+"""A projection of experts by the kernels of a GPU, for adapters that all rows have.
+
+Rows are read where they are, base and update are one sum that is rounded once, and nothing is read
+on the host, so that a CUDA graph can capture it. The factors of all experts are copied into pools
+of halves for each call: in PEFT's B the expert is the fastest index. The functions are those of
+`projection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import HALVES
+from .operands import Backward, Projection
+
+_ops = torch.ops.lora_ext
+
+
+def supports(projection: Projection) -> bool:
+    """Whether a projection is computed in this way: dense halves, rows sorted by the kernels."""
+    weight = projection.weight
+    if projection.routes.place is None or not isinstance(weight, Tensor):
+        return False
+    return weight.dtype in HALVES and 0 not in weight.shape and 1 in weight.stride()[1:]
+
+
+class _Pools(NamedTuple):
+    """The factors of all adapters, as the kernels take them.
+
+    Attributes:
+        lora_a, lora_b: ``[E, C, in]`` and ``[E, out, C]``; C is the rank in whole chunks, and twice
+            that if they are two halves of float32.
+        rank: the sum of the adapters'.
+        scaling: what the update is multiplied by.
+        scalings: what each B was multiplied by.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    rank: int
+    scaling: float
+    scalings: Sequence[float]
+
+
+def _pools(projection: Projection) -> _Pools:
+    weight, offs = projection.weight, projection.routes.offs
+    assert isinstance(weight, Tensor)
+    experts, out, within = weight.shape
+    if projection.rank() == 0:
+        pools = weight.new_zeros(experts, 8, within), weight.new_zeros(experts, out, 8)
+        return _Pools(*pools, 1, 0.0, ())
+    own = (weight.dtype, torch.float32)
+    lora_a, lora_b = (
+        [(each if each.dtype in own else each.float()).contiguous() for each in factors]
+        for factors in (projection.lora_a, projection.lora_b)
+    )
+    scaling, *others = projection.scalings
+    is_in_b = any(other != scaling for other in others)  # scalings that differ are
+    scalings = list(projection.scalings) if is_in_b else [1.0] * len(lora_a)
+    scaling = 1.0 if is_in_b else scaling
+    # B is not rounded to half once more.
+    is_half = not is_in_b and all(each.dtype == weight.dtype for each in (*lora_a, *lora_b))
+    terms = 1 if is_half else 2
+    pools = _ops.experts_factors(lora_a, lora_b, scalings, experts, weight.dtype, terms, offs)
+    return _Pools(*pools, projection.rank(), scaling, scalings)
+
+
+def _in_rows(rows: Tensor) -> Tensor:
+    """With unit stride, and rows that do not overlap, as those of an expanded gradient do."""
+    is_ordered = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
+    return rows if is_ordered else rows.contiguous()
+
+
+def _mask(projection: Projection) -> tuple:
+    """(the mask's row of each row, the probability, the seed)."""
+    if projection.seed is None:
+        return None, 0.0, None
+    rows = projection.routes.token if projection.is_first else projection.routes.perm
+    return rows, projection.dropout_p, projection.seed
+
+
+def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """As `projection.forward`."""
+    pools, routes, x = _pools(projection), projection.routes, _in_rows(x)
+    y, s = _ops.experts_product(
+        x,
+        projection.weight,
+        projection.bias,
+        *pools[:4],
+        routes.offs,
+        projection.token(),
+        *_mask(projection),
+    )
+    return y, s if projection.rank() else s[:, :0]
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    projection: Projection,
+    s: Tensor,
+    want_x: bool,
+    want_a: Sequence[bool],
+    want_b: Sequence[bool],
+) -> Backward:
+    """As `projection.backward`."""
+    pools, routes = _pools(projection), projection.routes
+    grad, x = _in_rows(grad), _in_rows(x)
+    has_factors = any(want_a) or any(want_b)
+    row_weights = None
+    if weights is not None and has_factors:
+        row_weights = weights.index_select(0, routes.perm).float()
+    dx, da, db = _ops.experts_product_backward(
+        grad,
+        x,
+        s if projection.rank() else s.new_empty(len(s), 1),
+        row_weights,
+        [want_x, any(want_a), any(want_b)],
+        projection.weight,
+        *pools[:4],
+        routes.offs,
+        projection.token(),
+        None if weights is None else routes.token,
+        *_mask(projection),
+    )
+    dweights = None
+    if want_x and weights is not None:
+        dweights = dot(grad, x, dx, weights, projection)
+    experts = projection.weight.shape[0]
+    return Backward(
+        dx,
+        dweights,
+        _taken_apart(da, projection.lora_a, want_a, (experts, pools.rank, -1)),
+        _taken_apart(db, projection.lora_b, want_b, (-1, pools.rank, experts), pools.scalings),
+    )
+
+
+def dot(grad: Tensor, x: Tensor, dx: Tensor, weights: Tensor, projection: Projection) -> Tensor:
+    """The gradient of the weights, by slot; dx, without them before, is multiplied by them."""
+    routes, bias = projection.routes, projection.bias
+    own = (weights if weights.dtype == dx.dtype else weights.float()).contiguous()
+    of_bias = {} if bias is None else {"grad": grad, "bias": bias.to(dx.dtype)}
+    slots = len(routes.perm) // max(1, len(grad))
+    found = _ops.experts_dot(x, dx, routes.perm, routes.offs, own, max(1, slots), **of_bias)
+    return found.to(weights.dtype)
+
+
+def _taken_apart(
+    gradient: Tensor | None,
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    sizes: tuple[int, ...],
+    scalings: Sequence[float] = (),
+) -> list[Tensor | None]:
+    """The gradient of each adapter of a gradient in PEFT's layout, whose ranks are joined in the
+    middle one of the sizes."""
+    if gradient is None:
+        return [None] * len(factors)
+    found: list[Tensor | None] = []
+    begin, per_rank = 0, gradient.numel() // sizes[1]
+    for place, (factor, wants) in enumerate(zip(factors, wanted, strict=True)):
+        end = begin + factor.numel() // per_rank
+        own = None
+        if wants:
+            own = gradient
+            if len(factors) > 1:
+                own = gradient.view(sizes)[:, begin:end].reshape(factor.shape)
+            if scalings and scalings[place] != 1.0:
+                own = own * scalings[place]
+            own = own.to(factor.dtype)
+        found.append(own)
+        begin = end
+    return found
