@@ -1,8 +1,12 @@
-"""Which device an argument refers to, and whether this build has kernels for it."""
+"""Which device an argument refers to, and whether this build has kernels for it that are right."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import lora_ext._C as _C
 
@@ -30,3 +34,26 @@ def need_kernels(function: str) -> None:
     kernels."""
     if not _C.with_cuda:
         raise RuntimeError(f"lora_ext.{function}: {NO_KERNELS}")
+
+
+def is_right(
+    device: torch.device, wrong: Callable[[torch.device], str], what: str, instead: str
+) -> bool:
+    """Whether kernels run on a device, with correct results for a small case; a warning where these
+    differ.
+
+    Args:
+        wrong: runs the case and names what differs, "" for nothing.
+        what, instead: what the kernels do, and what runs in their place, in the warning.
+    """
+    try:
+        with _disable_current_modes():  # of fake tensors, say, which have no values
+            found = wrong(device)
+    except torch.OutOfMemoryError:  # no information about the kernels
+        raise
+    except RuntimeError:  # includes NotImplementedError, raised if the op has no kernel
+        return False
+    if found:
+        text = f"the kernels that {what} failed their check on {device}, in {found}: {instead}"
+        warnings.warn(f"lora_ext: {text}", stacklevel=2)
+    return not found

@@ -17,23 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import lora_ext._C as _C
-
 from ..dtypes import HALVES
+from .devices import has_kernels
 
 _ops = torch.ops.lora_ext
 
 # Elements in a block of tokens: 1 MiB of float32, which stays in a core's cache; on a GPU 64 MiB.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
-
-
-def is_by_kernels(device: torch.device) -> bool:
-    """Whether kernels of this build run on a device: they sort its rows."""
-    return _C.runs_kernels(device)
-
-
-# As torch.compiler.assume_constant_result, which would import all of torch._dynamo: one second.
-is_by_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class Routes(NamedTuple):
@@ -65,7 +55,7 @@ def routes_of(
         adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone. None:
             all rows have the same adapters.
     """
-    if adapter_index is None and is_by_kernels(top_k_index.device):
+    if adapter_index is None and has_kernels(top_k_index.device):
         is_known = top_k_index.dtype in (torch.int32, torch.int64)
         given = top_k_index if is_known else top_k_index.long()
         perm, token, place, offs = _ops.experts_routes(given, experts)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from ..device import is_right
 
 _ops = torch.ops.lora_ext
 _found: dict[torch.device, bool] = {}
@@ -32,19 +32,12 @@ has_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemb
 
 
 def _are_right(device: torch.device) -> bool:
-    try:
-        wrong = [dtype for dtype in (torch.float32, torch.bfloat16) if _differs(device, dtype)]
-    except torch.OutOfMemoryError:  # no information about the kernels
-        raise
-    except RuntimeError:  # includes NotImplementedError, raised if the op has no kernel
-        return False
-    if wrong:
-        warnings.warn(
-            f"lora_ext: the kernels that dequantise failed their check on {device}, in {wrong[0]}: "
-            "the libraries' own are used there",
-            stacklevel=2,
-        )
-    return not wrong
+    return is_right(device, _wrong, "dequantise", "the libraries' own are used there")
+
+
+def _wrong(device: torch.device) -> str:
+    dtypes = torch.float32, torch.bfloat16
+    return next((str(dtype) for dtype in dtypes if _differs(device, dtype)), "")
 
 
 def _differs(device: torch.device, dtype: torch.dtype) -> bool:

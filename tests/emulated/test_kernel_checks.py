@@ -216,6 +216,29 @@ assert set(failed) == {each.name for each in asked} and len(failed) == 16, faile
     )
 
 
+@pytest.mark.parametrize(
+    ("fault", "of"),
+    [
+        ("experts_first_weight", ""),
+        ("experts_rows_not_gathered", ""),
+        ("experts_first_bias", "forward"),
+        ("experts_mask_by_y", "backward"),
+    ],
+)
+def test_what_goes_wrong_with_experts_is_found(fault, of):
+    python(
+        f"""
+warnings.simplefilter("ignore")
+words = " bfloat16", "dropout", "experts", "float32"
+asked = [k for k in _C.all_grouped_kernels(card) if all(word in k.name for word in words)]
+failed = check_kernels("cpu", asked)
+expected = {{k.name for k in asked if k.name.startswith({of!r})}}
+assert set(failed) == expected and len(asked) == 12, failed
+""",
+        LORA_EXT_EMULATED_FAULT=fault,
+    )
+
+
 def test_every_fused_shrink_kernel_passes():
     python(
         """

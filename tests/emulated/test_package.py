@@ -434,6 +434,29 @@ assert same(results, layer())
     assert said.count("failed their check") == 2 and "experts" in said
 
 
+@pytest.mark.parametrize(
+    ("fault", "op"),
+    [
+        ("experts_place_as_perm", "experts_routes"),
+        ("experts_b_by_expert", "experts_factors"),
+        ("experts_weight_of_position", "experts_sum"),
+        ("experts_bias_of_position", "experts_dot"),
+    ],
+)
+def test_a_wrong_kernel_around_experts_is_found_and_not_used(fault, op):
+    said = python(
+        LAYER_OF_EXPERTS
+        + """
+results = layer()
+emulate("FAULT")
+assert same(results, layer())  # not even once the fault is gone
+assert not check_results("cpu")
+""",
+        LORA_EXT_EMULATED_FAULT=fault,
+    )
+    assert f"failed their check on cpu, in {op}: torch's own operations are used" in said
+
+
 def test_what_surrounds_the_products_of_experts_is_right():
     python(
         f"there = cpu\n{EXPERTS}"

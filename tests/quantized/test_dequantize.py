@@ -4,6 +4,7 @@ import pytest
 import torch
 from dequantize_helpers import DTYPES, TABLE, four_bit_case
 from helpers import BF16, F64, short
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from lora_ext.quantized import devices
@@ -95,6 +96,11 @@ def test_the_check_of_a_device_is_right_and_sees_another_formula(dtype, isa, mon
 def test_a_device_without_kernels():
     assert devices.has_kernels(torch.device("cpu"))
     assert not devices._are_right(torch.device("meta"))
+
+
+def test_the_check_of_a_device_has_values_among_fake_tensors():
+    with FakeTensorMode():
+        assert devices._are_right(torch.device("cpu"))
 
 
 def test_a_device_without_memory_is_asked_again(monkeypatch):
