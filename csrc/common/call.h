@@ -85,7 +85,7 @@ struct ExpertRows {
 
 // In a call with many adapters: which adapter each row has, and the scaling of each adapter.
 struct Grouping {
-  at::Tensor scaling;                 // [G], float32
+  at::Tensor scaling;                 // [G], float32; of experts undefined
   std::optional<at::Tensor> index{};  // int32, for each row: an adapter, or -1 for none; or
   std::optional<at::Tensor> offs{};   // [G], int32: adapter g has the rows from offs[g - 1] on
   std::optional<at::Tensor> ranks{};  // [G], int32, for a pool; 0 for a free slot
@@ -101,7 +101,7 @@ using NeedsGrad = c10::SmallVector<bool, 1>;
 struct Update {
   // [r, K] and [N, r] for each adapter; or a pool: one tensor [G, r, K] and one [G, N, r].
   Factors lora_a, lora_b;
-  double scaling = 1.0;  // with one adapter
+  double scaling = 1.0;  // of one adapter, or of experts
   DropoutArgs dropout{};
   std::optional<Grouping> grouping{};  // with many adapters
 

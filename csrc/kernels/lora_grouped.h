@@ -108,7 +108,8 @@ struct LoraGroupedMatrices {
 
 struct LoraGroupedOperands : LoraOperands {
   LoraGroupedRows rows;
-  const float* scaling;  // [groups], on the device
+  const float* scaling;  // [groups], on the device; null: one_scaling for all
+  float one_scaling;
   LoraGroupedMatrices factors;
 
   // With own weights the factors are a pool without ranks, in X's type and in whole chunks of 16

@@ -7,7 +7,6 @@
 //
 // The rows of x, g and the mask are where x_rows, grad_rows and mask_rows say.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -95,15 +94,13 @@ void check(const Product& given, const at::Tensor& x, int64_t count) {
 
 Update update_of(const Product& given, int64_t count, const Optional& grad_rows = {},
                  const Optional& weights = {}) {
-  const at::Tensor scaling =
-      at::full({given.experts()}, given.scaling, given.weight.options().dtype(at::kFloat));
   const ExpertRows rows{
       count, given.rank, given.float_adapters(), given.x_rows, grad_rows, given.mask_rows, weights};
   return {{given.lora_a},
           {given.lora_b},
-          1.0,
+          given.scaling,
           given.dropout,
-          Grouping{scaling, {}, given.offs, {}, rows}};
+          Grouping{{}, {}, given.offs, {}, rows}};
 }
 
 int64_t count_of(const at::Tensor& own, const Optional& rows) {

@@ -145,7 +145,8 @@ struct LoraGroupedReduced {
 template <class T>
 struct LoraGroupedReduceParams {
   LoraGroupedReduced<T> of[3];  // one for each blockIdx.y; the last ones may be missing
-  const float* scaling;         // [groups]
+  const float* scaling;         // [groups]; if null, one_scaling is that of all
+  float one_scaling;
   int64_t t_pitch;
   int m, splits, terms, z_pitch, max_rank;
   LoraGroupedFactors factors;
@@ -162,6 +163,7 @@ __global__ void __launch_bounds__(256)
   const LoraGroupedPiece piece = p.tiles[blockIdx.x];
   const LoraGroupedReduced<T>& reduced = p.of[blockIdx.y];
   const int rank = rank_of(p.factors, piece.adapter, p.max_rank), width = whole_chunks(rank);
+  const float scaling = p.scaling != nullptr ? p.scaling[piece.adapter] : p.one_scaling;
   for (int i = static_cast<int>(threadIdx.x); i < piece.count * rank; i += 256) {
     const int at = piece.begin + i / rank, row = PositionedRows{p.rows, p.m}(at);
     const int64_t position = at, column = i % rank;
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(256)
       if (reduced.s != nullptr) reduced.s[in_s] = s;
     }
     const float weight = reduced.row_weights != nullptr ? reduced.row_weights[at] : 1.f;
-    const float t = p.scaling[piece.adapter] * s * weight;
+    const float t = scaling * s * weight;
     reduced.t[0][position * p.t_pitch + column] = high_half<T>(t);
     if (reduced.t[1] != nullptr) reduced.t[1][position * p.t_pitch + column] = low_half<T>(t);
   }

@@ -184,7 +184,8 @@ class LoraGroupedParams {
   }
   LoraGroupedReduceParams<T> reduce_of() const {
     LoraGroupedReduceParams<T> params{};
-    params.scaling = o_.scaling, params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
+    params.scaling = o_.scaling, params.one_scaling = o_.one_scaling;
+    params.t_pitch = plan_.columns, params.m = static_cast<int>(o_.m);
     params.splits = plan_.shrink.splits, params.terms = plan_.terms;
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.factors = factors();

@@ -108,8 +108,10 @@ Update update_of(const Update& update, int64_t g) {
   const auto of = [&](const Factors& factors) {
     return update.is_pool() ? factors[0][g] : factors[static_cast<size_t>(g)];
   };
+  const at::Tensor& scaling = update.grouping->scaling;
   return Update::one(of(update.lora_a), of(update.lora_b),
-                     update.grouping->scaling[g].item<double>(), update.dropout);
+                     scaling.defined() ? scaling[g].item<double>() : update.scaling,
+                     update.dropout);
 }
 
 // No update: factors of zeros.

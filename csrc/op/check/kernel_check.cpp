@@ -251,6 +251,7 @@ InTwoForms experts_of(const Update& one, const Kernels& kernels, int64_t rows, i
     experts.weights = numbers({rows}, 12.17, 1, options.dtype(at::kFloat));
   }
   update.list.grouping->experts = experts;
+  update.list.grouping->scaling = at::Tensor(), update.list.scaling = 1.5;
   update.pool = update.list;
   update.pool.lora_a = {in_halves(update.list.lora_a[0], 1, kernels)};
   update.pool.lora_b = {in_halves(update.list.lora_b[0], 2, kernels)};

@@ -176,11 +176,12 @@ GroupedMatrices::GroupedMatrices(const Update& update, at::TensorList a, at::Ten
 GroupedOperands::GroupedOperands(const Update& update)
     : adapters_(update.adapters()),
       rank_(update.rank()),
-      scaling_(update.grouping->scaling.contiguous()),
+      one_scaling_(static_cast<float>(update.scaling)),
       a_(with_rows(update.lora_a, update.experts() != nullptr)),
       b_(with_rows(update.lora_b, update.experts() != nullptr)),
       factors_(update, a_, b_) {
   const Grouping& many = *update.grouping;
+  if (many.scaling.defined()) scaling_ = many.scaling.contiguous();
   if (many.index) index_ = many.index->reshape({-1}).contiguous();
   if (many.offs) offs_ = many.offs->contiguous();
 }
@@ -189,7 +190,8 @@ void GroupedOperands::set(kernel::LoraGroupedOperands& operands, int64_t rows) c
   operands.rows.index = numbers_at(index_), operands.rows.ends = numbers_at(offs_);
   operands.rows.m = static_cast<int>(rows), operands.rows.groups = static_cast<int>(adapters_);
   operands.rows.max_rank = static_cast<int>(rank_);
-  operands.scaling = scaling_.const_data_ptr<float>();
+  operands.scaling = scaling_.defined() ? scaling_.const_data_ptr<float>() : nullptr;
+  operands.one_scaling = one_scaling_;
   operands.factors = factors_.matrices();
 }
 

@@ -64,6 +64,7 @@ class GroupedOperands {
 
  private:
   int64_t adapters_, rank_;
+  float one_scaling_;
   at::Tensor scaling_, index_, offs_;  // contiguous
   Factors a_, b_;                      // unit stride within a row
   GroupedMatrices factors_;

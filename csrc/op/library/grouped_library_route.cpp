@@ -2,6 +2,7 @@
 // dropout is applied beforehand, with the row numbers that they have in x. Of an expert that y is the
 // product with its own weight.
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/base_linear.h"
@@ -108,8 +109,11 @@ at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y
   return own;
 }
 
-at::Tensor on_host(const at::Tensor& scaling) {
-  return scaling.to(at::TensorOptions(at::kCPU).dtype(at::kDouble)).contiguous();
+at::Tensor scaling_on_host(const Update& update) {
+  const auto options = at::TensorOptions(at::kCPU).dtype(at::kDouble);
+  const at::Tensor& scaling = update.grouping->scaling;
+  if (!scaling.defined()) return at::full({update.adapters()}, update.scaling, options);
+  return scaling.to(options).contiguous();
 }
 
 // The gradients that are requested. With a pool, all adapters write into one tensor.
@@ -135,7 +139,7 @@ Forward forward_grouped(const ForwardArgs& args) {
   const int64_t count = update.rows(args.x);
   const bool own_bases = args.base.of_experts();
   const Segments segments = segments_of(args.base.op(), update, count);
-  const at::Tensor scaling = on_host(update.grouping->scaling);
+  const at::Tensor scaling = scaling_on_host(update);
   const at::ScalarType sums = accumulation_dtype(args.x.scalar_type());
   Forward out{own_bases ? at::zeros({count, update.out_features()}, args.x.options())
                         : base_forward(args.x, args.base),
@@ -159,7 +163,7 @@ Backward backward_grouped(const BackwardArgs& args) {
   const bool pool = update.is_pool(), own_bases = args.base.of_experts();
   const int64_t count = update.rows(args.x);
   const Segments segments = segments_of(args.base.op(), update, count);
-  const at::Tensor scaling = on_host(update.grouping->scaling);
+  const at::Tensor scaling = scaling_on_host(update);
   at::Tensor dx;
   if (args.wanted.dx) {
     dx = own_bases ? at::zeros({count, args.x.size(1)}, args.x.options())

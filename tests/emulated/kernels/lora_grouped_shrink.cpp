@@ -51,7 +51,10 @@ void run_shrink(const Case& run) {
   const GroupedFactors<F> factors(halves ? both : rows, depth_n, depth_k, numbers, random);
   Operand<T, kAlignment> x(m, k, numbers, random, "x");
   const RandomMask mask(numbers, random);
-  const auto scaling_of = [&](int adapter) { return static_cast<float>(adapter % 3 + 1) * 0.5f; };
+  const float one_scaling = own ? 1.5f : NAN;
+  const auto scaling_of = [&](int adapter) {
+    return own ? one_scaling : static_cast<float>(adapter % 3 + 1) * 0.5f;
+  };
   std::vector<float> scalings;
   for (int g = 0; g < groups; ++g) scalings.push_back(scaling_of(g));
   const GlobalBuffer<float> scaling(scalings, "scaling");
@@ -86,8 +89,9 @@ void run_shrink(const Case& run) {
                   {hi.data(), with_lo ? lo.data() : nullptr},
                   kMasked ? mask.keep_scale : 1.f,
                   nullptr};
-  reduce.scaling = scaling.data(), reduce.t_pitch = t_pitch, reduce.m = m, reduce.splits = splits,
-  reduce.terms = terms, reduce.z_pitch = z_pitch;
+  reduce.scaling = own ? nullptr : scaling.data(), reduce.one_scaling = one_scaling;
+  reduce.t_pitch = t_pitch, reduce.m = m, reduce.splits = splits, reduce.terms = terms,
+  reduce.z_pitch = z_pitch;
   reduce.max_rank = max_rank, reduce.factors = shrink.factors, reduce.tiles = shrink.tiles,
   reduce.rows = of_s.data();
   LoraGroupedReduceParams<T> from_saved = reduce;
