@@ -144,9 +144,11 @@ def dot(grad: Tensor, x: Tensor, dx: Tensor, weights: Tensor, projection: Projec
     """The gradient of the weights, by slot; dx, without them before, is multiplied by them."""
     routes, bias = projection.routes, projection.bias
     own = (weights if weights.dtype == dx.dtype else weights.float()).contiguous()
-    of_bias = {} if bias is None else {"grad": grad, "bias": bias.to(dx.dtype)}
+    of_bias = {} if bias is None else {"grad": _in_rows(grad), "bias": bias.to(dx.dtype)}
     slots = len(routes.perm) // max(1, len(grad))
-    found = _ops.experts_dot(x, dx, routes.perm, routes.offs, own, max(1, slots), **of_bias)
+    found = _ops.experts_dot(
+        _in_rows(x), dx, routes.perm, routes.offs, own, max(1, slots), **of_bias
+    )
     return found.to(weights.dtype)
 
 

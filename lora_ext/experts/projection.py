@@ -97,16 +97,19 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     run, groups = _groups(projection, bounds)
     size, wide = len(projection.routes.perm), torch.promote_types(weight.dtype, torch.float32)
     y = weight.new_empty(size, weight.shape[1]) if bounds else None
-    s = weight.new_empty(size, projection.rank(), dtype=wide)
+    is_one = not bounds and ends is None and projection.rank() > 0  # S is that of the one update
+    s = None if is_one else weight.new_empty(size, projection.rank(), dtype=wide)
     for group, update in Updates(projection, ends).of(groups):
         where = slice(group.begin, group.end)
         part, out = part_of(x, token, group), None if y is None else y[where]
         sums, own = run.forward(part, token is not None, projection, group, update, out)
         y = sums if y is None else y
-        if own is not None:
+        if s is None:
+            s = own
+        elif own is not None:
             s[where, : own.shape[1]] = own
-    assert y is not None
-    expert_groups.clear_rest(groups, y, s)
+    assert y is not None and s is not None
+    expert_groups.clear_rest(groups, y, s if bounds else None)
     return y, s
 
 
@@ -140,6 +143,7 @@ def backward(
     dx = weight.new_empty(len(s), weight.shape[2]) if want_x and bounds else None
     dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     needs_x = weights is not None or any(want_a)
+    of_slots = None
     for group, update in updates.of(groups):
         where = slice(group.begin, group.end)
         g = part_of(grad, grad_token, group)
@@ -148,14 +152,20 @@ def backward(
         rows = GroupGrad(g, part, token is not None, own_weights, s[where], want_x)
         dpart = run.backward(rows, projection, group, update, None if dx is None else dx[where])
         if dweights is not None and own_weights is not None:
-            assert part is not None and dpart is not None
+            assert part is not None and dpart is not None and by_slot is not None
+            if projection.routes.place is not None and not bounds:
+                of_slots = by_kernels.dot(grad, part, dpart, by_slot, projection)
+                dx, dweights = dpart, None
+                continue
             dweights[where] = products.dot(part, dpart)
             if bias is not None:
                 dweights[where] += products.dot_bias(g, bias, group)
             dpart *= own_weights[:, None]
         dx = dpart if dx is None else dx
-    expert_groups.clear_rest(groups, dx, dweights)
-    if dweights is not None and by_slot is not None:
-        sorted_ones, dweights = dweights, torch.empty_like(by_slot)
-        dweights[perm] = sorted_ones.to(by_slot.dtype)
-    return Backward(dx, dweights, updates.dlora_a, updates.dlora_b)
+    # The kernels do not sum rows of no expert.
+    is_summed = projection.is_first and projection.routes.place is not None
+    expert_groups.clear_rest(groups, None if is_summed else dx, dweights)
+    if of_slots is None and dweights is not None and by_slot is not None:
+        of_slots = torch.empty_like(by_slot)
+        of_slots[perm] = dweights.to(by_slot.dtype)
+    return Backward(dx, of_slots, updates.dlora_a, updates.dlora_b)
