@@ -61,8 +61,10 @@ class LoraGroupedParams {
     if (plan_.t != plan::kNone) *next++ = reduced_to(plan_.t);
     if (weighted_t(g) != plan_.t)
       *next = reduced_to(plan_.weighted_t), (next++)->row_weights = g.row_weights;
-    if (plan_.s != plan::kNone)
-      *next = reduced_to(plan_.s), next->saved = g.s, next->row_weights = g.row_weights;
+    if (plan_.s != plan::kNone) {
+      *next = reduced_to(plan_.s), next->saved = g.s;
+      next->row_weights = g.row_weights;
+    }
     return params;
   }
 

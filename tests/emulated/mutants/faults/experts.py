@@ -5,7 +5,7 @@ from emulated.mutants.faults.grouped import of_op
 
 of_gemm = faults_of("grouped/own_weights.h")
 of_params = of_op("sequence/grouped_params.h", "--variant", "experts_float_fp16")
-of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_bf16")
+of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_float_fp16")
 of_plan = of_op("tile_choice.cpp", "--variant", "experts_bf16")
 
 EXPERTS = [
@@ -155,5 +155,53 @@ EXPERTS = [
             "static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedRowTileRows))",
             "static_cast<int>(blocks_of(p.m, kGroupedRowTileRows))",
         ),
+    ),
+    of_params(
+        "experts_da_without_weights_of_rows",
+        "dA's sum has dS without the weights of rows",
+        "they are part of the gradient",
+        (
+            "g.row_weights != nullptr ? plan_.weighted_t : plan_.t",
+            "false ? plan_.weighted_t : plan_.t",
+        ),
+    ),
+    of_params(
+        "experts_db_without_weights_of_rows",
+        "dB's sum has s S without the weights of rows",
+        "they are part of the gradient",
+        ("      next->row_weights = g.row_weights;", "      next->row_weights = nullptr;"),
+    ),
+    of_params(
+        "experts_ds_of_rows_of_x",
+        "dS is made of the rows of dY that X has",
+        "each has its own",
+        (
+            "shrink_of(g.dy, g.dy_pitch, o_.n, places().dy)",
+            "shrink_of(g.dy, g.dy_pitch, o_.n, places().x)",
+        ),
+    ),
+    of_params(
+        "experts_da_of_rows_of_dy",
+        "dA is summed over the rows of X that dY has",
+        "each has its own",
+        ("o_.x_pitch, places().x, weighted_t(g)", "o_.x_pitch, places().dy, weighted_t(g)"),
+    ),
+    of_params(
+        "experts_db_of_rows_of_x",
+        "dB is summed over the rows of dY that X has",
+        "each has its own",
+        ("g.dy_pitch, places().dy, plan_.s", "g.dy_pitch, places().x, plan_.s"),
+    ),
+    of_params(
+        "experts_one_term_of_a_pool",
+        "of a pool in halves hi alone is read",
+        "float32's has lo beside it",
+        ("params.terms = plan_.terms, params.steps", "params.terms = 1, params.steps"),
+    ),
+    of_sequence(
+        "experts_factors_in_floats",
+        "a pool in halves is read as floats",
+        "its factors were split before",
+        ("? shrink_by<T, kMNMajor>", "? shrink_by<F, kMNMajor>"),
     ),
 ]

@@ -43,8 +43,8 @@ GROUPED = [
         "the scaled S is made where dS lies",
         "dB's sums and dA's take different columns",
         (
-            "*next = reduced_to(plan_.s), next->saved = g.s,",
-            "*next = reduced_to(plan_.t), next->saved = g.s,",
+            "*next = reduced_to(plan_.s), next->saved = g.s;",
+            "*next = reduced_to(plan_.t), next->saved = g.s;",
         ),
     ),
     of_partial_sums(
