@@ -42,7 +42,7 @@ def suite(name: str, on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Check:
 kernels = suite("kernels", ["tests/kernels/test_cuda_kernels.py"], ["tests/kernels/test_plan.py"])
 # The op with an adapter for each row, on every route.
 many = suite("many", [_MANY], ["-k", "any_shape", _MANY])
-# Experts of a mixture on torch's grouped product, with the update on every route.
+# Experts of a mixture: by kernels; on torch's grouped product, with the update on every route.
 experts = suite("experts", [_EXPERTS], [_EXPERTS])
 # All other tests marked gpu.
 _OTHERS = [f"--ignore={path}" for path in (_MANY, _EXPERTS)]
