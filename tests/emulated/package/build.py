@@ -46,9 +46,9 @@ OP_TESTS = (
 )
 # How many tests of each file pass there at least.
 EXPERTS_TESTS = {
-    "experts/test_experts_grouped.py": 90,
+    "experts/test_experts_grouped.py": 60,
     "experts/test_experts_numbers.py": 30,
-    "experts/test_experts_dropout.py": 12,
+    "experts/test_experts_dropout.py": 8,
     "experts/test_experts_compile.py": 1,
 }
 EXPERTS_FILES = (*EXPERTS_TESTS, "expert_helpers.py", "peft_helpers.py")
