@@ -14,7 +14,6 @@
 
 #include "common/bounds.h"
 #include "common/check.h"
-#include "kernels/device.h"
 #include "op/checks.h"
 #include "op/launch/kernel_launch.h"
 #include "op/route/route.h"

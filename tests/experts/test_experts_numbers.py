@@ -1,5 +1,7 @@
 """LoRA on experts against PEFT's own forward in float64, both with transformers' eager experts."""
 
+from functools import partial
+
 import pytest
 import torch
 from expert_helpers import EXPERTS, KINDS, assert_close, make_experts, make_routes, mixture, run
@@ -258,6 +260,58 @@ def test_operands_that_do_not_fit_are_refused(call, message):
     factors = torch.ones(EXPERTS * 2, 40), torch.ones(24, 2 * EXPERTS)
     with pytest.raises((RuntimeError, IndexError), match=message):
         call(x, weight, *factors)
+
+
+def product_and_gradients(**changes):
+    """Both ops of a projection by kernels, which the library computes without them; rank 3."""
+    ones = partial(torch.ones, dtype=BF16)
+    factors = {"lora_a": ones(EXPERTS, 8, 40), "lora_b": ones(EXPERTS, 24, 8), "rank": 3}
+    call = factors | {
+        "weight": ones(EXPERTS, 24, 40),
+        "scaling": 0.5,
+        "offs": torch.full((EXPERTS,), 2, dtype=torch.int32),
+        "x_rows": torch.tensor([0, 1, 0], dtype=torch.int32),
+        "mask_rows": None,
+        "dropout_p": 0.0,
+        "seed": None,
+    }
+    forward = call | {"x": ones(2, 40), "bias": None}
+    own = {"grad": ones(3, 24), "s": torch.ones(3, 3), "wanted": [True] * 3}
+    backward = call | own | {"x": ones(2, 40), "weights": None, "grad_rows": None}
+    calls = (OPS.experts_product, forward), (OPS.experts_product_backward, backward)
+    of_forward, of_backward = (op(**args | pick(changes, args)) for op, args in calls)
+    return *of_forward, *of_backward
+
+
+def pick(changes: dict, call: dict) -> dict:
+    return {name: value for name, value in changes.items() if name in call}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(EXPERTS, 24, 40)}, "bfloat16 or float16, but got Float"),
+        ({"weight": torch.ones(EXPERTS, 48, 80, dtype=BF16)[:, ::2, ::2]}, "unit stride along"),
+        ({"x": torch.ones(2, 41, dtype=BF16)}, "x of shape .rows, 40."),
+        ({"lora_a": torch.ones(EXPERTS, 12, 40, dtype=BF16)}, "pools of halves, .6, 8, 40. in"),
+        ({"lora_b": torch.ones(EXPERTS, 24, 16, dtype=BF16)}, "pools of halves, .6, 24, 8. in"),
+        ({"rank": 0}, "a rank from 1 to 512"),
+        ({"offs": torch.zeros(EXPERTS)}, "offs of int32 and shape .6."),
+        ({"x_rows": torch.zeros(3).long()}, "x_rows of int32 and shape .3."),
+        ({"dropout_p": 0.5}, "a seed and mask_rows beside dropout"),
+        ({"bias": torch.ones(24, dtype=BF16)}, "a bias of shape .6, 24."),
+        ({"grad": torch.ones(3, 23, dtype=BF16)}, "grad of shape .rows, 24."),
+        ({"s": torch.ones(2, 3)}, "x_rows of int32 and shape .2."),
+        ({"s": torch.ones(3, 2)}, "contiguous s of shape .rows, 3."),
+        ({"weights": torch.ones(3, dtype=BF16)}, "weights of float32, one for each of the 3"),
+    ],
+)
+def test_operands_of_a_product_that_do_not_fit_are_refused(changes, message):
+    y, s, dx, da, db = product_and_gradients()
+    assert y[0, 0] == 40 + 0.5 * 3 * 40 and not y[2].any() and s.shape == (3, 3)
+    assert dx[1, 0] == 24 + 0.5 * 3 * 24 and da.shape == (18, 40) and db.shape == (24, 18)
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        product_and_gradients(**changes)
 
 
 @pytest.mark.parametrize("kind", ["plain", "norm"])
