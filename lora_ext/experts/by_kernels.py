@@ -51,8 +51,8 @@ def _pools(projection: Projection) -> _Pools:
     assert isinstance(weight, Tensor)
     experts, out, within = weight.shape
     if projection.rank() == 0:
-        pools = weight.new_zeros(experts, 8, within), weight.new_zeros(experts, out, 8)
-        return _Pools(*pools, 1, 0.0, ())
+        pool_a, pool_b = weight.new_zeros(experts, 8, within), weight.new_zeros(experts, out, 8)
+        return _Pools(pool_a, pool_b, 1, 0.0, ())
     own = (weight.dtype, torch.float32)
     lora_a, lora_b = (
         [(each if each.dtype in own else each.float()).contiguous() for each in factors]
@@ -65,8 +65,9 @@ def _pools(projection: Projection) -> _Pools:
     # B is not rounded to half once more.
     is_half = not is_in_b and all(each.dtype == weight.dtype for each in (*lora_a, *lora_b))
     terms = 1 if is_half else 2
-    pools = _ops.experts_factors(lora_a, lora_b, scalings, experts, weight.dtype, terms, offs)
-    return _Pools(*pools, projection.rank(), scaling, scalings)
+    words = scalings, experts, weight.dtype, terms, offs
+    pool_a, pool_b = _ops.experts_factors(lora_a, lora_b, *words)
+    return _Pools(pool_a, pool_b, projection.rank(), scaling, scalings)
 
 
 def _in_rows(rows: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def _ops_of(name: str, operands: str, result: str, run: Any, fake: Any) -> dict[
     """The op of a function, by whether a CUDA graph may contain it."""
     made = {}
     for may, tags, suffix in ((True, (), ""), (False, (torch.Tag.cudagraph_unsafe,), "_on_host")):
-        op = torch.library.custom_op(
+        op: Any = torch.library.custom_op(
             f"lora_ext::experts_{name}{suffix}",
             run,
             mutates_args=(),
