@@ -18,7 +18,7 @@ CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -
 
 .PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-ptx test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters gpu help
-.PHONY: sass sanitize docs wheel clean
+.PHONY: sass count-launches sanitize docs wheel clean
 
 # Where there is no card, CUDA kernels could not run, and nvcc takes minutes: they are not compiled. A
 # build with them that is there already serves as well. LORA_EXT_CUDA of the environment goes before
@@ -147,6 +147,10 @@ test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.ker
 
 test-ptx: $(VENV)/.extras  ## runs the CUDA kernels on the CPU from nvcc's PTX
 	$(PYTEST) --dist loadfile -m kernels tests/emulated/ptx --durations=25 $(ARGS)
+
+# On the emulated CUDA runtime, which is compiled first; nothing that is counted is run.
+count-launches: $(VENV)/.extras $(VENV)/.cuda-headers  ## what layers launch on a GPU, counted without one
+	$(PY) scripts/count_launches.py $(ARGS)
 
 sass: $(VENV)/.kernel-oracles  ## registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)

@@ -1,9 +1,13 @@
 """kernels/launch/ on our CUDA runtime: what the op asks of CUDA, and that a wrong call is seen."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from emulated import mutants
 from emulated.cuda.scripts import (
+    BEGIN_COUNTED,
     COUNTS,
     DEQUANTIZE,
     DROPOUT,
@@ -16,6 +20,9 @@ from emulated.cuda.scripts import (
     python,
     unlike,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import count_launches
 
 pytestmark = RUNS_CUDA
 
@@ -112,6 +119,78 @@ for index in (0, 1, 0):
     assert close(call.both(), call.library())
     assert max(each["shared"] for each in record() if "shared" in each) > 200 * 1024
 """)
+
+
+def test_each_launch_and_each_read_of_the_host_is_counted():
+    python(
+        """
+from lora_ext.functional import dropout_mask
+begin()
+device = torch.device("cuda", 1)
+calls.set_device(1)
+case = linear("bfloat16", device, rows=64)
+x, seed = case.inputs[0].detach(), torch.tensor([7]).to(device)
+forward, plain = case.forward, case.count(9)
+assert {call.kind for call in plain["forward"]} == {"kernel"}  # lora_decode
+for plant, more, moved in (
+    (lambda: None, {}, 0),
+    (lambda: dropout_mask(seed, 64, 32, 0.5), {"kernel": 1}, 8 + 64 * 32),
+    (lambda: x + x, {"library": 1}, 2 * x.nbytes),
+    (lambda: x[:8, :16] * 2, {"library": 1}, 2 * 2 * 8 * 16),
+    (lambda: x.index_select(0, seed), {"library": 1}, 8 + 2 * 2 * 4096),
+    (lambda: x.T.expand(3, 4096, 64), {}, 0),
+    (lambda: x.new_empty(0, 5) * 2, {}, 0),
+    (lambda: seed.item(), {"host": 1}, 0),
+    (lambda: seed.tolist(), {"host": 1, "library": 1}, 8),
+    (lambda: torch.tensor([1, 2], device=device), {"host": 1, "library": 1}, 16),
+    (lambda: seed[seed > 3], {"host": 1, "library": 3}, (8 + 1) + (1 + 8) + (8 + 1 + 8)),
+):
+    case.forward = lambda: (plant(), forward())[1]
+    found = case.count(9)
+    assert found["backward"] == plain["backward"]
+    new = Counter(call.kind for call in found["forward"])
+    new.subtract(call.kind for call in plain["forward"])
+    size = [sum(call.bytes for call in each["forward"]) for each in (found, plain)]
+    assert (+new, size[0] - size[1]) == (more, moved), (new, size, more, moved)
+""",
+        BEGIN_COUNTED,
+    )
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "NF4"])
+def test_what_is_counted_is_what_is_launched_and_asked_of_torch(kind):
+    python(
+        f"kind = {kind!r}"
+        + """
+counted.EXPERTS, counted.HIDDEN, counted.INNER, counted.SLOTS = 5, 64, 72, 3
+begin()
+for number, (major, *_) in enumerate(CARDS):
+    calls.set_device(number)
+    found = []
+    for only in (1, 0):
+        calls.count_only(only)
+        case = experts(kind, torch.device("cuda", number), tokens=20)
+        with torch.no_grad():
+            case.forward()
+            calls.record(), calls.ops()
+            case.forward()
+        record = calls.record()
+        found.append((calls.kernels(record), calls.ops()))
+    assert found[0] == found[1] and len(found[0][0]) >= 2, found
+""",
+        BEGIN_COUNTED,
+    )
+
+
+def test_the_table_of_launches_is_that_of_the_calls():
+    kernel, library, host = ["kernel", "gemm", 60], ["library", "mm", 40], ["host", "copy_", 0]
+    row = {"layer": "experts", "kind": "NF4", "major": 9, "needed": 80}
+    forward, backward = [kernel, library, kernel], [kernel, host, library]
+    rows = [row | {"direction": "forward", "calls": forward}]
+    rows += [row | {"direction": "backward", "calls": backward}]
+    line = "| experts | NF4 | 9.0 | 2 + 1 | 1 + 1 | 0, 1 | 1.62 |\n"
+    assert count_launches.table(rows) == count_launches.HEAD + line
+    assert count_launches.HEAD in count_launches.PAGE.read_text()
 
 
 # With fewer clusters at a time than its SMs have room for, or of another generation.

@@ -38,7 +38,7 @@ def objects() -> list[build.Object]:
         TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
         *(
             programs.Object(FLAVOUR, f"tests/emulated/cuda/{name}.cpp", kernels=False)
-            for name in ("driver_state", "launches", "runtime")
+            for name in ("counting", "driver_state", "launches", "runtime")
         ),
         *programs.kernel_objects(FLAVOUR),
         *programs.library_objects(FLAVOUR),

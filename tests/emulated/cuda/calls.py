@@ -29,7 +29,7 @@ def _handle(device: torch.device | None) -> int:
 
 
 torch.cuda._lazy_init = lambda: None  # which a torch without CUDA raises an error in
-torch.cuda.current_device = _runtime.emulated_cuda_device
+torch.cuda.current_device = lambda: _runtime.emulated_cuda_device()
 torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=_handle(device))
 torch.cuda.is_current_stream_capturing = lambda: False
 
@@ -40,6 +40,7 @@ be = _runtime.emulated_cuda_be  # (arch, driver version, whether a graph is bein
 be_unlike = _runtime.emulated_cuda_be_unlike  # (device, arch, SMs, clusters of two at a time)
 set_device = _runtime.emulated_cuda_set_device
 set_stream = _runtime.emulated_cuda_set_stream  # (device, number)
+count_only = _runtime.emulated_cuda_count_only
 keep_busy = _runtime.emulated_cuda_keep_busy
 waiting = _runtime.emulated_cuda_waiting
 counts = _runtime.emulated_cuda_counts  # (device, count): their address, or None

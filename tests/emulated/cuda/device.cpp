@@ -1,24 +1,31 @@
 // A CUDA device for a torch that was built without CUDA: its memory is the host's, its streams are
 // those of runtime.h, and torch's own ops run on the CPU. So the extension gets CUDA tensors, a
-// current device and a current stream as on a GPU.
+// current device and a current stream as on a GPU. Where calls are counted (counting.h) torch's ops
+// run on meta.
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <set>
+#include <sstream>
 #include <string>
 #include <utility>
 
-#include "emulated/cuda/runtime.h"
+#include "emulated/cuda/driver_state.h"
 #include "op/launch/launch_parts.h"
 
 namespace {
@@ -70,12 +77,16 @@ Pool& pool() {
 void release(void* data) {
   const std::lock_guard lock(pool().mutex);
   pool().live.erase(data);
-  std::free(data);
+  if (!is_counted(data)) std::free(data);
 }
 
 // Uninitialised memory: bytes of ones, NaN in every type.
 struct Allocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    if (is_counting() && bytes > 0) {
+      void* data = take_counted(bytes);
+      return {data, data, &release, device_number(current_device())};
+    }
     const size_t whole = (bytes + 511) / 512 * 512;
     void* data = whole == 0 ? nullptr : std::aligned_alloc(512, whole);
     if (data != nullptr) std::memset(data, 0xFF, whole);
@@ -133,9 +144,10 @@ at::Tensor on_cpu(const at::Tensor& tensor) {
 }
 
 // Copies the size of a tensor that the op has resized.
-void follow(const at::Tensor& tensor, const at::Tensor& resized) {
+template <class ToDevice>
+void follow(const at::Tensor& tensor, const at::Tensor& resized, const ToDevice& to_device) {
   if (tensor.sizes() == resized.sizes()) return;
-  const at::Tensor now = moved(resized, tensor.device());
+  const at::Tensor now = to_device(resized);
   tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(now.storage());
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(now.sizes(), now.strides());
 }
@@ -144,64 +156,203 @@ void follow(const at::Tensor& tensor, const at::Tensor& resized) {
 std::mutex ops_mutex;
 std::string ops, read_ops;
 
-// Runs any op of torch on the CPU.
-void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+// Distinct elements, in bytes: where a stride is 0, one is read many times.
+int64_t bytes_of(const at::Tensor& tensor) {
+  int64_t count = static_cast<int64_t>(tensor.element_size());
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    count *= tensor.stride(i) == 0 && tensor.size(i) > 0 ? 1 : tensor.size(i);
+  return count;
+}
+
+// Of each tensor of the device its address, its bytes, and the number of its matrices.
+std::string json(const std::vector<at::Tensor>& tensors) {
+  std::ostringstream text;
+  const char* before = "";
+  text << "[";
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined() || !tensor.is_cuda() || tensor.numel() == 0) continue;
+    text << before << "[" << reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) << ", "
+         << bytes_of(tensor) << ", " << (tensor.dim() == 3 ? tensor.size(0) : 1) << "]";
+    before = ", ";
+  }
+  text << "]";
+  return text.str();
+}
+
+// Whether the host waits for what an op has found, or copies between host and device.
+bool reads_host(const std::string& name, const std::vector<at::Tensor>& given) {
+  static const std::set<std::string> waiting = {"aten::_local_scalar_dense",
+                                                "aten::_unique2",
+                                                "aten::bincount",
+                                                "aten::equal",
+                                                "aten::masked_select",
+                                                "aten::nonzero",
+                                                "aten::repeat_interleave",
+                                                "aten::unique_consecutive",
+                                                "aten::unique_dim"};
+  if (waiting.contains(name)) return true;
+  if (name == "aten::copy_") return given[0].is_cuda() != given[1].is_cuda();
+  if (name != "aten::_index_put_impl_") return false;  // of others' masks the numbers are asked for
+  return std::any_of(given.begin() + 1, given.end(), [](const at::Tensor& each) {
+    return each.scalar_type() == at::kBool || each.scalar_type() == at::kByte;
+  });
+}
+
+// Whether an op that is counted runs all the same: it has integers alone, or tells the host.
+bool runs_counted(bool host, const std::string& name, const std::vector<at::Tensor>& given) {
+  if (name == "aten::copy_" && !given[0].is_cuda()) return true;
+  if (host && name != "aten::copy_") return true;
+  return std::all_of(given.begin(), given.end(), [](const at::Tensor& each) {
+    return at::isIntegralType(each.scalar_type(), true);
+  });
+}
+
+// Runs any op of torch on the CPU, or on meta.
+void run_op(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const std::string& name = op.schema().name();
   {
     const std::lock_guard lock(ops_mutex);
-    ops += op.schema().name() + " ";
+    ops += name + " ";
   }
   const size_t count = op.schema().arguments().size();
-  std::vector<std::pair<at::Tensor, at::Tensor>> known;  // on the CPU, and the op's own
+  const auto each_given = [&](const auto& change) {
+    for (size_t i = stack->size() - count; i < stack->size(); ++i) {
+      c10::IValue& value = (*stack)[i];
+      if (value.isTensor()) {
+        value = change(value.toTensor());
+      } else if (value.isTensorList()) {
+        std::vector<at::Tensor> tensors = value.toTensorVector();
+        for (at::Tensor& tensor : tensors) tensor = change(tensor);
+        value = tensors;
+      } else if (value.isOptionalTensorList()) {
+        auto tensors = value.toOptionalTensorList();
+        c10::List<std::optional<at::Tensor>> changed;
+        for (size_t j = 0; j < tensors.size(); ++j) {
+          const std::optional<at::Tensor> tensor = tensors.get(j);
+          changed.push_back(tensor ? std::optional(change(*tensor)) : std::nullopt);
+        }
+        value = changed;
+      }
+    }
+  };
+  std::vector<at::Tensor> given;
+  each_given([&](const at::Tensor& tensor) {
+    if (tensor.defined()) given.push_back(tensor);
+    return tensor;
+  });
+  const bool host = is_counting() && reads_host(name, given);
+  const bool on_meta = is_counting() && !runs_counted(host, name, given);
+  const at::Device elsewhere = on_meta ? at::kMeta : at::kCPU;
+  const auto there = [&](const at::Tensor& tensor) {
+    if (!on_meta) return on_cpu(tensor);
+    if (!tensor.is_cuda() && tensor.dim() == 0) return tensor;  // a number
+    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
+  };
+  std::vector<std::pair<at::Tensor, at::Tensor>> known;  // elsewhere, and the op's own
   at::Device device = device_number(current_device());
-  const auto to_cpu = [&](const at::Tensor& tensor) {
+  each_given([&](const at::Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (tensor.is_cuda()) device = tensor.device();
-    known.emplace_back(on_cpu(tensor), tensor);
+    known.emplace_back(there(tensor), tensor);
     return known.back().first;
-  };
+  });
   for (size_t i = stack->size() - count; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
-    if (value.isTensor()) {
-      value = to_cpu(value.toTensor());
-    } else if (value.isTensorList()) {
-      std::vector<at::Tensor> tensors = value.toTensorVector();
-      for (at::Tensor& tensor : tensors) tensor = to_cpu(tensor);
-      value = tensors;
-    } else if (value.isOptionalTensorList()) {
-      auto tensors = value.toOptionalTensorList();
-      c10::List<std::optional<at::Tensor>> on_host;
-      for (size_t j = 0; j < tensors.size(); ++j) {
-        const std::optional<at::Tensor> tensor = tensors.get(j);
-        on_host.push_back(tensor ? std::optional(to_cpu(*tensor)) : std::nullopt);
-      }
-      value = on_host;
-    } else if (value.isDevice() && value.toDevice().is_cuda()) {
-      device = with_index(value.toDevice());
-      value = at::Device(at::kCPU);
-    }
+    if (!value.isDevice() || !value.toDevice().is_cuda()) continue;
+    device = with_index(value.toDevice());
+    value = elsewhere;
   }
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
-  for (const auto& [there, own] : known) follow(own, there);
+  op.redispatchBoxed(c10::DispatchKeySet(on_meta ? c10::DispatchKey::Meta : c10::DispatchKey::CPU),
+                     stack);
+  const auto to_device = [&](const at::Tensor& result) {
+    if (!on_meta) return moved(result, device);
+    return at::empty_strided(result.sizes(), result.strides(), result.options().device(device));
+  };
+  for (const auto& [now, own] : known) follow(own, now, to_device);
+  std::vector<at::Tensor> results;
+  const auto back = [&](const at::Tensor& result) {
+    if (!result.defined()) return result;
+    at::Tensor found;
+    for (const auto& [now, own] : known)
+      if (result.is_same(now)) found = own;
+    results.push_back(found.defined() ? found : to_device(result));
+    return results.back();
+  };
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
-    if (!value.isTensor() || !value.toTensor().defined()) continue;
-    const at::Tensor result = value.toTensor();
-    at::Tensor found;
-    for (const auto& [there, own] : known)
-      if (result.is_same(there)) found = own;
-    value = found.defined() ? found : moved(result, device);
+    if (value.isTensor()) {
+      value = back(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> tensors = value.toTensorVector();
+      for (at::Tensor& tensor : tensors) tensor = back(tensor);
+      value = tensors;
+    }
   }
+  if (!is_counting()) return;
+  const std::lock_guard lock(driver().mutex);
+  driver().record << R"({"call": "library", "op": ")" << name << R"(", "given": )" << json(given)
+                  << R"(, "results": )" << json(results) << R"(, "host": )"
+                  << (host ? "true" : "false") << "}\n";
+}
+
+// Before what an op of this package launches, the record has the op's operands.
+std::unique_ptr<at::ObserverContext> record_operands(const at::RecordFunction& call) {
+  if (!is_counting() || std::string(call.name()).rfind("lora_ext::", 0) != 0) return nullptr;
+  std::vector<at::Tensor> operands;
+  for (const c10::IValue& value : call.inputs()) {
+    if (value.isTensor()) operands.push_back(value.toTensor());
+    if (!value.isTensorList()) continue;
+    for (const at::Tensor& tensor : value.toTensorVector()) operands.push_back(tensor);
+  }
+  const std::lock_guard lock(driver().mutex);
+  driver().record << R"({"call": "op", "op": ")" << call.name() << R"(", "operands": )"
+                  << json(operands) << "}\n";
+  return nullptr;
 }
 
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 
-// For tests, by ctypes: `count` arrival counts for one launch on the current stream of a device, or
-// null.
+// What autograd asks of a device with streams. A torch without CUDA knows none: where this library
+// is loaded before torch, these answer.
+namespace at {
+
+// Found by this name.
+struct CUDAHooks final : CUDAHooksInterface {
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  bool hasPrimaryContext(DeviceIndex) const override { return is_counting(); }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks);
+
+namespace accelerator {
+
+std::optional<c10::DeviceType> getAccelerator(bool checked) {
+  TORCH_CHECK(is_counting() || !checked, "expected calls that are counted");
+  return is_counting() ? std::optional(c10::DeviceType::CUDA) : std::nullopt;
+}
+c10::Stream getCurrentStream(c10::DeviceIndex index) {
+  return Guard().getStream(device_number(index));
+}
+
+}  // namespace accelerator
+}  // namespace at
+
+// For tests, by ctypes.
+
+// `count` arrival counts for one launch on the current stream of a device, or null.
 extern "C" const void* emulated_cuda_counts(int device, int count) {
   const c10::DeviceGuard guard(device_number(device));
   return lora_ext::kernel_launch::decode_counts(device_number(device), count);
+}
+
+// From now on calls are counted, or run.
+extern "C" void emulated_cuda_count_only(int on) {
+  static const auto callback = at::addGlobalCallback(at::RecordFunctionCallback(&record_operands)
+                                                         .needsInputs(true)
+                                                         .scopes({at::RecordScope::FUNCTION}));
+  (void)callback;
+  set_counting(on != 0);
 }
 
 // The ops of torch since the last call of this function.
@@ -231,10 +382,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
   m.impl("view", TORCH_FN(at::native::view));
   m.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
-  // Otherwise torch's fallback for devices without a kernel would look for CUDA's.
-  m.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  // Otherwise torch would look for CUDA's kernel, loop over groups, or take other ops together.
+  for (const char* op : {"copy_", "_grouped_mm", "silu_backward"})
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_op>());
 }
 
-TORCH_LIBRARY_IMPL(_, CUDA, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-}
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_op>()); }

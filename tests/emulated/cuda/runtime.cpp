@@ -187,8 +187,8 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
   if (capture_mode != cudaStreamCaptureModeGlobal)
     return refuse(cudaErrorInvalidValue, "a capture mode that was not put back");
   driver().record << R"({"call": "cudaMemsetAsync", "value": )" << value << R"(, "bytes": )"
-                  << bytes << "}\n";
-  std::memset(data, value, bytes);
+                  << bytes << R"(, "address": )" << reinterpret_cast<uintptr_t>(data) << "}\n";
+  if (!is_counting()) std::memset(data, value, bytes);
   return cudaSuccess;
 }
 

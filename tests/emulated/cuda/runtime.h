@@ -12,6 +12,7 @@
 #include <tuple>
 #include <typeinfo>
 
+#include "emulated/cuda/counting.h"
 #include "emulator/emulator.h"
 
 namespace emulator::cuda {
@@ -32,13 +33,30 @@ void* find_in_driver(void* driver, const char* function);
 // Queues the kernel on a stream of the layer.
 using Enqueue = std::function<void(Stream&, const LaunchConfig&)>;
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* parameters,
-                   const Enqueue& enqueue);
+                   const Addresses& addresses, const Enqueue& enqueue);
+
+// A kernel's parameters without the pointers that it is given but reads nothing at: those of a
+// product of no steps, and of factors of which it makes a table.
+template <class Params>
+Params as_read(Params params) {
+  const auto without_steps = [](auto& gemm) {
+    if (gemm.k == 0) gemm.p = nullptr, gemm.q = nullptr;
+  };
+  if constexpr (requires { params.p, params.q, params.k; }) without_steps(params);
+  if constexpr (requires { params.gemm.k; }) without_steps(params.gemm);
+  if constexpr (requires { params.factors.a, params.chunks(); })
+    params.factors.a = nullptr, params.factors.b = nullptr;
+  return params;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel_ex(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                              const Arguments&... arguments) {
+  Addresses addresses;
+  const auto add = [&](const auto& read) { addresses.add(&read, sizeof read); };
+  if (is_counting()) (add(as_read(arguments)), ...);
   return launch(*config, reinterpret_cast<const void*>(kernel),
-                typeid(std::tuple<Parameters...>).name(),
+                typeid(std::tuple<Parameters...>).name(), addresses,
                 [&](Stream& stream, const LaunchConfig& launch_config) {
                   stream.launch(launch_config, kernel, arguments...);
                 });

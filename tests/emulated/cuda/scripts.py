@@ -21,9 +21,17 @@ from emulated.cuda.calls import *
 """
 
 
-def python(code: str) -> str:
+# Of one that counts.
+BEGIN_COUNTED = """
+from collections import Counter
+from emulated.cuda import counted
+from emulated.cuda.counted import *
+"""
+
+
+def python(code: str, begin: str = BEGIN) -> str:
     """What a child process says that runs the code; it must end well."""
-    done = build.run(["-c", BEGIN + code], package=cuda_build.PACKAGE, PYTHONPATH="tests")
+    done = build.run(["-c", begin + code], package=cuda_build.PACKAGE, PYTHONPATH="tests")
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout + done.stderr
 

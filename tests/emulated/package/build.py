@@ -33,7 +33,7 @@ BUILT = build.ROOT.joinpath(
     "build", f"temp-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{torch.__version__}"
 )
 # What Python reads there: the package, what the tests here call, and the op's own tests.
-CALLS = [f"tests/emulated/{name}/calls.py" for name in ("cuda", "package")]
+CALLS = [f"tests/emulated/{name}.py" for name in ("cuda/calls", "cuda/counted", "package/calls")]
 PACKAGE_FILES = ("lora_ext", "tests/emulated/comparisons.py", *CALLS)
 OP_TESTS = (
     "op",
@@ -65,7 +65,7 @@ class TorchObject(programs.Object):
 
     def command(self) -> list[str]:
         folders = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
-        flags = ["-DTORCH_EXTENSION_NAME=_C", "-ffp-contract=off", "-fopenmp", "-w"]
+        flags = ["-DTORCH_EXTENSION_NAME=_C", "-ffp-contract=off", "-fopenmp", "-w", "-DNDEBUG"]
         return [*super().command(), *flags, *(f"-isystem{path}" for path in folders)]
 
 
@@ -157,7 +157,8 @@ def link(compiled: list[build.Object], package: Path) -> Path:
             copy(build.ROOT / name, package / name)
         library = package / "lora_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         inputs = [each.path for each in compiled]
-        linked = [f"-L{path}" for path in cpp_extension.library_paths()]
+        folders = cpp_extension.library_paths()
+        linked = [word for path in folders for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
         linked += [f"-l{name}" for name in ("c10", "torch", "torch_cpu", "torch_python")]
         linked += ["-Wl,-Bsymbolic"]  # a CUDA runtime that torch brings answers no call of ours
         command = [*build.CXX, "-shared", *map(build.from_root, inputs), *linked]
