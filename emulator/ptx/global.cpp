@@ -54,14 +54,15 @@ void GlobalMemory::forget() {
 void GlobalMemory::begin_grid(bool programmatic) {
   if (grids_.size() == kMostGrids) forget();
   Sequenced made;
-  if (!programmatic) {
-    made.started = made.started_proxy = (uint64_t{1} << grids_.size()) - 1;
-    flags_.clear(), flags_proxy_.clear();
-  } else if (!grids_.empty()) {
+  if (!programmatic) flags_.clear(), flags_proxy_.clear();
+  if (!grids_.empty()) {
     const Sequenced& before = grids_.back();
-    if (before.follow_start)
+    if (!programmatic)
+      made.started = made.started_proxy = before.ended;
+    else if (before.follow_start)
       made.started = before.started, made.started_proxy = before.started_proxy;
-    if (before.follow_before && grids_.size() > 1) made.started |= grids_[grids_.size() - 2].ended;
+    if (programmatic && before.follow_before && grids_.size() > 1)
+      made.started |= grids_[grids_.size() - 2].ended;
   }
   made.ended = uint64_t{1} << grids_.size();
   grids_.push_back(made);
@@ -75,6 +76,16 @@ void GlobalMemory::written_before(const void* buffer) {
   neighbour.cluster = clusters_, neighbour.time = kNever, neighbour.halves = 3;
   const auto begin = reinterpret_cast<uint64_t>(range->begin);
   for (uint64_t at = begin; at < begin + range->bytes; at += kCell) cell(at).writer = neighbour;
+}
+
+void GlobalMemory::end_of_sequence() {
+  begin_grid(false);
+  const uint64_t earlier = grids_.back().ended - 1, missing = earlier & ~grids_.back().started;
+  if (missing != 0)
+    throw Error(ErrorKind::Race,
+                format("grid %d of %zu may run when what is launched behind the last one starts: "
+                       "some grid after it does not wait for it",
+                       __builtin_ctzll(missing) + 1, grids_.size() - 1));
 }
 
 void GlobalMemory::start(Warp& warp) {

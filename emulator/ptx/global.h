@@ -3,8 +3,8 @@
 //
 // Warps of different clusters are ordered by releases and acquires at the scope of the GPU alone (PTX
 // ISA, "Release and Acquire Patterns"): ld.acquire and red.release of a flag, or relaxed accesses
-// behind and before fence.acq_rel. A grid of an ordinary launch is ordered after all that came before,
-// in every proxy ("API synchronization"); a programmatic dependent after what griddepcontrol.wait has
+// behind and before fence.acq_rel. A grid of an ordinary launch is ordered after the grid before and
+// all that this has waited for, in every proxy ("API synchronization"); a programmatic dependent after what griddepcontrol.wait has
 // waited for, and what the grid before had fenced when it called launch_dependents (the rules of
 // emulator/threads/grid_dependency.h). What precedes by a wait or a flag precedes a tensor copy only
 // behind fence.proxy.async ("Proxies").
@@ -23,6 +23,8 @@ class GlobalMemory {
   void forget();
   void begin_grid(bool programmatic);
   void written_before(const void* buffer);  // by a grid before the sequence
+  // What comes behind the sequence by an ordinary launch may free or overwrite all that its grids use.
+  void end_of_sequence();
   void start(Warp& warp);
   void leave(Warp& warp);  // it exits
   void block_exits(Block& block);

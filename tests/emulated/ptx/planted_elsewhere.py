@@ -181,6 +181,16 @@ KERNELS = {
         ),
         [("no fence before dependents", r"fence\.acq_rel\.gpu;", "", None)],
     ),
+    "pdl-wgrad": (
+        kernel(
+            "lora_linear_bf16",
+            "90a",
+            "lora_wgrad_sm80I13__nv_bfloat16",
+            "lora_linear_sequence",
+            "bf16",
+        ),
+        [("no wait for the grid before", r"griddepcontrol\.wait;", "", None)],
+    ),
 }
 
 FAULTS = [

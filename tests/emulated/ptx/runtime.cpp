@@ -64,10 +64,11 @@ void choose(const emulator::Config& config) {
   state().chosen = config.seed % 2 ? &state().of_80 : &state().of_90a;
 }
 
-// A kernel of some cards alone is empty in the PTX of the others'.
-emulator::ptx::Program& program_of(const std::string& kernel) {
-  emulator::ptx::Library& other = state().chosen == &state().of_80 ? state().of_90a : state().of_80;
-  emulator::ptx::Program& found = state().chosen->program(kernel);
+// A kernel of some cards alone is empty in the PTX of the others', and 8.0's has no griddepcontrol.
+emulator::ptx::Program& program_of(const std::string& kernel, bool programmatic) {
+  emulator::ptx::Library& first = programmatic ? state().of_90a : *state().chosen;
+  emulator::ptx::Library& other = &first == &state().of_80 ? state().of_90a : state().of_80;
+  emulator::ptx::Program& found = first.program(kernel);
   return found.operations.size() > 1 ? found : other.program(kernel);
 }
 
@@ -75,7 +76,7 @@ void run(const std::string& name, const emulator::LaunchConfig& launch, void** a
          bool programmatic) {
   const auto start = std::chrono::steady_clock::now();
   const auto& [grid, block, cluster] = std::tie(launch.grid, launch.block, launch.cluster);
-  emulator::ptx::Program& program = program_of(name);
+  emulator::ptx::Program& program = program_of(name, programmatic);
   const uint64_t instructions = emulator::ptx::launch(program,
                                                       {{grid.x, grid.y, grid.z},
                                                        {block.x, block.y, block.z},
@@ -124,6 +125,7 @@ void end(cudaError_t error) {
     throw emulator::Error(emulator::ErrorKind::Misuse,
                           "a CUDA call failed: " + emulator::cuda::driver().record.str());
   emulator::cuda::driver().record.str("");
+  emulator::ptx::global_memory().end_of_sequence();
 }
 
 int programmatic_launches() { return state().programmatic; }
