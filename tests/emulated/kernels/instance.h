@@ -2,6 +2,9 @@
 // compiles those of its program, apart from the host program, so that only kernels are
 // instrumented: there INSTANCE says `template`. Where a tool is to read all kernels in one file, it
 // says ALL_KERNELS_IN_THIS_FILE, and nothing is declared.
+//
+// Runs of PTX compile no instance. They take EVERY_INSTANCE that csrc/kernels/launch/ has, and those
+// lists are made of the types below; the others are of those that g++ compiles.
 #pragma once
 
 #ifndef INSTANCE
@@ -11,3 +14,13 @@
 #define INSTANCE(...) extern template __global__ void __VA_ARGS__;
 #endif
 #endif
+
+// X(variant, T, ...), and X(variant, T, the factors' type, ...)
+#define EVERY_HALF(X, name, ...)            \
+  X(bf16##name, __nv_bfloat16, __VA_ARGS__) \
+  X(fp16##name, __half, __VA_ARGS__)
+#define EVERY_PAIR(X, name, ...)                           \
+  X(bf16##name, __nv_bfloat16, __nv_bfloat16, __VA_ARGS__) \
+  X(fp16##name, __half, __half, __VA_ARGS__)               \
+  X(float_bf16##name, __nv_bfloat16, float, __VA_ARGS__)   \
+  X(float_fp16##name, __half, float, __VA_ARGS__)

@@ -4,6 +4,15 @@
 #include "kernels/grouped/gemm.h"
 
 // X(variant, T, the factors' type, tile, MN-major, masked)
+#ifdef EVERY_INSTANCE
+#define LORA_GROUPED_GEMM_VARIANTS(X)                              \
+  EVERY_PAIR(X, _narrow, LoraGemmTile128x64, false, false)         \
+  EVERY_PAIR(X, _narrow_dx, LoraGemmTile128x64, true, false)       \
+  EVERY_PAIR(X, _narrow_dx_masked, LoraGemmTile128x64, true, true) \
+  EVERY_PAIR(X, _deep, LoraGemmTile128x128Deep, false, false)      \
+  EVERY_PAIR(X, _deep_dx, LoraGemmTile128x128Deep, true, false)    \
+  EVERY_PAIR(X, _deep_dx_masked, LoraGemmTile128x128Deep, true, true)
+#else
 #define LORA_GROUPED_GEMM_VARIANTS(X)                                                  \
   X(bf16_deep, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x128Deep, false, false)    \
   X(float_fp16_deep, __half, float, LoraGemmTile128x128Deep, false, false)             \
@@ -13,6 +22,7 @@
   X(dx_masked_deep, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x128Deep, true, true) \
   X(dx_masked_float, __half, float, LoraGemmTile128x64, true, true)                    \
   X(dx_masked_128x64, __nv_bfloat16, __nv_bfloat16, LoraGemmTile128x64, true, true)
+#endif
 
 // The same with rows of Y at any address.
 #define LORA_GROUPED_GEMM_ELEMENT_VARIANTS(X)                              \

@@ -4,6 +4,13 @@
 #include "kernels/grouped/wgrad.h"
 
 // X(variant, T, the factors' type, masked, alignment)
+#ifdef EVERY_INSTANCE
+#define LORA_GROUPED_WGRAD_VARIANTS(X)                \
+  EVERY_PAIR(X, , false, Alignment::kVector)          \
+  EVERY_PAIR(X, _masked, true, Alignment::kVector)    \
+  EVERY_PAIR(X, _element, false, Alignment::kElement) \
+  EVERY_PAIR(X, _masked_element, true, Alignment::kElement)
+#else
 #define LORA_GROUPED_WGRAD_VARIANTS(X)                                   \
   X(bf16, __nv_bfloat16, __nv_bfloat16, false, Alignment::kVector)       \
   X(fp16, __half, __half, false, Alignment::kVector)                     \
@@ -11,6 +18,7 @@
   X(masked_bf16, __nv_bfloat16, __nv_bfloat16, true, Alignment::kVector) \
   X(masked_float_fp16, __half, float, true, Alignment::kVector)          \
   X(masked_element, __half, __half, true, Alignment::kElement)
+#endif
 
 #define LORA_GROUPED_WGRAD_INSTANCES(variant, T, F, masked, alignment) \
   INSTANCE(lora_grouped_wgrad_sm80<T, F, masked, alignment>(LoraGroupedWgradParams<T>))

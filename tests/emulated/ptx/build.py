@@ -153,6 +153,9 @@ class Executor(build.Object):
 class Host(build.Object):
     """A source that knows of the kernels' launches, but compiles none of them."""
 
+    def command(self) -> list[str]:
+        return [*super().command(), "-DEVERY_INSTANCE"]
+
     def folders(self) -> Sequence[Path]:
         return programs.FOLDERS
 
