@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 #include "emulated/mutants/known_fault.h"
@@ -70,10 +71,16 @@ Case draw_case(const Arguments& arguments, uint64_t seed) {
       arguments.contains("--resident") ? std::stoul(arguments.at("--resident")) : bits % 3);
   if (arguments.contains("--watchdog"))
     config.watchdog_seconds = std::stod(arguments.at("--watchdog"));
+#ifdef EVERY_INSTANCE  // each size of each of them once, on both architectures, in mixed order
+  const uint64_t sizes = program.sizes.size(), of_variant = seed / 2;
+  const uint64_t of_size = of_variant + of_variant / std::lcm(sizes, program.variants.size());
+#else
+  const uint64_t of_size = bits >> 8, of_variant = bits >> 16;
+#endif
   return {seed,
-          choose(arguments, "--size", program.sizes, bits >> 8,
+          choose(arguments, "--size", program.sizes, of_size,
                  [](const Size& size) { return size.name; }),
-          choose(arguments, "--variant", program.variants, bits >> 16, [](const Variant& variant) {
+          choose(arguments, "--variant", program.variants, of_variant, [](const Variant& variant) {
             return variant.name;
           }).name};
 }

@@ -15,6 +15,14 @@
 #endif
 #endif
 
+// Sizes of lora_gemm whose last chunk, of seven columns, is in each of a warp's slabs.
+#ifdef EVERY_INSTANCE
+#define SIZES_OF_SLABS \
+  {"slab_0", 61, 71, 24}, {"slab_1", 61, 23, 24}, {"slab_2", 61, 39, 24}, {"slab_3", 61, 55, 24},
+#else
+#define SIZES_OF_SLABS
+#endif
+
 // X(variant, T, ...), and X(variant, T, the factors' type, ...)
 #define EVERY_HALF(X, name, ...)            \
   X(bf16##name, __nv_bfloat16, __VA_ARGS__) \

@@ -57,6 +57,6 @@ const Program program{
      {"tall", 1900, 65, 24},
      {"wide", 70, 300, 200},
      {"deep", 40, 70, 520},
-     {"tiny", 3, 1, 5}}};
+     SIZES_OF_SLABS{"tiny", 3, 1, 5}}};
 
 }  // namespace kernels

@@ -163,6 +163,6 @@ const Program program{
      {"odd", 131, 77, 99},
      {"tall", 1024, 65, 24},
      {"wide", 70, 300, 200},
-     {"tiny", 1, 1, 5}}};
+     SIZES_OF_SLABS{"tiny", 1, 1, 5}}};
 
 }  // namespace kernels

@@ -9,11 +9,10 @@ def coverage_of_clean_runs(decode: Path) -> str:
     coverage = run.Coverage()
     for program in build.PROGRAMS:
         start = time.perf_counter()
-        for arguments in planted.clean(program):
-            for each in run.runs(program, *arguments):
-                coverage.add(each)
-                if each.outcome != "clean":
-                    print(each.describe(), flush=True)
+        for each in run.runs(program, *planted.clean(program)):
+            coverage.add(each)
+            if each.outcome != "clean":
+                print(each.describe(), flush=True)
         print(f"{time.perf_counter() - start:5.1f} s  {program}", flush=True)
     return coverage.report(run.texts(decode))
 

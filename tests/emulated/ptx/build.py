@@ -153,6 +153,10 @@ class Executor(build.Object):
 class Host(build.Object):
     """A source that knows of the kernels' launches, but compiles none of them."""
 
+    @property
+    def path(self) -> Path:
+        return FOLDER / "objects" / super().path.name
+
     def command(self) -> list[str]:
         return [*super().command(), "-DEVERY_INSTANCE"]
 
