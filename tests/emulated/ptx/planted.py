@@ -8,16 +8,16 @@ SEEDS = {
     "lora_linear_sequence": (120, 600),
     "lora_grouped_sequence": (56, 300),
     "lora_gemm_sm80": (440, 440),
-    "lora_gemm_sm90a": (100, 168),
+    "lora_gemm_sm90a": (168, 168),
     "lora_gemm_fused_shrink_sm90a": (42, 168),
     "lora_shrink_sm80": (120, 240),
     "lora_wgrad_sm80": (160, 240),
     "lora_dsdb_sm80": (160, 240),
-    "lora_decode": (384, 384),
+    "lora_decode": (576, 576),
     "lora_grouped_shrink": (480, 480),
     "lora_grouped_gemm": (468, 468),
     "lora_grouped_own_weights": (120, 240),
-    "lora_grouped_wgrad": (480, 480),
+    "lora_grouped_wgrad": (640, 640),
     "dequantize": (300, 300),
     "dropout": (600, 600),
 }
@@ -116,5 +116,6 @@ FAULTS = [
 
 # What the clean runs execute of the kernels of both architectures that have code.
 LEAST_OF_EACH = 0.8
-MOST_BELOW = 0
-MOST_MISSING = 1000  # operations that copy, meet, multiply or store
+# Operations that copy, meet, multiply or store. The others are unrolled copies of these, of which
+# the sizes take few, and in lora_gemm_fused_shrink whole steps along a rank that has one.
+MOST_MISSING = 1100
