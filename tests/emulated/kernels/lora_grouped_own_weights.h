@@ -4,6 +4,27 @@
 #include "kernels/grouped/own_weights.h"
 
 // X(variant, T, tile, Q is MN-major, U is MN-major, masked)
+#ifdef EVERY_INSTANCE
+#define LORA_GROUPED_OWN_WEIGHTS_VARIANTS(X)                                         \
+  EVERY_HALF(X, _128x64, LoraGemmTile128x64, false, false, false)                    \
+  EVERY_HALF(X, _128x64_transposed, LoraGemmTile128x64, true, false, false)          \
+  EVERY_HALF(X, _128x64_dx, LoraGemmTile128x64, true, true, false)                   \
+  EVERY_HALF(X, _128x64_dx_masked, LoraGemmTile128x64, true, true, true)             \
+  EVERY_HALF(X, _128x64_dx_transposed, LoraGemmTile128x64, false, true, false)       \
+  EVERY_HALF(X, _128x64_dx_transposed_masked, LoraGemmTile128x64, false, true, true) \
+  EVERY_HALF(X, , LoraGemmTile128x128, false, false, false)                          \
+  EVERY_HALF(X, _transposed, LoraGemmTile128x128, true, false, false)                \
+  EVERY_HALF(X, _dx, LoraGemmTile128x128, true, true, false)                         \
+  EVERY_HALF(X, _dx_masked, LoraGemmTile128x128, true, true, true)                   \
+  EVERY_HALF(X, _dx_transposed, LoraGemmTile128x128, false, true, false)             \
+  EVERY_HALF(X, _dx_transposed_masked, LoraGemmTile128x128, false, true, true)       \
+  EVERY_HALF(X, _deep, LoraGemmTile128x128Deep, false, false, false)                 \
+  EVERY_HALF(X, _deep_transposed, LoraGemmTile128x128Deep, true, false, false)       \
+  EVERY_HALF(X, _deep_dx, LoraGemmTile128x128Deep, true, true, false)                \
+  EVERY_HALF(X, _deep_dx_masked, LoraGemmTile128x128Deep, true, true, true)          \
+  EVERY_HALF(X, _deep_dx_transposed, LoraGemmTile128x128Deep, false, true, false)    \
+  EVERY_HALF(X, _deep_dx_transposed_masked, LoraGemmTile128x128Deep, false, true, true)
+#else
 #define LORA_GROUPED_OWN_WEIGHTS_VARIANTS(X)                                     \
   X(bf16, __nv_bfloat16, LoraGemmTile128x128, false, false, false)               \
   X(fp16_deep, __half, LoraGemmTile128x128Deep, false, false, false)             \
@@ -14,6 +35,7 @@
   X(dx_masked_128x64, __half, LoraGemmTile128x64, true, true, true)              \
   X(dx_transposed_deep, __half, LoraGemmTile128x128Deep, false, true, false)     \
   X(dx_transposed_masked, __nv_bfloat16, LoraGemmTile128x128, false, true, true)
+#endif
 
 // The same with rows of P, Q and Y at any address.
 #define LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(X)                 \

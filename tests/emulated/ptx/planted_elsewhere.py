@@ -16,6 +16,16 @@ NOT_TRANSPOSED = ("not transposed", r"x4\.trans\.shared", "x4.shared", None)
 TRANSPOSED = ("transposed", r"x4\.shared", "x4.trans.shared", None)
 OTHER_WAY = ("a branch the other way", r"@(%p\d+) bra", r"@!\1 bra", 1)
 
+SHIFT = r"(shfl\.sync\.up\S+\s+[^,]*, [^,]*, )%r\d+"
+# A parameter of lora_grouped_gemm_own_weights, by its offset or from p_rows; a piece's adapter and
+# begin, then its count; and what a copy reads, or zero.
+FIELD = r"ld\.param\.u64\s+(%rd\d+), \[(?:%rd\d+\+{of_end}|\w+_param_0\+{offset})\];"
+PIECE = (
+    r"(ld\.global\.u32\s+%r\d+, \[(%rd\d+)\];\s+ld\.global\.u32\s+%r\d+, \[\2\+4\];\s+)"
+    r"ld\.global\.u32\s+(%r\d+), \[\2\+8\];"
+)
+ZERO_FILL = r"selp\.b32\s+(%r\d+), (%r\d+), 0, %p\d+;"
+
 
 def kernel(unit: str, arch: str, name: str, program: str, variant: str | None = None) -> Kernel:
     chosen = ("--variant", variant) if variant else ()
@@ -83,7 +93,7 @@ KERNELS = {
         kernel("lora_grouped_fp16", "80", "lora_grouped_scanI6__half", "lora_grouped_segments"),
         [
             NO_BARRIER,
-            ("lanes shifted by three", r"(shfl\.sync\.up\S+\s+[^,]*, [^,]*, )%r\d+", r"\g<1>3", 0),
+            ("lanes shifted by three", SHIFT, r"\g<1>3", 0),
             OTHER_WAY,
         ],
     ),
@@ -190,6 +200,55 @@ KERNELS = {
             "bf16",
         ),
         [("no wait for the grid before", r"griddepcontrol\.wait;", "", None)],
+    ),
+    "own-weights": (
+        kernel(
+            "lora_grouped_bf16",
+            "80",
+            "own_weights_sm80I13__nv_bfloat16NS0_12LoraGemmTileILi128ELi128ELi64ELi64ELi2ELi64EEELb0ELb0ELb0E",
+            "lora_grouped_own_weights",
+            "bf16",
+        ),
+        [
+            NO_BARRIER,
+            NO_WAIT,
+            NO_COMMIT,
+            SWAPPED_A,
+            ("the first W", FIELD.format(of_end=-48, offset=192), r"mov.u64 \1, 0;", None),
+            ("the first factors", FIELD.format(of_end=-40, offset=200), r"mov.u64 \1, 0;", None),
+            ("the first bias", FIELD.format(of_end=-32, offset=208), r"mov.u64 \1, 0;", None),
+            ("rows at the position", FIELD.format(of_end=0, offset=240), r"mov.u64 \1, 0;", None),
+            ("stored at the position", FIELD.format(of_end=8, offset=248), r"mov.u64 \1, 0;", None),
+            ("rows of the next expert", PIECE, r"\1mov.u32 \3, 128;", None),
+            ("a row less", PIECE, r"\g<0> sub.s32 \3, \3, 1;", None),
+            ("rows past the end not zeros", ZERO_FILL, r"mov.u32 \1, \2;", None),
+        ],
+    ),
+    "experts-routes": (
+        kernel("experts", "80", "lora_experts_routesIi", "lora_experts"),
+        [NO_BARRIER, OTHER_WAY, ("lanes shifted by three", SHIFT, r"\g<1>3", 0)],
+    ),
+    "experts-place": (
+        kernel("experts", "90a", "lora_experts_placeIl", "lora_experts"),
+        [NO_BARRIER, OTHER_WAY],
+    ),
+    "experts-factors": (
+        kernel("experts", "80", "lora_experts_factorsI13__nv_bfloat16", "lora_experts", "bf16"),
+        [NO_BARRIER, OTHER_WAY, ("lo of hi", r"sub\.f32", "add.f32", None)],
+    ),
+    "experts-sum": (
+        kernel("experts", "90a", "lora_experts_sumI6__half", "lora_experts", "fp16"),
+        [
+            OTHER_WAY,
+            ("a slot left out", r"(fma\.rn\.f32\s+(%f\d+), )%f\d+", r"\g<1>0f00000000", -1),
+        ],
+    ),
+    "experts-dot": (
+        kernel("experts", "80", "lora_experts_dotI6__half", "lora_experts", "fp16"),
+        [
+            OTHER_WAY,
+            ("a lane of the wrong distance", r"(bfly\S+\s+[^,]*, [^,]*, )%r\d+", r"\g<1>8", 0),
+        ],
     ),
 }
 
