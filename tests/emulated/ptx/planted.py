@@ -6,7 +6,7 @@ from emulated.ptx.faults import Fault, Kernel
 # sizes and variants are each of them on both architectures.
 SEEDS = {
     "lora_linear_sequence": (120, 600),
-    "lora_grouped_sequence": (56, 300),
+    "lora_grouped_sequence": (112, 300),
     "lora_gemm_sm80": (440, 440),
     "lora_gemm_sm90a": (168, 168),
     "lora_gemm_fused_shrink_sm90a": (42, 168),
@@ -16,7 +16,7 @@ SEEDS = {
     "lora_decode": (576, 576),
     "lora_grouped_shrink": (480, 480),
     "lora_grouped_gemm": (468, 468),
-    "lora_grouped_own_weights": (120, 240),
+    "lora_grouped_own_weights": (380, 380),
     "lora_grouped_wgrad": (640, 640),
     "dequantize": (300, 300),
     "dropout": (600, 600),

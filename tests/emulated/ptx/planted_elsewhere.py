@@ -224,6 +224,40 @@ KERNELS = {
             ("rows past the end not zeros", ZERO_FILL, r"mov.u32 \1, \2;", None),
         ],
     ),
+    "experts-weights": (
+        kernel(
+            "lora_grouped_bf16",
+            "80",
+            "lora_grouped_reduceI13__nv_bfloat16",
+            "lora_grouped_sequence",
+            "experts_bf16",
+        ),
+        [
+            (
+                "no weight of a row",
+                r"mul\.f32\s+(%f\d+), %f\d+, (%f\d+);",
+                r"mov.f32 \1, \2;",
+                -1,
+            )
+        ],
+    ),
+    "experts-gradients": (
+        kernel(
+            "lora_grouped_bf16",
+            "80",
+            "lora_grouped_reduce_wgradI13__nv_bfloat16S2_",
+            "lora_grouped_sequence",
+            "experts_bf16",
+        ),
+        [
+            (
+                "ranks side by side",
+                r"ld\.param\.u64\s+(%rd\d+), \[%rd\d+\+96\];(?=\s+mul)",
+                r"mov.u64 \1, 1;",
+                None,
+            )
+        ],
+    ),
     "experts-routes": (
         kernel("experts", "80", "lora_experts_routesIi", "lora_experts"),
         [NO_BARRIER, OTHER_WAY, ("lanes shifted by three", SHIFT, r"\g<1>3", 0)],
