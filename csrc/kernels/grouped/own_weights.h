@@ -13,6 +13,8 @@
 //     T   lo hi hi        rank of them, and zeros up to the width
 //     U   hi lo hi
 #pragma once
+#include <climits>
+
 #include "kernels/gemm/sm80/kernel.h"
 #include "kernels/grouped/operands.h"
 
@@ -48,7 +50,7 @@ struct OwnWeights {
       return begin + count;
     }
     __device__ __forceinline__ bool is_empty() const { return count == 0; }
-    __device__ __forceinline__ bool of_expert() const { return adapter >= 0 && count > 0; }
+    __device__ __forceinline__ bool has_products() const { return adapter >= 0 && count > 0; }
   };
   using Cursor = Span;
 
@@ -66,7 +68,7 @@ struct OwnWeights {
   }
   template <class Params>
   __device__ __forceinline__ static int main_steps(const Params& p, const Span& span) {
-    return span.of_expert() ? (p.k + 63) / 64 : 0;
+    return span.has_products() ? (p.k + 63) / 64 : 0;
   }
   template <class Params>
   __device__ __forceinline__ const T* q(const Params&, const Span& span) const {
@@ -77,7 +79,7 @@ struct OwnWeights {
     return {p, {o.y_rows, p.m}, {o.mask_rows, p.m}, span.begin + span.count, bias_of(span)};
   }
   __device__ __forceinline__ const void* bias_of(const Span& span) const {
-    if (p.bias == nullptr || !span.of_expert()) return nullptr;
+    if (p.bias == nullptr || !span.has_products()) return nullptr;
     const int64_t bytes = p.float_bias ? sizeof(float) : sizeof(T);
     return static_cast<const unsigned char*>(p.bias) + span.adapter * o.bias_stride * bytes;
   }
@@ -92,7 +94,7 @@ struct OwnWeights {
   }
   template <class Params>
   __device__ __forceinline__ int steps(const Params&, const Cursor& cursor) const {
-    return cursor.of_expert() ? (depth() + 63) / 64 : 0;
+    return cursor.has_products() ? (depth() + 63) / 64 : 0;
   }
 
   template <class Loads>
@@ -108,7 +110,7 @@ struct OwnWeights {
   template <class Loads>
   __device__ __forceinline__ void copy_step(Loads& loads) const {
     if (!copies_apart(loads)) return loads.copy_step();
-    if (loads.tile >= loads.raster.tiles()) return;  // a step past the last tile
+    if (loads.steps == INT_MAX) return;  // past the last tile
     const LoraGemmPlace at = loads.raster.place_of(loads.tile);
     if (loads.low_rank) {
       load(loads, at, (steps(p, loads.cursor) - loads.steps) * 64);
@@ -191,7 +193,7 @@ struct OwnWeights {
   __device__ __forceinline__ void multiply(const Gemm& gemm, typename Gemm::Accumulators& acc,
                                            typename Gemm::Walk& walk, typename Gemm::Loads& loads,
                                            const Span& span) const {
-    if (!span.of_expert()) return;
+    if (!span.has_products()) return;
     const LoraGemmWarp<T, typename Gemm::TileOf, kUMNMajor> warp{};
     gemm.template scale_for_lo<true>(acc, 0);
 #pragma unroll 1

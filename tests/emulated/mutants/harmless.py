@@ -29,6 +29,8 @@ HARMLESS = {
     "tile/factor_chunk.load.place.left>=kElements:high": EIGHT_LOADS,
     "grouped/segments.batch.t.row_tiles==nullptr:never": "row tiles are counted for no table",
     "gemm/sm80/kernel.run.found.is_empty():never": "of all rows no tile is empty",
+    "grouped/own_weights.is_empty.count==0:never": "no row of an empty tile is stored",
+    "gemm/sm80/kernel.multiply_main.!rows.has_products():never": "of all rows every tile has them",
     "gemm/sm80/loads.place_of.row_tiles-first>=kGroup:high": (
         "eight rows that are left are a group"
     ),

@@ -121,13 +121,15 @@ struct LoraGemmSm80 {
   // P Q of a tile. 64 along k are four quarters: while one is multiplied, the fragments of the next
   // are loaded; ptxas interleaves these loads with the products, as there is no branch. The last
   // quarter, after the step's barrier, has the next step's first fragments and the copies.
+  template <class Span>
   __device__ __forceinline__ void multiply_main(Accumulators& acc, Walk& walk, Loads& loads,
-                                                int steps) const {
+                                                const Span& rows) const {
     static_assert(Tile::kK == 64);
+    if (!rows.has_products()) return;  // no stage may have been loaded
     Fragments now, then;
     warp.load(now, walk.stage, 0);
 #pragma unroll 1
-    for (int left = steps; left > 0; --left) {
+    for (int left = adapters.main_steps(p, rows); left > 0; --left) {
       multiply_quarter<false>(acc, now, then, walk.stage, 1, loads);
       multiply_quarter<false>(acc, then, now, walk.stage, 2, loads);
       multiply_quarter<false>(acc, now, then, walk.stage, 3, loads);
@@ -207,7 +209,6 @@ struct LoraGemmSm80 {
          tile += static_cast<int>(gridDim.x)) {
       const auto found = adapters.span_at(raster.place_of(tile).row);
       if (found.is_empty()) continue;
-      const int steps = adapters.main_steps(p, found);
       Accumulators acc;
       if constexpr (kMasked) {
         // Drawn while no accumulators are live: both together would spill.
@@ -218,11 +219,11 @@ struct LoraGemmSm80 {
         clear(acc);
         adapters.multiply(*this, acc, walk, loads, rows);
         epilogue.mask(acc, kept);
-        multiply_main(acc, walk, loads, steps);
+        multiply_main(acc, walk, loads, rows);
         epilogue.store(acc, rows.begin + warp.row, at.column + warp.column);
       } else {
         clear(acc);
-        multiply_main(acc, walk, loads, steps);
+        multiply_main(acc, walk, loads, found);
         const LoraGemmPlace at = raster.place_of(tile);
         const auto rows = adapters.span_at(at.row);
         adapters.multiply(*this, acc, walk, loads, rows);

@@ -122,6 +122,7 @@ struct TilesOfAllRows {
       return p.m;
     }
     __device__ __forceinline__ static bool is_empty() { return false; }
+    __device__ __forceinline__ static bool has_products() { return true; }
   };
 
   template <class Params>

@@ -76,7 +76,7 @@ EXPERTS = [
         "experts_bias_of_no_expert",
         "rows without an expert get the bias before the first",
         "they are zeros",
-        ("p.bias == nullptr || !span.of_expert()", "p.bias == nullptr"),
+        ("p.bias == nullptr || !span.has_products()", "p.bias == nullptr"),
     ),
     of_gemm(
         "experts_lo_beside_hi_in_both",
