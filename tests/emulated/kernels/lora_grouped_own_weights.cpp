@@ -194,6 +194,6 @@ const Program program{"lora_grouped_own_weights",
                        {"odd", 131, 77, 99},
                        {"tall", 600, 65, 24},
                        {"wide", 70, 300, 200},
-                       {"tiny", 1, 1, 5}}};
+                       SIZES_OF_SLABS{"tiny", 1, 1, 5}}};
 
 }  // namespace kernels

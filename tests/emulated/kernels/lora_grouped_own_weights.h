@@ -38,9 +38,19 @@
 #endif
 
 // The same with rows of P, Q and Y at any address.
+#ifdef EVERY_INSTANCE
+#define LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(X)                            \
+  EVERY_HALF(X, _element, LoraGemmTile128x64, false, false, false)              \
+  EVERY_HALF(X, _transposed_element, LoraGemmTile128x64, true, false, false)    \
+  EVERY_HALF(X, _dx_element, LoraGemmTile128x64, true, true, false)             \
+  EVERY_HALF(X, _dx_masked_element, LoraGemmTile128x64, true, true, true)       \
+  EVERY_HALF(X, _dx_transposed_element, LoraGemmTile128x64, false, true, false) \
+  EVERY_HALF(X, _dx_transposed_masked_element, LoraGemmTile128x64, false, true, true)
+#else
 #define LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(X)                 \
   X(element, __nv_bfloat16, LoraGemmTile128x64, false, false, false) \
   X(dx_element, __nv_bfloat16, LoraGemmTile128x64, true, true, true)
+#endif
 
 #define LORA_GROUPED_OWN_WEIGHTS_INSTANCES(variant, T, Tile, mn_major, u_mn_major, masked) \
   INSTANCE(lora_grouped_gemm_own_weights_sm80<T, Tile, mn_major, u_mn_major, masked>(      \

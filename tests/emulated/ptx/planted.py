@@ -16,7 +16,7 @@ SEEDS = {
     "lora_decode": (576, 576),
     "lora_grouped_shrink": (480, 480),
     "lora_grouped_gemm": (468, 468),
-    "lora_grouped_own_weights": (380, 380),
+    "lora_grouped_own_weights": (864, 864),
     "lora_grouped_wgrad": (640, 640),
     "dequantize": (300, 300),
     "dropout": (600, 600),
@@ -118,4 +118,4 @@ FAULTS = [
 LEAST_OF_EACH = 0.8
 # Operations that copy, meet, multiply or store. The others are unrolled copies of these, of which
 # the sizes take few, and in lora_gemm_fused_shrink whole steps along a rank that has one.
-MOST_MISSING = 1100
+MOST_MISSING = 1500
