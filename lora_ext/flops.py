@@ -142,14 +142,20 @@ def _(
 
 
 @register_flop_formula(_ops.experts_product, get_raw=True)
-def _(x, weight, _b, _la, _lb, rank, _s, offs, x_rows, *_, **__) -> int:
+def _(x, weight, _b, _la, _lb, rank, _s, offs, x_rows, _m, _p, _d, first=0, *_, **__) -> int:
+    if first:  # a further slice of experts: all are counted with the first
+        return 0
     rows = _rows_of_experts(x if x_rows is None else x_rows, offs)
     x = x.new_empty(()).expand(rows, x.shape[-1])
     return _forward(x, weight.shape[1], True, rows * rank)
 
 
 @register_flop_formula(_ops.experts_product_backward, get_raw=True)
-def _(grad, x, s, _w, wanted, weight, _la, _lb, rank, _s, offs, *_, **__) -> int:
+def _(
+    grad, x, s, _w, wanted, weight, _la, _lb, rank, _s, offs, _x, _g, _m, _p, _d, first=0, *_, **__
+) -> int:  # fmt: skip
+    if first:
+        return 0
     dx, da, db = wanted
     ranks = _rows_of_experts(s, offs) * rank
     x = x.new_empty(()).expand(ranks // rank, x.shape[-1])

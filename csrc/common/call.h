@@ -81,6 +81,12 @@ struct ExpertRows {
   // int32 [S]: the row of x, of grad and of the mask that a sorted row has; nullopt: its own number.
   std::optional<at::Tensor> x{}, grad{}, mask{};
   std::optional<at::Tensor> weights{};  // float32 [S]: of the rows in the gradients of the factors
+  // base.weight may be of a slice of the experts, those from `first` on, whose rows are computed. A
+  // call for the first slice computes all else; those for others write their rows into its y or dx,
+  // `out`, in its workspace. Slices have no other route than the kernels.
+  int64_t first = 0;
+  at::Tensor out{}, workspace{};
+  bool goes_on() const { return first > 0; }
 };
 
 // In a call with many adapters: which adapter each row has, and the scaling of each adapter.
@@ -179,11 +185,13 @@ struct Forward {
   // [M, r], accumulation dtype; any dtype if it is not needed. With many adapters each row has as
   // many columns as the rank of its adapter; the rest is not written.
   at::Tensor s;
+  at::Tensor workspace{};  // of the kernels, for further slices of experts
 };
 
 struct Backward {
   at::Tensor dx;             // [M, K], undefined when not needed
   Factors dlora_a, dlora_b;  // those that are requested; the others are undefined
+  at::Tensor workspace{};    // as of Forward
 
   // An empty result for one adapter.
   static Backward one() { return {{}, Factors{at::Tensor()}, Factors{at::Tensor()}}; }

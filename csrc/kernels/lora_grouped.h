@@ -119,6 +119,10 @@ struct LoraGroupedOperands : LoraOperands {
   int64_t weight_stride;
   int64_t bias_stride;
   LoraGroupedPlaces places;
+  // The groups whose W there are; the others' rows of Y and dX are left as they are. A launch whose
+  // first is not 0 goes on with one for those before, in its workspace: it writes Y or dX alone.
+  int first_weight, end_weight;
+  bool goes_on() const { return first_weight > 0; }
 };
 struct LoraGroupedForward : LoraGroupedOperands, ForwardOperands {};
 struct LoraGroupedBackward : LoraGroupedOperands, BackwardOperands {

@@ -6,6 +6,10 @@
 //     dA_e = s (w g B_e)^T (mask * x)    dB_e = s (w g)^T s_
 //
 // The rows of x, g and the mask are where x_rows, grad_rows and mask_rows say.
+//
+// The weight may be of a slice of the experts, which then alone have rows in y and dx: of the first
+// in a call that computes all else, and of others in calls that write their rows into its y or dx,
+// each with its workspace.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -25,18 +29,23 @@ constexpr char op[] = "experts_product";  // in messages
 
 using Optional = std::optional<at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // What both directions have, as the schemas have it.
 struct Product {
-  const at::Tensor& weight;           // [E, N, K], either of the last strides 1
+  const at::Tensor& weight;  // [E, N, K], or fewer of a slice, either of the last strides 1
   const at::Tensor &lora_a, &lora_b;  // pools of halves [E, C, K] and [E, N, C]
   int64_t rank;
   double scaling;
   const at::Tensor& offs;              // int32 [E]
   const Optional &x_rows, &mask_rows;  // int32 [S]
   DropoutArgs dropout;
+  // The first expert of the slice, and if it is not 0 the y or dx and the workspace to go on with.
+  int64_t first;
+  const Optional &out, &workspace;
 
-  int64_t experts() const { return weight.size(0); }
+  int64_t experts() const { return lora_a.size(0); }
+  bool is_whole() const { return weight.size(0) == experts(); }
   int64_t in_features() const { return weight.size(2); }
   int64_t out_features() const { return weight.size(1); }
   int64_t width() const { return (rank + 7) / 8 * 8; }
@@ -61,7 +70,8 @@ void check_rows(const char* name, const at::Tensor& rows, int64_t columns, const
          " and strides ", rows.strides());
 }
 
-void check(const Product& given, const at::Tensor& x, int64_t count) {
+// `out_columns`: of y or dx.
+void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out_columns) {
   const at::Tensor& weight = given.weight;
   EXPECT_TYPE(is_half(weight.scalar_type()), "expected a weight in bfloat16 or float16, but got ",
               weight.scalar_type());
@@ -70,6 +80,10 @@ void check(const Product& given, const at::Tensor& x, int64_t count) {
       "expected a weight of shape [experts, out_features, in_features], not empty and with "
       "unit stride along one of the last two, but got ",
       weight.sizes(), " and strides ", weight.strides());
+  EXPECT(given.lora_a.dim() == 3 && given.first >= 0 &&
+             given.first + weight.size(0) <= given.experts(),
+         "expected pools of all experts, and of them the weight's ", weight.size(0), " from ",
+         given.first, " on, but got ", given.lora_a.sizes());
   check_rows("x", x, given.in_features(), given);
   EXPECT(given.rank >= 1 && given.rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank,
          ", but got ", given.rank);
@@ -86,6 +100,14 @@ void check(const Product& given, const at::Tensor& x, int64_t count) {
   check_numbers("offs", given.offs, given.experts(), x);
   check_numbers("x_rows", given.x_rows, count, x);
   check_numbers("mask_rows", given.mask_rows, count, x);
+  if (given.first > 0) {
+    EXPECT(given.out && given.workspace && given.out->is_contiguous() &&
+               given.out->sizes() == at::IntArrayRef({count, out_columns}) &&
+               given.workspace->scalar_type() == at::kByte,
+           "expected the contiguous result [", count, ", ", out_columns,
+           "] and the workspace of the first slice of experts");
+    check_rows("the result of the first slice", *given.out, out_columns, given);
+  }
   if (given.dropout.p == 0.0) return;
   EXPECT(given.dropout.seed && given.mask_rows, "expected a seed and mask_rows beside dropout");
   check_dropout_mask(op, *given.dropout.seed, x.size(0), x.size(1), given.dropout.p);
@@ -93,8 +115,10 @@ void check(const Product& given, const at::Tensor& x, int64_t count) {
 
 Update update_of(const Product& given, int64_t count, const Optional& grad_rows = {},
                  const Optional& weights = {}) {
-  const ExpertRows rows{
-      count, given.rank, given.float_adapters(), given.x_rows, grad_rows, given.mask_rows, weights};
+  ExpertRows rows{count,           given.rank, given.float_adapters(), given.x_rows, grad_rows,
+                  given.mask_rows, weights};
+  if (given.first > 0)
+    rows.first = given.first, rows.out = *given.out, rows.workspace = *given.workspace;
   return {{given.lora_a},
           {given.lora_b},
           given.scaling,
@@ -106,44 +130,65 @@ int64_t count_of(const at::Tensor& own, const Optional& rows) {
   return rows ? rows->size(0) : own.size(0);
 }
 
-YAndS empty_forward(const at::Tensor& x, const Product& given, int64_t count) {
-  return {at::empty({count, given.out_features()}, x.options()),
-          at::empty({count, given.rank}, x.options().dtype(at::kFloat))};
+// A defined tensor.
+at::Tensor or_empty(const at::Tensor& tensor, const at::Tensor& x) {
+  return tensor.defined() ? tensor : at::empty({0}, x.options().dtype(at::kByte));
+}
+
+// A slice has no other route than the kernels: nothing, if the first one's cannot be used.
+template <class Result, class Args>
+std::optional<Result> of_slice(const Product& given, const Args& args,
+                               std::optional<Result> (*run)(const Args&)) {
+  std::optional<Result> out;
+  if (kernel_launch::has_kernels(args.x.device())) out = run(args);
+  EXPECT(out || given.first == 0,
+         "expected for further experts the kernels of the first, but got the library route");
+  return out;
 }
 
 template <bool kHasData>
-std::tuple<at::Tensor, at::Tensor> experts_product(
-    const at::Tensor& x, const at::Tensor& weight, const Optional& bias, const at::Tensor& lora_a,
-    const at::Tensor& lora_b, int64_t rank, double scaling, const at::Tensor& offs,
-    const Optional& x_rows, const Optional& mask_rows, double dropout_p, const Optional& seed) {
-  const Product given{weight, lora_a,    lora_b,           rank, scaling, offs,
-                      x_rows, mask_rows, {dropout_p, seed}};
+ThreeTensors experts_product(const at::Tensor& x, const at::Tensor& weight, const Optional& bias,
+                             const at::Tensor& lora_a, const at::Tensor& lora_b, int64_t rank,
+                             double scaling, const at::Tensor& offs, const Optional& x_rows,
+                             const Optional& mask_rows, double dropout_p, const Optional& seed,
+                             int64_t first, const Optional& y, const Optional& workspace) {
+  const Product given{
+      weight, lora_a, lora_b,   rank, scaling, offs, x_rows, mask_rows, {dropout_p, seed},
+      first,  y,      workspace};
   const int64_t count = count_of(x, x_rows);
-  check(given, x, count);
-  EXPECT(!bias || (bias->sizes() == weight.sizes().slice(0, 2) && bias->device() == x.device() &&
+  check(given, x, count, given.out_features());
+  const std::array<int64_t, 2> sizes{given.experts(), given.out_features()};
+  EXPECT(!bias || (bias->sizes() == at::IntArrayRef(sizes) && bias->device() == x.device() &&
                    (bias->scalar_type() == x.scalar_type() || bias->scalar_type() == at::kFloat)),
-         "expected a bias of shape ", weight.sizes().slice(0, 2), " in ", x.scalar_type(),
+         "expected a bias of shape ", at::IntArrayRef(sizes), " in ", x.scalar_type(),
          " or float32");
-  if (!kHasData || count == 0) return empty_forward(x, given, count);
-  Base base;
-  base.weight = weight, base.bias = bias;
-  Forward out = route::forward({x, base, update_of(given, count)});
-  return {out.y, out.s};
+  Forward out{at::empty({first ? 0 : count, given.out_features()}, x.options()),
+              at::empty({first ? 0 : count, rank}, x.options().dtype(at::kFloat))};
+  if (kHasData && count != 0) {
+    Base base;
+    base.weight = weight;
+    if (bias) base.bias = bias->contiguous();
+    const ForwardArgs args{x, base, update_of(given, count)};
+    std::optional<Forward> found =
+        given.is_whole() ? route::forward(args) : of_slice(given, args, kernel_route::forward);
+    if (found && first == 0) out = *std::move(found);
+  }
+  return {out.y, out.s, or_empty(out.workspace, x)};
 }
 
 template <bool kHasData>
-ThreeTensors experts_product_backward(const at::Tensor& grad, const at::Tensor& x,
-                                      const at::Tensor& s, const Optional& weights,
-                                      std::array<bool, 3> wanted, const at::Tensor& weight,
-                                      const at::Tensor& lora_a, const at::Tensor& lora_b,
-                                      int64_t rank, double scaling, const at::Tensor& offs,
-                                      const Optional& x_rows, const Optional& grad_rows,
-                                      const Optional& mask_rows, double dropout_p,
-                                      const Optional& seed) {
-  const Product given{weight, lora_a,    lora_b,           rank, scaling, offs,
-                      x_rows, mask_rows, {dropout_p, seed}};
+FourTensors experts_product_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& s, const Optional& weights,
+    std::array<bool, 3> wanted, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, int64_t rank, double scaling, const at::Tensor& offs,
+    const Optional& x_rows, const Optional& grad_rows, const Optional& mask_rows, double dropout_p,
+    const Optional& seed, int64_t first, const Optional& dx, const Optional& workspace) {
+  const Product given{
+      weight, lora_a, lora_b,   rank, scaling, offs, x_rows, mask_rows, {dropout_p, seed},
+      first,  dx,     workspace};
   const int64_t count = s.size(0);
-  check(given, x, count);
+  check(given, x, count, given.in_features());
+  EXPECT(first == 0 || wanted[0], "expected a wanted dx, which further experts alone have");
   check_rows("grad", grad, given.out_features(), given);
   check_numbers("grad_rows", grad_rows, count, x);
   EXPECT(count == count_of(x, x_rows) && count == count_of(grad, grad_rows) &&
@@ -157,10 +202,14 @@ ThreeTensors experts_product_backward(const at::Tensor& grad, const at::Tensor& 
   if (kHasData && count != 0 && (wanted[0] || wanted[1] || wanted[2])) {
     Base base;
     base.weight = weight;
-    const Backward out =
-        route::backward({grad, x, base, update_of(given, count, grad_rows, weights), s,
-                         Wanted::one(wanted[0], wanted[1], wanted[2])});
-    return {out.dx, out.dlora_a[0], out.dlora_b[0]};
+    const BackwardArgs args{grad, x,
+                            base, update_of(given, count, grad_rows, weights),
+                            s,    Wanted::one(wanted[0], wanted[1], wanted[2])};
+    const std::optional<Backward> out =
+        given.is_whole() ? route::backward(args) : of_slice(given, args, kernel_route::backward);
+    if (out && first == 0)
+      return {out->dx, out->dlora_a[0], out->dlora_b[0], or_empty(out->workspace, x)};
+    wanted = {};
   }
   const auto made = [&](bool wants, int64_t rows, int64_t columns, at::ScalarType dtype) {
     return wants ? at::zeros({rows, columns}, x.options().dtype(dtype)) : at::Tensor();
@@ -169,7 +218,7 @@ ThreeTensors experts_product_backward(const at::Tensor& grad, const at::Tensor& 
   const int64_t ranks = rank * given.experts();
   return {made(wanted[0], count, given.in_features(), x.scalar_type()),
           made(wanted[1], ranks, given.in_features(), factors),
-          made(wanted[2], given.out_features(), ranks, factors)};
+          made(wanted[2], given.out_features(), ranks, factors), or_empty({}, x)};
 }
 
 template <bool kHasData>
@@ -182,20 +231,24 @@ void register_product(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  // (y [S, N], s [S, r] in float32). lora_a [E, C, K] and lora_b [E, N, C] are experts_factors' pools,
-  // offs and rows those of experts_routes; a row of no expert is zero in y.
+  // (y [S, N], s [S, r] in float32, the kernels' workspace). lora_a [E, C, K] and lora_b [E, N, C] are
+  // experts_factors' pools, offs and rows those of experts_routes; a row of no expert is zero in y.
+  // The workspace is empty if no kernels ran, and of a slice nothing is computed then. A slice whose
+  // `first` is not 0 has empty results: it writes its rows into y.
   m.def(
       "experts_product(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
       "int rank, float scaling, Tensor offs, Tensor? x_rows, Tensor? mask_rows, float dropout_p, "
-      "Tensor? seed) -> (Tensor, Tensor)",
+      "Tensor? seed, int first=0, Tensor(a!)? y=None, Tensor(b!)? workspace=None) -> "
+      "(Tensor, Tensor, Tensor)",
       tags);
-  // (dx [S, K], dA [E r, K], dB [N, r E]), those that are wanted. weights, float32 [S], are of the
-  // rows in dA and dB.
+  // (dx [S, K], dA [E r, K], dB [N, r E], those that are wanted; the workspace). weights, float32 [S],
+  // are of the rows in dA and dB. Slices are as in forward, and all want the same.
   m.def(
       "experts_product_backward(Tensor grad, Tensor x, Tensor s, Tensor? weights, bool[3] wanted, "
       "Tensor weight, Tensor lora_a, Tensor lora_b, int rank, float scaling, Tensor offs, "
-      "Tensor? x_rows, Tensor? grad_rows, Tensor? mask_rows, float dropout_p, Tensor? seed) -> "
-      "(Tensor, Tensor, Tensor)",
+      "Tensor? x_rows, Tensor? grad_rows, Tensor? mask_rows, float dropout_p, Tensor? seed, "
+      "int first=0, Tensor(a!)? dx=None, Tensor(b!)? workspace=None) -> "
+      "(Tensor, Tensor, Tensor, Tensor)",
       tags);
 }
 

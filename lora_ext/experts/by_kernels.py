@@ -2,30 +2,43 @@
 
 Rows are read where they are, base and update are one sum that is rounded once, and nothing is read
 on the host, so that a CUDA graph can capture it. The factors of all experts are copied into pools
-of halves for each call: in PEFT's B the expert is the fastest index. The functions are those of
-`projection`.
+of halves for each call: in PEFT's B the expert is the fastest index. Quantised experts, those
+without rows, too, are dequantised and multiplied a slice after the other, each by one launch. The
+functions are those of `projection`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
+from ..quantized.stack import QuantizedStack
 from .operands import Backward, Projection
 
 _ops = torch.ops.lora_ext
 
 
 def supports(projection: Projection) -> bool:
-    """Whether a projection is computed in this way: dense halves, rows sorted by the kernels."""
-    weight = projection.weight
-    if projection.routes.place is None or not isinstance(weight, Tensor):
+    """Whether a projection is computed in this way: halves, rows sorted by the kernels."""
+    weight, place = projection.weight, projection.routes.place
+    if place is None or 0 in weight.shape:
         return False
-    return weight.dtype in HALVES and 0 not in weight.shape and 1 in weight.stride()[1:]
+    if isinstance(weight, QuantizedStack):
+        return len(place) > 0 and weight.has_slices
+    return weight.dtype in HALVES and 1 in weight.stride()[1:]
+
+
+def _slices(weight: Tensor | QuantizedStack, x: Tensor) -> Iterable[tuple[int, Tensor]]:
+    return [(0, weight)] if isinstance(weight, Tensor) else weight.slices(x)
+
+
+def _are_refused(weight: Tensor, projection: Projection, workspace: Tensor) -> bool:
+    """Whether the first slice of several has taken no kernels."""
+    return len(weight) < len(projection.weight) and not len(workspace)
 
 
 class _Pools(NamedTuple):
@@ -48,10 +61,12 @@ class _Pools(NamedTuple):
 
 def _pools(projection: Projection) -> _Pools:
     weight, offs = projection.weight, projection.routes.offs
-    assert isinstance(weight, Tensor)
     experts, out, within = weight.shape
     if projection.rank() == 0:
-        pool_a, pool_b = weight.new_zeros(experts, 8, within), weight.new_zeros(experts, out, 8)
+        pool_a, pool_b = (
+            torch.zeros(experts, *sizes, dtype=weight.dtype, device=weight.device)
+            for sizes in ((8, within), (out, 8))
+        )
         return _Pools(pool_a, pool_b, 1, 0.0, ())
     own = (weight.dtype, torch.float32)
     lora_a, lora_b = (
@@ -84,18 +99,20 @@ def _mask(projection: Projection) -> tuple:
     return rows, projection.dropout_p, projection.seed
 
 
-def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """As `projection.forward`."""
+def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
+    """As `projection.forward`; None if quantised experts cannot take the kernels."""
     pools, routes, x = _pools(projection), projection.routes, _in_rows(x)
-    y, s = _ops.experts_product(
-        x,
-        projection.weight,
-        projection.bias,
-        *pools[:4],
-        routes.offs,
-        projection.token(),
-        *_mask(projection),
-    )
+    own = *pools[:4], routes.offs, projection.token(), *_mask(projection)
+    y = s = workspace = None
+    for first, weight in _slices(projection.weight, x):
+        given = x, weight, projection.bias, *own, first, y, workspace
+        if first:
+            _ops.experts_product(*given)
+            continue
+        y, s, workspace = _ops.experts_product(*given)
+        if _are_refused(weight, projection, workspace):
+            return None
+    assert y is not None and s is not None
     return y, s if projection.rank() else s[:, :0]
 
 
@@ -108,27 +125,30 @@ def backward(
     want_x: bool,
     want_a: Sequence[bool],
     want_b: Sequence[bool],
-) -> Backward:
-    """As `projection.backward`."""
+) -> Backward | None:
+    """As `projection.backward`; None as `forward`."""
     pools, routes = _pools(projection), projection.routes
     grad, x = _in_rows(grad), _in_rows(x)
     has_factors = any(want_a) or any(want_b)
     row_weights = None
     if weights is not None and has_factors:
         row_weights = weights.index_select(0, routes.perm).float()
-    dx, da, db = _ops.experts_product_backward(
-        grad,
-        x,
-        s if projection.rank() else s.new_empty(len(s), 1),
-        row_weights,
-        [want_x, any(want_a), any(want_b)],
-        projection.weight,
-        *pools[:4],
-        routes.offs,
-        projection.token(),
-        None if weights is None else routes.token,
-        *_mask(projection),
-    )
+    s = s if projection.rank() else s.new_empty(len(s), 1)
+    wanted = [want_x, any(want_a), any(want_b)]
+    grad_rows = None if weights is None else routes.token
+    own = *pools[:4], routes.offs, projection.token(), grad_rows, *_mask(projection)
+    slices = _slices(projection.weight, x)
+    if not want_x and isinstance(projection.weight, QuantizedStack):
+        slices = [(0, x.new_empty(1, *projection.weight.shape[1:]))]  # which nothing reads
+    dx = da = db = workspace = None
+    for first, weight in slices:
+        given = grad, x, s, row_weights, wanted, weight, *own, first, dx, workspace
+        if first:
+            _ops.experts_product_backward(*given)
+            continue
+        dx, da, db, workspace = _ops.experts_product_backward(*given)
+        if _are_refused(weight, projection, workspace):
+            return None
     dweights = None
     if want_x and weights is not None:
         dweights = dot(grad, x, dx, weights, projection)

@@ -17,6 +17,7 @@ from ..dtypes import FLOATS
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stacks_of
 from ..torch_state import is_plain
+from .devices import has_kernels
 
 # The forwards of transformers, which all compute the same. Nothing is known about others.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
@@ -77,13 +78,24 @@ def weight_of(module: Any, name: str) -> Tensor | QuantizedStack:
 
 def quantised_note(module: Any) -> str:
     """How quantised experts are computed, as the end of a text; "" if none are."""
-    formats = sorted({stack.format for stack in stacks_of(module)})
-    return f", {' and '.join(formats)}, one dequantised at a time" if formats else ""
+    stacks = stacks_of(module)
+    if not stacks:
+        return ""
+    formats, most = sorted({stack.format for stack in stacks}), max(map(_together, stacks))
+    return (
+        f", {' and '.join(formats)}, {f'up to {most}' if most > 1 else 'one'} dequantised at a time"
+    )
 
 
 def workspace_bytes(module: Any) -> int:
-    """Bytes of the largest dequantised expert, 0 if the experts are not quantised."""
-    return max((stack.matrix_bytes for stack in stacks_of(module)), default=0)
+    """Bytes of the experts that are dequantised at a time, 0 if none are quantised."""
+    found = (_together(stack) * stack.matrix_bytes for stack in stacks_of(module))
+    return max(found, default=0)
+
+
+def _together(stack: QuantizedStack) -> int:
+    """The most experts that are dequantised at a time."""
+    return stack.slice_size if stack.has_slices and has_kernels(stack.device) else 1
 
 
 def obstacle(module: Any) -> str:

@@ -89,7 +89,9 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     weight, token = projection.weight, projection.token()
     given = x if token is None else None
     if _is_by_kernels(projection, given):
-        return by_kernels.forward(x, projection)
+        done = by_kernels.forward(x, projection)
+        if done is not None:
+            return done
     ends, bounds = _numbers(projection, given)
     found = few_rows.forward(x, projection, ends) if bounds else None
     if found is not None:
@@ -133,7 +135,9 @@ def backward(
     weight, bias, token = projection.weight, projection.bias, projection.token()
     given = grad if weights is None else None
     if _is_by_kernels(projection, given):
-        return by_kernels.backward(grad, x, weights, projection, s, want_x, want_a, want_b)
+        done = by_kernels.backward(grad, x, weights, projection, s, want_x, want_a, want_b)
+        if done is not None:
+            return done
     perm, by_slot = projection.routes.perm, weights
     weights = None if by_slot is None else by_slot.index_select(0, perm).to(s.dtype)
     grad_token = None if weights is None else projection.routes.token

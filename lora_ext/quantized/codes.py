@@ -32,8 +32,18 @@ class Codes(WrittenWeight):
     shape: Any
 
     @abstractmethod
+    def parts(self, first: int, count: int) -> Codes:
+        """The matrices of a stack from a number on, as a stack; no other matrix is read."""
+
     def part(self, number: int) -> Codes:
         """One matrix of a stack; no other matrix is read."""
+        made = self.parts(number, 1)
+        made.shape = made.shape[1:]
+        return made
+
+    @abstractmethod
+    def is_by_kernel(self) -> bool:
+        """Whether they are dequantised by one launch of this package's kernel."""
 
     @abstractmethod
     def flat(self) -> tuple[list[Tensor], list[int]]:
@@ -141,20 +151,22 @@ class FourBits(Codes):
             self._bytes(), scale, self.block, self.kind, self.shape, out.dtype, out=out
         )
 
-    def part(self, number: int) -> FourBits:
+    def parts(self, first: int, count: int) -> FourBits:
         made, nested = copy.copy(self), self.nested
-        made.shape = self.shape[1:]
-        size = math.prod(made.shape)
-        count = size // self.block
-        first, end = number * count, (number + 1) * count
-        made.codes = self._bytes()[number * size // 2 : (number + 1) * size // 2]
-        made.scale = self.scale.view(-1)[first:end]
-        if nested is not None and first % nested.block:
-            made.scale, made.nested = nested.values(made.scale, first), None
+        made.shape = (count, *self.shape[1:])
+        size = math.prod(self.shape[1:])
+        begin, end = (number * size // self.block for number in (first, first + count))
+        made.codes = self._bytes()[first * size // 2 : (first + count) * size // 2]
+        made.scale = self.scale.view(-1)[begin:end]
+        if nested is not None and begin % nested.block:
+            made.scale, made.nested = nested.values(made.scale, begin), None
         elif nested is not None:
-            blocks = slice(first // nested.block, math.ceil(end / nested.block))
+            blocks = slice(begin // nested.block, math.ceil(end / nested.block))
             made.nested = nested._replace(scale=nested.scale[blocks])
         return made
+
+    def is_by_kernel(self) -> bool:
+        return has_kernels(self.device) and not self.in_panels
 
     def flat(self) -> tuple[list[Tensor], list[int]]:
         nested = self.nested
@@ -213,11 +225,9 @@ class ScaledCodes(Codes):
         codes, scale, zero = self.codes, self.scale, self.zero
         *lead, rows, columns = codes.shape
         down, across = scale.shape[-2:]
-        is_of_rows = down == rows or scale.numel() == 1
-        if self.by_kernel and zero is None and codes.dtype == torch.int8 and is_of_rows:
-            runs = max(codes.numel() // columns, scale.numel())
-            scale = scale.float().flatten().expand(runs).contiguous()
-            out = out.view(runs, -1)
+        if self.is_by_kernel():
+            scale = scale.expand(*lead, rows, across).float().flatten().contiguous()
+            out = out.view(len(scale), -1)
             _ops.dequantize("8bit", codes.contiguous(), scale, out, multiplier=self.multiplier)
             return
         values = _values_of(codes, out.dtype)
@@ -228,11 +238,28 @@ class ScaledCodes(Codes):
             scale = scale * self.multiplier
         torch.mul(blocks, scale[..., None, :, None], out=out.view(blocks.shape))
 
+    def is_by_kernel(self) -> bool:
+        rows, down, across = self.codes.shape[-2], *self.scale.shape[-2:]
+        # The rest of a GPU's weights are as torch's operations have them.
+        is_stack = self.codes.dim() == 3 and self.device.type == "cuda"
+        if not (self.by_kernel or (is_stack and has_kernels(self.device))):
+            return False
+        if self.zero is not None or self.codes.dtype != torch.int8:
+            return False
+        return down == rows or down == across == 1
+
+    def parts(self, first: int, count: int) -> ScaledCodes:
+        made, where = copy.copy(self), slice(first, first + count)
+        own = where if len(self.scale) > 1 else slice(None)
+        made.codes, made.scale = self.codes[where], self.scale[own]
+        made.zero = None if self.zero is None else self.zero[own]
+        made.shape = (count, *self.shape[1:])
+        return made
+
     def part(self, number: int) -> ScaledCodes:
-        made, place = copy.copy(self), number if len(self.scale) > 1 else 0
-        made.codes, made.scale = self.codes[number], self.scale[place]
-        made.zero = None if self.zero is None else self.zero[place]
-        made.shape = self.shape[1:]
+        made = self.parts(number, 1)
+        made.codes, made.scale, made.shape = made.codes[0], made.scale[0], made.shape[1:]
+        made.zero = None if made.zero is None else made.zero[0]
         return made
 
     def flat(self) -> tuple[list[Tensor], list[int]]:

@@ -1,8 +1,9 @@
 """A frozen stack of matrices, such as the experts of a mixture, that is not stored as floating
-values: its matrices are dequantised one at a time."""
+values: its matrices are dequantised one at a time, or by slices."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..dtypes import HALVES
+from . import workspace
 from .codes import Codes
 from .weight import dense
+
+# The most that a slice of several matrices takes, dequantised.
+SLICE_BYTES = 1 << 28
 
 
 class QuantizedStack:
@@ -25,12 +31,15 @@ class QuantizedStack:
         sizes: E, and the rows and columns of each matrix, as they are stored.
         device: its device.
         dtype: the dtype of the dequantised matrices.
+        shares: whether slices are in the memory that all layers share. A stack of a traced program
+            has none to share: torch.compile may run that with a CUDA graph's memory, in which
+            nothing but results may live on.
     """
 
     requires_grad = False
 
-    def __init__(self, codes: Codes, is_transposed: bool = False) -> None:
-        self.codes, self.is_transposed = codes, is_transposed
+    def __init__(self, codes: Codes, is_transposed: bool = False, shares: bool = True) -> None:
+        self.codes, self.is_transposed, self.shares = codes, is_transposed, shares
         self.sizes: tuple[int, int, int] = codes.shape
         self.format, self.device, self.dtype = codes.format, codes.device, codes.dtype
 
@@ -50,6 +59,31 @@ class QuantizedStack:
         """
         with dense(self.stored(number), x) as values:
             yield values.t() if self.is_transposed else values
+
+    def slices(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """All matrices, a slice after the other: (the number of its first, the matrices
+        ``[count, out, in]`` in the dtype of x), in a workspace that the next one overwrites.
+
+        One launch dequantises a slice, and the host reads nothing. All have the same number of
+        matrices but the last.
+        """
+        count = self.slice_size
+        with workspace.lent((count, *self.sizes[1:]), x, self.shares) as buffer:
+            for first in range(0, len(self), count):
+                part = self.codes.parts(first, min(count, len(self) - first))
+                values = part.dequantize(x.dtype, buffer[: part.shape[0]])
+                yield first, values.transpose(1, 2) if self.is_transposed else values
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether the kernels that multiply by slices take them."""
+        return self.dtype in HALVES and self.codes.is_by_kernel()
+
+    @property
+    def slice_size(self) -> int:
+        """Matrices of a slice: at least one, and as alike as whole numbers can be."""
+        most = max(1, SLICE_BYTES // max(1, self.matrix_bytes))
+        return math.ceil(len(self) / max(1, math.ceil(len(self) / most)))
 
     @property
     def matrix_bytes(self) -> int:
@@ -73,7 +107,7 @@ class QuantizedStack:
     def transpose(self, first: int, second: int) -> QuantizedStack:
         """The same stack of transposed matrices."""
         assert {first, second} == {1, 2}
-        return QuantizedStack(self.codes, not self.is_transposed)
+        return QuantizedStack(self.codes, not self.is_transposed, self.shares)
 
     def new_empty(self, *sizes: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*sizes, dtype=dtype or self.dtype, device=self.device)

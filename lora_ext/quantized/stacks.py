@@ -119,4 +119,5 @@ def weight_from_flat(
     if not numbers:
         return tensors[0]
     kind, is_transposed, *others = numbers
-    return QuantizedStack(_KINDS[kind].from_flat(tensors, others, dtype), bool(is_transposed))
+    codes = _KINDS[kind].from_flat(tensors, others, dtype)
+    return QuantizedStack(codes, bool(is_transposed), shares=False)

@@ -102,15 +102,9 @@ def dense(weight: QuantizedWeight, x: Tensor) -> Iterator[Tensor]:
 
     if not weight.writes(x.dtype):
         yield weight.dequantize(x.dtype)
-    elif not workspace.is_shared(x):
-        yield weight.dequantize(x.dtype, x.new_empty(weight.shape))
     else:
-        rows, cols = weight.shape
-        buffer = workspace.take(rows * cols, x)
-        try:
-            yield weight.dequantize(x.dtype, buffer[: rows * cols].view(rows, cols))
-        finally:
-            workspace.give(buffer)
+        with workspace.lent(weight.shape, x) as out:
+            yield weight.dequantize(x.dtype, out)
 
 
 class Versions:

@@ -7,6 +7,9 @@ weight. A thread that finds it in use gets another one; the larger of the two is
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +27,20 @@ def is_shared(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     return not is_captured(x)
+
+
+@contextmanager
+def lent(shape: Sequence[int], x: Tensor, shares: bool = True) -> Iterator[Tensor]:
+    """Within a block, a contiguous tensor of the shape and of x's dtype, shared where it can be."""
+    if not (shares and is_shared(x)):
+        yield x.new_empty(shape)
+        return
+    count = prod(shape)
+    buffer = take(count, x)
+    try:
+        yield buffer[:count].view(shape)
+    finally:
+        give(buffer)
 
 
 def take(count: int, x: Tensor) -> Tensor:

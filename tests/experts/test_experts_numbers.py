@@ -276,10 +276,12 @@ def product_and_gradients(**changes):
         "mask_rows": None,
         "dropout_p": 0.0,
         "seed": None,
+        "first": 0,
+        "workspace": None,
     }
-    forward = call | {"x": ones(2, 40), "bias": None}
+    forward = call | {"x": ones(2, 40), "bias": None, "y": None}
     own = {"grad": ones(3, 24), "s": torch.ones(3, 3), "wanted": [True] * 3}
-    backward = call | own | {"x": ones(2, 40), "weights": None, "grad_rows": None}
+    backward = call | own | {"x": ones(2, 40), "weights": None, "grad_rows": None, "dx": None}
     calls = (OPS.experts_product, forward), (OPS.experts_product_backward, backward)
     of_forward, of_backward = (op(**args | pick(changes, args)) for op, args in calls)
     return *of_forward, *of_backward
@@ -287,6 +289,11 @@ def product_and_gradients(**changes):
 
 def pick(changes: dict, call: dict) -> dict:
     return {name: value for name, value in changes.items() if name in call}
+
+
+ONE_EXPERT = torch.ones(1, 24, 40, dtype=BF16)
+LAST_EXPERT = {"weight": ONE_EXPERT, "first": 5, "workspace": torch.ones(0, dtype=torch.uint8)}
+LAST_EXPERT |= {"y": torch.ones(3, 24, dtype=BF16), "dx": torch.ones(3, 40, dtype=BF16)}
 
 
 @pytest.mark.parametrize(
@@ -306,10 +313,16 @@ def pick(changes: dict, call: dict) -> dict:
         ({"s": torch.ones(2, 3)}, "x_rows of int32 and shape .2."),
         ({"s": torch.ones(3, 2)}, "contiguous s of shape .rows, 3."),
         ({"weights": torch.ones(3, dtype=BF16)}, "weights of float32, one for each of the 3"),
+        ({"weight": torch.ones(7, 24, 40, dtype=BF16)}, "pools of all experts, .* 7 from 0 on"),
+        ({"weight": ONE_EXPERT, "first": 6}, "pools of all experts, .* 1 from 6 on"),
+        ({"weight": ONE_EXPERT, "first": 1}, "contiguous result .3, 24. and the workspace"),
+        (LAST_EXPERT | {"y": torch.ones(2, 24, dtype=BF16)}, "contiguous result .3, 24. and"),
+        (LAST_EXPERT | {"workspace": torch.ones(0)}, "contiguous result .3, 24. and the workspace"),
+        (LAST_EXPERT, "expected for further experts the (kernels|workspace) of the first"),
     ],
 )
 def test_operands_of_a_product_that_do_not_fit_are_refused(changes, message):
-    y, s, dx, da, db = product_and_gradients()
+    y, s, _, dx, da, db, _ = product_and_gradients()
     assert y[0, 0] == 40 + 0.5 * 3 * 40 and not y[2].any() and s.shape == (3, 3)
     assert dx[1, 0] == 24 + 0.5 * 3 * 24 and da.shape == (18, 40) and db.shape == (24, 18)
     with pytest.raises((RuntimeError, TypeError), match=message):

@@ -23,7 +23,8 @@ from quantised_experts import (
 )
 
 import lora_ext
-from lora_ext.quantized import workspace
+from lora_ext.experts import decorated
+from lora_ext.quantized import stack, workspace
 from lora_ext.quantized.stack import QuantizedStack
 
 KINDS = ["plain", "transposed, biases, interleaved", "no gate", "norm"]
@@ -116,6 +117,17 @@ def test_the_workspace_is_one_expert_and_nothing_is_written_to(form):
         assert [len(each) for each in base.parametrizations.values()] == [1, 1]
     else:
         assert list(after) == list(dense.state_dict())
+
+
+def test_slices_of_experts_are_told_where_kernels_multiply_by_them(monkeypatch):
+    monkeypatch.setattr(decorated, "has_kernels", lambda device: True)
+    monkeypatch.setattr(stack, "SLICE_BYTES", 5 * 2 * INNER * HIDDEN * 2)
+    found = [
+        lora_ext.explain(lora_ext.accelerate(two_mixtures(dtype=dtype)[0])) for dtype in (BF16, F32)
+    ]
+    for each, most, size in zip(found, ("up to 6", "one"), (3 * 2, 4), strict=True):
+        assert f", nf4, {most} dequantised at a time" in str(each)
+        assert each.workspace_bytes == 2 * INNER * HIDDEN * size
 
 
 def whole(value):

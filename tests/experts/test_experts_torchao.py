@@ -17,7 +17,7 @@ from torchao_experts import forms, stand_in
 
 import lora_ext
 from lora_ext import LoraConfig, apply_lora
-from lora_ext.quantized import of_torchao
+from lora_ext.quantized import codes, of_torchao
 from lora_ext.quantized.stacks import flat_weight, stack_of, weight_from_flat
 
 # ---- numbers ----
@@ -143,6 +143,22 @@ def test_a_stack_as_arguments_of_an_op(is_transposed, form):
     x = torch.ones(1)
     with stack.matrix(2, x) as wanted, again.matrix(2, x) as found:
         assert found.shape == stack.shape[1:] and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("scales", "is_known"),
+    [((3, 4, 1), True), ((1, 4, 2), True), ((3, 1, 1), True), ((3, 2, 1), False)],
+)
+def test_which_stacks_a_gpu_dequantises_by_one_launch(scales, is_known, monkeypatch):
+    """A single matrix is written by torch's operations there."""
+    monkeypatch.setattr(codes, "has_kernels", lambda device: True)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for zero in (None, torch.ones(scales)):
+            numbers = torch.ones(3, 4, 8).to(dtype)
+            made = codes.ScaledCodes(numbers, torch.ones(scales), zero, BF16)
+            made.device, made.by_kernel = torch.device("cuda"), False
+            assert made.is_by_kernel() == (is_known and dtype == torch.int8 and zero is None)
+            assert not made.part(0).is_by_kernel()
 
 
 def test_what_is_kept_of_a_stack():

@@ -5,7 +5,8 @@
 //
 // A tile has rows of one expert, a piece of LoraGroupedTables::row_tiles. Rows past its end are zeros
 // in shared memory, and are not stored. Where no expert has rows, W is not read. Tiles without an
-// expert store zeros; empty ones, behind them, are passed over.
+// expert store zeros; empty ones, behind them, are passed over, and those of experts whose W is not
+// there.
 //
 // U is in T's type: a pool that has the halves of a factor in floats, hi and then lo. The three terms
 // of T U are then one product, along a depth of three widths:
@@ -20,12 +21,13 @@
 
 namespace lora_ext::kernel {
 
-// gemm: its q, u and bias are those of the first expert, its t is by position. Of Q and U each may be
+// gemm: its u and bias are those of expert 0, its q that of first_expert, its t is by position. Of Q and U each may be
 // K-major or MN-major. Unlike elsewhere whole_chunks is of P, Q and Y, and may be false with k > 0.
 template <class T>
 struct LoraOwnWeightsParams {
   LoraGemmParams<T> gemm;
   int64_t q_stride, u_stride, bias_stride;  // elements from one expert's to the next
+  int first_expert, end_expert;             // whose W q has; rows of no expert are with the first's
   int width;                                // of T's and of U's hi, whole chunks
   const LoraGroupedPiece* row_tiles;
   int row_tile_count;
@@ -60,7 +62,9 @@ struct OwnWeights {
   }
   __device__ __forceinline__ Span span_at(int row) const {
     const LoraGroupedPiece piece = o.row_tiles[row / LoraGroupedTables::kRowTileRows];
-    return {piece.adapter, piece.begin, piece.count};
+    const int expert = max(piece.adapter, 0);
+    const bool is_here = expert >= o.first_expert && expert < o.end_expert;
+    return {piece.adapter, piece.begin, is_here ? piece.count : 0};
   }
   __device__ __forceinline__ void begin(Cursor& cursor, int row) const { cursor = span_at(row); }
   __device__ __forceinline__ static const Span& span_of(const Cursor& cursor, int /*row*/) {
@@ -72,7 +76,7 @@ struct OwnWeights {
   }
   template <class Params>
   __device__ __forceinline__ const T* q(const Params&, const Span& span) const {
-    return p.q + span.adapter * o.q_stride;
+    return p.q + (span.adapter - o.first_expert) * o.q_stride;
   }
   template <class Epilogue, class Params>
   __device__ __forceinline__ Epilogue epilogue(const Params&, const Span& span, const Rows&) const {

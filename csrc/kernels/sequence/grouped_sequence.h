@@ -8,6 +8,7 @@
 //
 // Without a list there are no entries to write; without an index, count and place are left out. In
 // a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and dX.
+// Launches with own weights that go on with others are gemm alone.
 // The interface of a launcher is that of sequence/linear_sequence.h.
 #pragma once
 #include "kernels/decode/launch.h"
@@ -39,15 +40,18 @@ class LoraGroupedSequence {
       : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
 
   void forward(const LoraGroupedForward& f) {
-    write_entries<T>({o_.factors.list}, o_.rows.groups, params_.entries(), launch_);
-    segments();
-    shrink<false>(params_.shrink(), o_.dropout);
-    reduce(params_.reduce(f));
+    if (!o_.goes_on()) {
+      write_entries<T>({o_.factors.list}, o_.rows.groups, params_.entries(), launch_);
+      segments();
+      shrink<false>(params_.shrink(), o_.dropout);
+      reduce(params_.reduce(f));
+    }
     plan_.tables->own_weights() ? own_weights<false, false>(params_.own_weights(f))
                                 : gemm<false, false>(params_.gemm(f));
   }
 
   void backward(const LoraGroupedBackward& g) {
+    if (o_.goes_on()) return dx(g);
     const bool wants_wgrad = g.need_da || g.need_db;
     wants_wgrad ? write_entries<T>({o_.factors.list, g.gradients.list}, o_.rows.groups,
                                    params_.entries(), launch_)
@@ -55,7 +59,7 @@ class LoraGroupedSequence {
     segments();
     if (g.dx != nullptr || g.need_da) shrink<true>(params_.shrink(g), false);
     reduce(params_.reduce(g));
-    if (g.dx != nullptr) o_.dropout ? dx<true>(g) : dx<false>(g);
+    if (g.dx != nullptr) dx(g);
     if (wants_wgrad) wgrad(g);
   }
 
@@ -100,8 +104,9 @@ class LoraGroupedSequence {
             dim3(static_cast<unsigned>(plan_.tables->tile_count), params.count()), 256, 0, params);
   }
 
+  void dx(const LoraGroupedBackward& g) { o_.dropout ? dx_of<true>(g) : dx_of<false>(g); }
   template <bool kMasked>
-  void dx(const LoraGroupedBackward& g) {
+  void dx_of(const LoraGroupedBackward& g) {
     plan_.tables->own_weights() ? own_weights<true, kMasked>(params_.own_weights(g))
                                 : gemm<true, kMasked>(params_.gemm(g));
   }

@@ -61,6 +61,8 @@ void set_experts(kernel::LoraGroupedOperands& o, const Base& base, const Update&
   };
   o.weight_stride = base.weight.stride(0);
   o.bias_stride = base.bias ? base.bias->stride(0) : 0;
+  o.first_weight = static_cast<int>(rows->first);
+  o.end_weight = static_cast<int>(rows->first + base.weight.size(0));
   o.places = {numbers(rows->x), numbers(rows->grad), nullptr, numbers(rows->mask)};
 }
 
@@ -80,9 +82,24 @@ void set_adapter(kernel::LoraLinearOperands& o, const Update& update) {
   o.scaling = static_cast<float>(update.scaling);
 }
 
-// The operands of one adapter, or of many, already have the adapters and their gradients.
+// Whether a call for a slice of experts goes on with one for those before.
+bool goes_on(const Update& update) { return update.experts() && update.experts()->goes_on(); }
+
+// A new workspace, or the one to go on with.
+at::Tensor workspace_for(const plan::Plan& plan, const Update& update, const at::Tensor& x) {
+  if (!goes_on(update)) return at::empty({plan.workspace}, x.options().dtype(at::kByte));
+  const at::Tensor& own = update.experts()->workspace;
+  TORCH_CHECK(own.numel() == plan.workspace,
+              "lora_ext: expected for further experts the workspace of the first, of ",
+              plan.workspace, " bytes as planned now, but got ", own.numel(),
+              ": change no setting of the planner during a call");
+  return own;
+}
+
+// The operands of one adapter, or of many, already have the adapters and their gradients. Returns
+// the workspace.
 template <class Operands, class Args>
-void launch(const plan::Plan& plan, const Args& args, Operands& o) {
+at::Tensor launch(const plan::Plan& plan, const Args& args, Operands& o) {
   const Update& update = args.update;
   o.m = update.rows(args.x), o.n = update.out_features(), o.k = args.x.size(1);
   o.x = args.x.const_data_ptr(), o.x_pitch = pitch_of(args.x);
@@ -95,16 +112,17 @@ void launch(const plan::Plan& plan, const Args& args, Operands& o) {
   o.dropout = update.dropout.enabled();
   o.mask = mask_of(update.dropout);
   if (update.experts()) o.mask.keep_scale = 1.f;
-  const at::Tensor workspace = at::empty({plan.workspace}, args.x.options().dtype(at::kByte));
+  const at::Tensor workspace = workspace_for(plan, update, args.x);
   o.workspace = workspace.mutable_data_ptr<uint8_t>();
   const at::Device device = args.x.device();
   check_launch(cuda::launch_lora(dtype_of(args.x.scalar_type()), plan, o, stream_of(device)),
                device);
+  return workspace;
 }
 
 template <class Operands>
-void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forward& out,
-                    Operands& operands) {
+at::Tensor launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forward& out,
+                          Operands& operands) {
   if (args.base.bias) {
     operands.bias = args.base.bias->const_data_ptr();
     operands.float_bias = args.base.bias->scalar_type() == at::kFloat;
@@ -112,19 +130,20 @@ void launch_forward(const plan::Plan& plan, const ForwardArgs& args, const Forwa
   if (args.base.is_given()) {
     operands.base = args.base.y.const_data_ptr(), operands.base_pitch = pitch_of(args.base.y);
   }
-  operands.y = out.y.mutable_data_ptr(), operands.s = out.s.mutable_data_ptr<float>();
+  operands.y = out.y.mutable_data_ptr();
+  if (out.s.defined()) operands.s = out.s.mutable_data_ptr<float>();
   if (const plan::Decode* decode = plan.decode())
     operands.counts = decode_counts(args.x.device(), decode->flag_count());
-  launch(plan, args, operands);
+  return launch(plan, args, operands);
 }
 
 template <class Operands>
-void launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Backward& out,
-                     Operands& operands) {
+at::Tensor launch_backward(const plan::Plan& plan, const BackwardArgs& args, const Backward& out,
+                           Operands& operands) {
   operands.dy = args.grad.const_data_ptr(), operands.dy_pitch = pitch_of(args.grad);
   operands.s = args.s.const_data_ptr<float>();
   operands.dx = args.wanted.dx ? out.dx.mutable_data_ptr() : nullptr;
-  launch(plan, args, operands);
+  return launch(plan, args, operands);
 }
 
 // Allocates the gradients of all factors of a kind if one is requested: the kernels compute them
@@ -209,8 +228,13 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
   const c10::DeviceGuard guard(args.x.device());
   const Update& update = args.update;
   const int64_t rows = update.rows(args.x);
-  Forward out{at::empty({rows, update.out_features()}, args.x.options()),
-              at::empty({rows, update.rank()}, args.x.options().dtype(at::kFloat))};
+  Forward out;
+  if (goes_on(update)) {
+    out.y = update.experts()->out;
+  } else {
+    out.y = at::empty({rows, update.out_features()}, args.x.options());
+    out.s = at::empty({rows, update.rank()}, args.x.options().dtype(at::kFloat));
+  }
   if (update.is_one()) {
     kernel::LoraLinearForward operands{};
     set_adapter(operands, update);
@@ -220,7 +244,8 @@ Forward run(const plan::Plan& plan, const ForwardArgs& args) {
     kernel::LoraGroupedForward operands{};
     many.set(operands, rows);
     set_experts(operands, args.base, update);
-    launch_forward(plan, args, out, operands);
+    const at::Tensor workspace = launch_forward(plan, args, out, operands);
+    if (update.experts()) out.workspace = workspace;
   }
   if (plan.library_base()) add_base_forward(out.y, args.x, args.base);
   return out;
@@ -231,8 +256,10 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
   const Update& update = args.update;
   const Wanted& wanted = args.wanted;
   const int64_t rows = update.rows(args.x);
-  Backward out = empty_gradients(update, wanted);
-  if (wanted.dx) out.dx = at::empty({rows, args.x.size(1)}, args.x.options());
+  Backward out = goes_on(update) ? Backward::one() : empty_gradients(update, wanted);
+  if (wanted.dx)
+    out.dx = goes_on(update) ? update.experts()->out
+                             : at::empty({rows, args.x.size(1)}, args.x.options());
   if (update.is_one()) {
     kernel::LoraLinearBackward operands{};
     set_adapter(operands, update);
@@ -251,7 +278,8 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
       operands.gradients = gradients.emplace(update, out.dlora_a, out.dlora_b).matrices();
     }
     operands.need_da = wanted.any_a(), operands.need_db = wanted.any_b();
-    launch_backward(plan, args, out, operands);
+    const at::Tensor workspace = launch_backward(plan, args, out, operands);
+    if (update.experts()) out.workspace = workspace;
   }
   if (plan.library_base() && wanted.dx) add_base_backward(out.dx, args.grad, args.base);
   forget_unwanted(out.dlora_a, wanted.dlora_a);

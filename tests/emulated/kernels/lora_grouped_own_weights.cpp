@@ -1,6 +1,7 @@
 // Runs lora_grouped_gemm_own_weights_sm80 with the rows of experts, of which some have none, and rows
 // past the last expert's: gathered, of which a token has several, masked and stored by other tables,
-// with biases, and factors in one half or two. W and U of experts without rows are NaN.
+// with biases, and factors in one half or two. W and U of experts without rows are NaN. In some runs
+// only a range of experts has a W.
 #include "emulated/kernels/lora_grouped_own_weights.h"
 
 #include "emulated/kernels/driver.h"
@@ -76,17 +77,22 @@ class OwnWeightsGemm {
                           false, from_double<T>(kUnwritten),
                           "y",   Layout<kAlignment>::kOffset};
   const bool with_bias_ = !kMasked && random_() % 2, float_bias_ = random_() % 2;
-  int spoiled_ = -1;  // an expert whose U is NaN, which must not reach rows of others
+  int spoiled_ = -1;                // an expert whose U is NaN, which must not reach rows of others
+  int first_ = 0, end_ = experts_;  // the experts that have a W
 
  public:
   explicit OwnWeightsGemm(const Case& run)
       : random_(run.seed), m_(run.size.m), n_(run.size.n), depth_(run.size.k) {
     tables_.fill(rows_);
+    if (run.seed % 3 == 0) {
+      first_ = static_cast<int>(run.seed / 3) % experts_;
+      end_ = first_ + 1 + static_cast<int>(run.seed / 3) % (experts_ - first_);
+    }
     if (random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     const std::vector<int>& taken = rows_.adapter_of;
     for (int e = 0; e < experts_; ++e) {
       const bool idle = std::find(taken.begin(), taken.end(), e) == taken.end();
-      if (idle) q_.spoil(e);
+      if (idle || !is_here(e)) q_.spoil(e);
       if (idle || e == spoiled_) u_.spoil(e);
     }
     for (int i = 0; i < m_; ++i)
@@ -100,7 +106,8 @@ class OwnWeightsGemm {
   void run() {
     LoraOwnWeightsParams<T> params{};
     LoraGemmParams<T>& gemm = params.gemm;
-    if (k_ > 0) gemm.p = p_.data(), gemm.q = q_.all.data();
+    if (k_ > 0) gemm.p = p_.data(), gemm.q = q_.all.data() + first_ * q_.stride();
+    params.first_expert = first_, params.end_expert = end_;
     gemm.p_pitch = p_.pitch(), gemm.q_pitch = q_.all.pitch(), params.q_stride = q_.stride();
     gemm.low_rank[0] = {t_.data(), u_.all.data()};
     gemm.t_pitch = t_.pitch(), gemm.u_pitch = u_.all.pitch(), params.u_stride = u_.stride();
@@ -132,15 +139,20 @@ class OwnWeightsGemm {
     return kRanks[random_() % std::size(kRanks)];
   }
 
+  // Rows of no expert are with the first's.
+  bool is_here(int expert) const {
+    return std::max(expert, 0) >= first_ && std::max(expert, 0) < end_;
+  }
+
   // Each tile of an expert multiplies all of P Q and of T U, and reads its rows of P and T and its
-  // columns of Q and U once. Rows without an expert and empty tiles read nothing.
+  // columns of Q and U once. Rows without an expert, empty tiles and others' read nothing.
   void compare_counters() {
     const int64_t column_tiles = blocks_of(n_, Tile::kN);
     const int64_t all_ranks = (terms_ == 3 ? 2 * width_ : 0) + rank_;
     const int64_t of_base = kAlignment == Alignment::kVector ? k_ : 0;
     int64_t tiles = 0, elements = 0;
     for (const LoraGroupedPiece& piece : tables_.row_tiles) {
-      if (piece.adapter < 0 || piece.count == 0) continue;
+      if (piece.adapter < 0 || piece.count == 0 || !is_here(piece.adapter)) continue;
       ++tiles;
       elements += (column_tiles * piece.count + n_) * (of_base + int64_t{terms_} * rank_);
     }
@@ -156,15 +168,16 @@ class OwnWeightsGemm {
       for (int j = 0; j < y_.width(); ++j) {
         if (j < n_ && spoiled_ >= 0 && expert == spoiled_) continue;
         compare_rounded("y", row, j, y_(row, j), expected(position, expert, j),
-                        numbers_ == Numbers::Integers || j >= n_);
+                        numbers_ == Numbers::Integers || j >= n_ || !is_here(expert));
       }
     }
   }
 
   Bounded expected(int position, int expert, int j) const {
     Bounded sum;
-    if (j >= n_) sum.value = kUnwritten;
-    if (j >= n_ || expert < 0) return sum;
+    const bool written = j < n_ && is_here(expert);
+    if (!written) sum.value = kUnwritten;
+    if (!written || expert < 0) return sum;
     for (int l = 0; l < k_; ++l)
       sum.add(p_.matrix(p_rows_(position), l) * (kMNMajor ? q_(expert, l, j) : q_(expert, j, l)));
     const double factor = kMasked ? mask_.factor(mask_rows_(position), j) : 1;

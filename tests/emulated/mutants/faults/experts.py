@@ -13,7 +13,34 @@ EXPERTS = [
         "experts_first_weight",
         "every tile takes the first expert's W",
         "its rows have another expert",
-        ("p.q + span.adapter * o.q_stride", "p.q"),
+        ("p.q + (span.adapter - o.first_expert) * o.q_stride", "p.q"),
+    ),
+    of_gemm(
+        "experts_slice_from_the_first",
+        "the W of a slice are taken for those of the first experts",
+        "its first has another number",
+        ("(span.adapter - o.first_expert) * o.q_stride", "span.adapter * o.q_stride"),
+    ),
+    of_gemm(
+        "experts_slice_and_one",
+        "a slice has the rows of the expert behind it, too",
+        "its W is not there",
+        ("expert < o.end_expert", "expert <= o.end_expert"),
+    ),
+    of_gemm(
+        "experts_slice_and_those_before",
+        "a slice has the rows of the experts before it, too",
+        "their W are not there",
+        ("expert >= o.first_expert && expert <", "expert >= 0 && expert <"),
+    ),
+    of_gemm(
+        "experts_slice_with_rows_of_no_expert",
+        "each slice writes the rows of no expert",
+        "they are the first one's to write",
+        (
+            "const int expert = max(piece.adapter, 0);",
+            "const int expert = piece.adapter < 0 ? o.first_expert : piece.adapter;",
+        ),
     ),
     of_gemm(
         "experts_first_factors",
@@ -38,8 +65,8 @@ EXPERTS = [
         "a tile's number is taken for its expert's",
         "an expert has several tiles, and another none",
         (
-            "return {piece.adapter, piece.begin, piece.count};",
-            "return {piece.adapter < 0 ? -1 : row / LoraGroupedTables::kRowTileRows, piece.begin, piece.count};",
+            "return {piece.adapter, piece.begin, is_here ? piece.count : 0};",
+            "return {piece.adapter < 0 ? -1 : row / LoraGroupedTables::kRowTileRows, piece.begin, is_here ? piece.count : 0};",
         ),
     ),
     of_gemm(
@@ -137,6 +164,18 @@ EXPERTS = [
         "of factors in floats hi is multiplied alone",
         "lo is lost",
         ("params.gemm.terms = plan_.terms == 2 ? 3 : 1;", "params.gemm.terms = 1;"),
+    ),
+    of_params(
+        "experts_slice_of_all",
+        "a slice's last expert is that of all",
+        "the W of those behind it are not there",
+        ("params.end_expert = o_.end_weight", "params.end_expert = o_.rows.groups"),
+    ),
+    of_sequence(
+        "experts_slice_shrinks_again",
+        "further slices make the tables again, and no dX",
+        "its slices alone have dX",
+        ("if (o_.goes_on()) return dx(g);", "if (o_.goes_on()) return segments();"),
     ),
     of_sequence(
         "experts_of_many_adapters",
