@@ -14,7 +14,7 @@ SEEDS = {
     "lora_wgrad_sm80": (160, 240),
     "lora_dsdb_sm80": (160, 240),
     "lora_decode": (576, 576),
-    "lora_grouped_shrink": (480, 480),
+    "lora_grouped_shrink": (720, 720),
     "lora_grouped_gemm": (468, 468),
     "lora_grouped_own_weights": (864, 864),
     "lora_grouped_wgrad": (640, 640),
