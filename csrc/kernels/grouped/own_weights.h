@@ -54,21 +54,27 @@ struct OwnWeights {
     __device__ __forceinline__ bool is_empty() const { return count == 0; }
     __device__ __forceinline__ bool has_products() const { return adapter >= 0 && count > 0; }
   };
-  using Cursor = Span;
+  // The tile that is loaded: its number, as the span itself would take three registers throughout.
+  struct Cursor {
+    int tile;
+  };
 
   template <class Params>
   __device__ __forceinline__ int row_tiles(const Params&, int /*rows*/) const {
     return o.row_tile_count;
   }
-  __device__ __forceinline__ Span span_at(int row) const {
-    const LoraGroupedPiece piece = o.row_tiles[row / LoraGroupedTables::kRowTileRows];
+  // Empty where the expert's W is not there.
+  __device__ __forceinline__ Span span_of(const Cursor& cursor, int /*row*/ = 0) const {
+    const LoraGroupedPiece piece = o.row_tiles[cursor.tile];
     const int expert = max(piece.adapter, 0);
     const bool is_here = expert >= o.first_expert && expert < o.end_expert;
     return {piece.adapter, piece.begin, is_here ? piece.count : 0};
   }
-  __device__ __forceinline__ void begin(Cursor& cursor, int row) const { cursor = span_at(row); }
-  __device__ __forceinline__ static const Span& span_of(const Cursor& cursor, int /*row*/) {
-    return cursor;
+  __device__ __forceinline__ Span span_at(int row) const {
+    return span_of({row / LoraGroupedTables::kRowTileRows});
+  }
+  __device__ __forceinline__ static void begin(Cursor& cursor, int row) {
+    cursor.tile = row / LoraGroupedTables::kRowTileRows;
   }
   template <class Params>
   __device__ __forceinline__ static int main_steps(const Params& p, const Span& span) {
@@ -98,7 +104,7 @@ struct OwnWeights {
   }
   template <class Params>
   __device__ __forceinline__ int steps(const Params&, const Cursor& cursor) const {
-    return cursor.has_products() ? (depth() + 63) / 64 : 0;
+    return span_of(cursor).has_products() ? (depth() + 63) / 64 : 0;
   }
 
   template <class Loads>
@@ -119,7 +125,7 @@ struct OwnWeights {
     if (loads.low_rank) {
       load(loads, at, (steps(p, loads.cursor) - loads.steps) * 64);
     } else {
-      load_elements(loads, at, (main_steps(p, loads.cursor) - loads.steps) * 64);
+      load_elements(loads, at, (main_steps(p, span_of(loads.cursor)) - loads.steps) * 64);
     }
     --loads.steps;
   }
@@ -141,7 +147,7 @@ struct OwnWeights {
     using Tile = typename Loads::TileOf;
     static_assert(Tile::kM == LoraGroupedTables::kRowTileRows && Tile::kK == 64);
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
-    const Span& span = loads.cursor;
+    const Span span = span_of(loads.cursor);
     const T* t = p.low_rank[0].t;
     const T* u = p.low_rank[0].u + span.adapter * o.u_stride;
     const uint32_t right = loads.stage + Tile::kLeftBytes;
@@ -178,7 +184,7 @@ struct OwnWeights {
                                                 int k0) const {
     using Tile = typename Loads::TileOf;
     const TileCopy<T, Tile::kThreads, Alignment::kElement> copy{loads.shared};
-    const Span& span = loads.cursor;
+    const Span span = span_of(loads.cursor);
     const uint32_t right = loads.stage + Tile::kLeftBytes;
     copy.template copy_rows<Tile::kM, 64>(
         loads.stage, {p.p, p.p_pitch, INT_MAX, p.k}, k0,

@@ -128,7 +128,8 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
   const Problem& p = plan.problem;
   const Tiled* tiled = plan.tiled();
   if (tiled == nullptr || !p.has_product() || tiled->base != Base::kKernel) return {Tile::k128x64};
-  if (!tiled->vector) return {Tile::k128x64};  // of experts
+  // Of experts: rows at odd addresses, and a W that is transposed.
+  if (!tiled->vector || !p.weight_row_major) return {Tile::k128x64};
   const bool wgmma = why_no_wgmma(plan.card, p).empty();
   const bool fused_shrink = p.rank <= kMaxFusedShrinkRank && !tiled->one_pass();
   std::vector<Tile> tiles;

@@ -119,11 +119,15 @@ class LoraGroupedSequence {
   }
   template <bool kMNMajor, bool kUMNMajor, bool kMasked>
   void own_weights_on(const LoraOwnWeightsParams<T>& params) {
-    plan_.gemm->tile == plan::Tile::k128x128
-        ? own_weights_of<LoraGemmTile128x128, kMNMajor, kUMNMajor, kMasked>(params)
-    : plan_.gemm->tile == plan::Tile::kDeep128x128
-        ? own_weights_of<LoraGemmTile128x128Deep, kMNMajor, kUMNMajor, kMasked>(params)
-        : own_weights_of<LoraGemmTile128x64, kMNMajor, kUMNMajor, kMasked>(params);
+    using Small = LoraGemmTile128x64;
+    // On larger tiles a W that lies otherwise than its U would have kernels spill.
+    using Large = std::conditional_t<kMNMajor == kUMNMajor, LoraGemmTile128x128, Small>;
+    using Deep = std::conditional_t<kMNMajor == kUMNMajor, LoraGemmTile128x128Deep, Small>;
+    const plan::Tile tile = plan_.gemm->tile;
+    tile == plan::Tile::k128x128 ? own_weights_of<Large, kMNMajor, kUMNMajor, kMasked>(params)
+    : tile == plan::Tile::kDeep128x128
+        ? own_weights_of<Deep, kMNMajor, kUMNMajor, kMasked>(params)
+        : own_weights_of<Small, kMNMajor, kUMNMajor, kMasked>(params);
   }
   template <class Tile, bool kMNMajor, bool kUMNMajor, bool kMasked>
   void own_weights_of(const LoraOwnWeightsParams<T>& params) {

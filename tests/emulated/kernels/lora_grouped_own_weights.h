@@ -13,28 +13,22 @@
   EVERY_HALF(X, _128x64_dx_transposed, LoraGemmTile128x64, false, true, false)       \
   EVERY_HALF(X, _128x64_dx_transposed_masked, LoraGemmTile128x64, false, true, true) \
   EVERY_HALF(X, , LoraGemmTile128x128, false, false, false)                          \
-  EVERY_HALF(X, _transposed, LoraGemmTile128x128, true, false, false)                \
   EVERY_HALF(X, _dx, LoraGemmTile128x128, true, true, false)                         \
   EVERY_HALF(X, _dx_masked, LoraGemmTile128x128, true, true, true)                   \
-  EVERY_HALF(X, _dx_transposed, LoraGemmTile128x128, false, true, false)             \
-  EVERY_HALF(X, _dx_transposed_masked, LoraGemmTile128x128, false, true, true)       \
   EVERY_HALF(X, _deep, LoraGemmTile128x128Deep, false, false, false)                 \
-  EVERY_HALF(X, _deep_transposed, LoraGemmTile128x128Deep, true, false, false)       \
   EVERY_HALF(X, _deep_dx, LoraGemmTile128x128Deep, true, true, false)                \
-  EVERY_HALF(X, _deep_dx_masked, LoraGemmTile128x128Deep, true, true, true)          \
-  EVERY_HALF(X, _deep_dx_transposed, LoraGemmTile128x128Deep, false, true, false)    \
-  EVERY_HALF(X, _deep_dx_transposed_masked, LoraGemmTile128x128Deep, false, true, true)
+  EVERY_HALF(X, _deep_dx_masked, LoraGemmTile128x128Deep, true, true, true)
 #else
-#define LORA_GROUPED_OWN_WEIGHTS_VARIANTS(X)                                     \
-  X(bf16, __nv_bfloat16, LoraGemmTile128x128, false, false, false)               \
-  X(fp16_deep, __half, LoraGemmTile128x128Deep, false, false, false)             \
-  X(fp16_128x64, __half, LoraGemmTile128x64, false, false, false)                \
-  X(transposed_deep, __nv_bfloat16, LoraGemmTile128x128Deep, true, false, false) \
-  X(dx_fp16, __half, LoraGemmTile128x128, true, true, false)                     \
-  X(dx_masked_deep, __nv_bfloat16, LoraGemmTile128x128Deep, true, true, true)    \
-  X(dx_masked_128x64, __half, LoraGemmTile128x64, true, true, true)              \
-  X(dx_transposed_deep, __half, LoraGemmTile128x128Deep, false, true, false)     \
-  X(dx_transposed_masked, __nv_bfloat16, LoraGemmTile128x128, false, true, true)
+#define LORA_GROUPED_OWN_WEIGHTS_VARIANTS(X)                                  \
+  X(bf16, __nv_bfloat16, LoraGemmTile128x128, false, false, false)            \
+  X(fp16_deep, __half, LoraGemmTile128x128Deep, false, false, false)          \
+  X(fp16_128x64, __half, LoraGemmTile128x64, false, false, false)             \
+  X(transposed, __nv_bfloat16, LoraGemmTile128x64, true, false, false)        \
+  X(dx_fp16, __half, LoraGemmTile128x128, true, true, false)                  \
+  X(dx_masked_deep, __nv_bfloat16, LoraGemmTile128x128Deep, true, true, true) \
+  X(dx_masked_128x64, __half, LoraGemmTile128x64, true, true, true)           \
+  X(dx_transposed, __half, LoraGemmTile128x64, false, true, false)            \
+  X(dx_transposed_masked, __nv_bfloat16, LoraGemmTile128x64, false, true, true)
 #endif
 
 // The same with rows of P, Q and Y at any address.

@@ -66,7 +66,7 @@ EXPERTS = [
         "an expert has several tiles, and another none",
         (
             "return {piece.adapter, piece.begin, is_here ? piece.count : 0};",
-            "return {piece.adapter < 0 ? -1 : row / LoraGroupedTables::kRowTileRows, piece.begin, is_here ? piece.count : 0};",
+            "return {piece.adapter < 0 ? -1 : cursor.tile, piece.begin, is_here ? piece.count : 0};",
         ),
     ),
     of_gemm(
