@@ -150,7 +150,7 @@ def backward(
         if _are_refused(weight, projection, workspace):
             return None
     dweights = None
-    if want_x and weights is not None:
+    if dx is not None and weights is not None:
         dweights = dot(grad, x, dx, weights, projection)
     experts = projection.weight.shape[0]
     return Backward(
