@@ -67,7 +67,8 @@ struct OwnWeights {
   __device__ __forceinline__ Span span_of(const Cursor& cursor, int /*row*/ = 0) const {
     const LoraGroupedPiece piece = o.row_tiles[cursor.tile];
     const int expert = max(piece.adapter, 0);
-    const bool is_here = expert >= o.first_expert && expert < o.end_expert;
+    const auto from_first = static_cast<unsigned>(expert - o.first_expert);
+    const bool is_here = from_first < static_cast<unsigned>(o.end_expert - o.first_expert);
     return {piece.adapter, piece.begin, is_here ? piece.count : 0};
   }
   __device__ __forceinline__ Span span_at(int row) const {
@@ -222,11 +223,20 @@ struct OwnWeights {
   }
 };
 
+// As plan::has_experts_kernel says: on compute capability 9.0 ptxas spills with the larger tiles.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <class Tile>
+constexpr bool has_own_weights_code = std::is_same_v<Tile, LoraGemmTile128x64>;
+#else
+template <class Tile>
+constexpr bool has_own_weights_code = true;
+#endif
+
 template <class T, class Tile, bool kMNMajor, bool kUMNMajor, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads)
     lora_grouped_gemm_own_weights_sm80(const __grid_constant__ LoraOwnWeightsParams<T> p) {
   using Adapters = OwnWeights<T, kMNMajor, kUMNMajor>;
-  if constexpr (has_code<Tile>)
+  if constexpr (has_own_weights_code<Tile>)
     LoraGemmSm80<T, Tile, kMNMajor, kMasked, Adapters>{p.gemm, Adapters{p}}.run();
 }
 

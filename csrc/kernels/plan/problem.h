@@ -137,9 +137,15 @@ std::optional<Tile> tile_named(const std::string& name);
 
 // For many adapters: a wgmma cannot keep one adapter's sums out of the rows of another; and if two
 // blocks of 128 x 128 fit on an SM, the library's base product is always faster, where it has one.
-constexpr bool has_grouped_kernel(Tile tile, bool own_weights = false) {
-  return tile == Tile::kDeep128x128 || tile == Tile::k128x64 ||
-         tile == (own_weights ? Tile::k128x128 : Tile::kDecode);
+constexpr bool has_grouped_kernel(Tile tile) {
+  return tile == Tile::kDeep128x128 || tile == Tile::k128x64 || tile == Tile::kDecode;
+}
+// For experts: the larger tiles have registers for whole chunks of a W that is row-major, and on
+// compute capability 9.0 not for these.
+inline bool has_experts_kernel(Tile tile, const Card& card, bool vector, bool transposed) {
+  if (tile == Tile::k128x64) return true;
+  const bool large = tile == Tile::kDeep128x128 || tile == Tile::k128x128;
+  return large && vector && !transposed && card.arch != 90;
 }
 
 // The properties of a call that decide which tiles can compute it.

@@ -128,14 +128,15 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
   const Problem& p = plan.problem;
   const Tiled* tiled = plan.tiled();
   if (tiled == nullptr || !p.has_product() || tiled->base != Base::kKernel) return {Tile::k128x64};
-  // Of experts: rows at odd addresses, and a W that is transposed.
-  if (!tiled->vector || !p.weight_row_major) return {Tile::k128x64};
   const bool wgmma = why_no_wgmma(plan.card, p).empty();
   const bool fused_shrink = p.rank <= kMaxFusedShrinkRank && !tiled->one_pass();
   std::vector<Tile> tiles;
   for (const Tile each : tiles_of(plan.card, call_of(p))) {
     const TileFacts& tile = facts_of(each);
-    if (each == Tile::kDecode || (p.groups && !has_grouped_kernel(each, p.own_weights()))) continue;
+    const bool fits = p.own_weights()
+                          ? has_experts_kernel(each, plan.card, tiled->vector, !p.weight_row_major)
+                          : !p.groups || has_grouped_kernel(each);
+    if (each == Tile::kDecode || !fits) continue;
     if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !fused_shrink)) continue;
     if (each == request.tile) return {each};
     if (tile.wgmma == wgmma) tiles.push_back(each);

@@ -120,7 +120,7 @@ class LoraGroupedSequence {
   template <bool kMNMajor, bool kUMNMajor, bool kMasked>
   void own_weights_on(const LoraOwnWeightsParams<T>& params) {
     using Small = LoraGemmTile128x64;
-    // On larger tiles a W that lies otherwise than its U would have kernels spill.
+    // As plan::has_experts_kernel says: others would spill.
     using Large = std::conditional_t<kMNMajor == kUMNMajor, LoraGemmTile128x128, Small>;
     using Deep = std::conditional_t<kMNMajor == kUMNMajor, LoraGemmTile128x128Deep, Small>;
     const plan::Tile tile = plan_.gemm->tile;

@@ -60,14 +60,13 @@ void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vecto
   }
 }
 
-// Of rows that are no whole chunks the smallest tile alone.
-void add_experts(Kernels kernels, std::vector<Kernels>& all) {
+void add_experts(const plan::Card& card, Kernels kernels, std::vector<Kernels>& all) {
   kernels.experts = true;
   for (const bool transposed : {false, true}) {
     kernels.transposed = transposed;
     for (const bool vector : {true, false}) {
       kernels.vector = vector;
-      if (vector || kernels.tile == plan::Tile::k128x64) all.push_back(kernels);
+      if (plan::has_experts_kernel(kernels.tile, card, vector, transposed)) all.push_back(kernels);
     }
   }
 }
@@ -153,7 +152,7 @@ std::vector<Kernels> all_grouped_of(const plan::Card& card) {
     if (each.one_pass) continue;
     each.grouped = true;
     if (plan::has_grouped_kernel(each.tile)) all.push_back(each);
-    if (!each.hybrid && plan::has_grouped_kernel(each.tile, true)) add_experts(each, all);
+    if (!each.hybrid) add_experts(card, each, all);
   }
   return all;
 }
