@@ -25,13 +25,16 @@ EXPERTS = [
         "experts_slice_and_one",
         "a slice has the rows of the expert behind it, too",
         "its W is not there",
-        ("expert < o.end_expert", "expert <= o.end_expert"),
+        ("(o.end_expert - o.first_expert)", "(o.end_expert - o.first_expert + 1)"),
     ),
     of_gemm(
         "experts_slice_and_those_before",
         "a slice has the rows of the experts before it, too",
         "their W are not there",
-        ("expert >= o.first_expert && expert <", "expert >= 0 && expert <"),
+        (
+            "from_first < static_cast<unsigned>(o.end_expert - o.first_expert)",
+            "expert < o.end_expert",
+        ),
     ),
     of_gemm(
         "experts_slice_with_rows_of_no_expert",
