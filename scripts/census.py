@@ -134,9 +134,11 @@ def launched(card: _C.Card) -> set[str]:
         for kernels in all_kernels:
             problem, plan = kernels.small_case(card)
             asked = {"choice": "hybrid" if plan.hybrid else "kernel", "tile": plan.tile}
-            back = kernels.backward
-            plan = _C.plan_as_asked(card, problem, backward=back, groups=groups, **asked)
-            found |= kernels_of(plan, problem, back, groups)
+            back, own = kernels.backward, "experts" in kernels.name
+            problem.weight_row_major = "transposed" not in kernels.name
+            given = {"backward": back, "groups": groups, "own_weights": own}
+            plan = _C.plan_as_asked(card, problem, **given, **asked)
+            found |= kernels_of(plan, problem, back, groups, own)
     return found
 
 

@@ -336,7 +336,8 @@ def kernels_of(report: str, disassembly: str, arch: str, known: dict[str, Launch
         launch = launch_of(name, known)
         instructions = INSTRUCTION.findall(bodies[mangled])
         used = [opcode for opcode, _ in instructions]
-        if arch == "sm_90a" and "128x128x3" in name and "HMMA" not in used:
+        of_others = "128x128x3" in name or "own_weights 128x128" in name
+        if arch == "sm_90a" and of_others and "HMMA" not in used:
             continue  # no plan takes it there, and it has no code (csrc/kernels/gemm/params.h)
         wanted = [*OPCODES, *(OPCODES_SM90A if "sm90a" in name else ())]
         counts = {opcode: used.count(opcode) for opcode in wanted}
