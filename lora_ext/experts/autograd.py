@@ -49,10 +49,8 @@ def _saved(ctx: Any, reads_weight: bool, kept: int) -> tuple[Projection, list[Te
     """(the projection with its factors, [S, the other tensors])."""
     # Once: a checkpoint unpacks each tensor once.
     dense, bias, *tensors = ctx.saved_tensors
-    routes, (seed, *tensors) = (
-        Routes(*tensors[: len(Routes._fields)]),
-        tensors[len(Routes._fields) :],
-    )
+    count = len(Routes._fields)
+    routes, seed, tensors = Routes(*tensors[:count]), tensors[count], tensors[count + 1 :]
     if reads_weight and ctx.versions is not None:
         ctx.versions.check()
     weight = ctx.call.weight if dense is None else dense

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
 from .operands import Backward, Projection
+from .routing import for_kernels
 
 _ops = torch.ops.lora_ext
 
@@ -68,9 +69,8 @@ def _pools(projection: Projection) -> _Pools:
             for sizes in ((8, within), (out, 8))
         )
         return _Pools(pool_a, pool_b, 1, 0.0, ())
-    own = (weight.dtype, torch.float32)
     lora_a, lora_b = (
-        [(each if each.dtype in own else each.float()).contiguous() for each in factors]
+        [for_kernels(each, weight.dtype) for each in factors]
         for factors in (projection.lora_a, projection.lora_b)
     )
     scaling, *others = projection.scalings
@@ -164,7 +164,7 @@ def backward(
 def dot(grad: Tensor, x: Tensor, dx: Tensor, weights: Tensor, projection: Projection) -> Tensor:
     """The gradient of the weights, by slot; dx, without them before, is multiplied by them."""
     routes, bias = projection.routes, projection.bias
-    own = (weights if weights.dtype == dx.dtype else weights.float()).contiguous()
+    own = for_kernels(weights, dx.dtype)
     of_bias = {} if bias is None else {"grad": _in_rows(grad), "bias": bias.to(dx.dtype)}
     slots = len(routes.perm) // max(1, len(grad))
     found = _ops.experts_dot(

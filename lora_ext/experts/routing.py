@@ -77,6 +77,12 @@ def routes_of(
     return Routes(perm, token, ends.view(experts, kinds)[:, -1].contiguous(), ends)
 
 
+def for_kernels(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous numbers beside rows of a dtype: in it or in float32, which the kernels take."""
+    is_known = numbers.dtype in (dtype, torch.float32)
+    return (numbers if is_known else numbers.float()).contiguous()
+
+
 def places_of(routes: Routes) -> Tensor:
     """The sorted row of each flat slot: the inverse of perm."""
     perm = routes.perm
@@ -100,7 +106,7 @@ def sum_of_slots(rows: Tensor, routes: Routes, weights: Tensor | None, slots: in
     """
     if routes.place is not None and rows.dtype in HALVES:
         if weights is not None:
-            weights = (weights if weights.dtype == rows.dtype else weights.float()).contiguous()
+            weights = for_kernels(weights, rows.dtype)
         return _ops.experts_sum(rows, routes.place, routes.offs, weights, slots)
     place = places_of(routes)
     tokens, width = len(place) // slots, rows.shape[1]
