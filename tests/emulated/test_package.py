@@ -96,7 +96,7 @@ assert same(again, results)
     [
         "tile/halves.sum_of_splits.split<splits:low",
         "skinny/shrink.run.step<end_step:low",
-        "gemm/sm80/epilogue.for_chunks.row>=p.m:low",
+        "gemm/sm80/epilogue.for_chunks.row>=end:low",
     ],
 )
 def test_a_wrong_kernel_is_found_and_not_used(fault):
