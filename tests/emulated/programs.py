@@ -16,6 +16,10 @@ from emulator import build
 FOLDERS = (*build.FOLDERS, build.ROOT / "tests")
 KERNELS = "tests/emulated/kernels"
 WHOLE_OP = "lora_linear_sequence"
+CUDA_RUNTIME = [  # what stands for it
+    f"tests/emulated/cuda/{name}.cpp"
+    for name in ("counting", "driver_state", "launches", "runtime")
+]
 PLANNER = [
     str(path.relative_to(build.ROOT))
     for path in sorted((build.ROOT / "csrc" / "kernels" / "plan").glob("*.cpp"))

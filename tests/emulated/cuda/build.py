@@ -36,10 +36,7 @@ def objects() -> list[build.Object]:
         *(CudaObject(FLAVOUR, name, kernels=True) for name in sources("kernels/launch/*.cu")),
         *torchs_half(),
         TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
-        *(
-            programs.Object(FLAVOUR, f"tests/emulated/cuda/{name}.cpp", kernels=False)
-            for name in ("counting", "driver_state", "launches", "runtime")
-        ),
+        *(programs.Object(FLAVOUR, name, kernels=False) for name in programs.CUDA_RUNTIME),
         *programs.kernel_objects(FLAVOUR),
         *programs.library_objects(FLAVOUR),
     ]

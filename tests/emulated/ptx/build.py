@@ -169,11 +169,8 @@ FLAVOUR = "plain"
 
 def objects_of(program: str) -> list:
     """A host program of kernels/, without kernels of the project compiled for the host."""
-    emulated = [
-        f"tests/emulated/cuda/{name}.cpp" for name in ("driver_state", "launches", "runtime")
-    ]
     folder = HERE if program == "dropout" else programs.KERNELS
-    host = [f"{folder}/{program}.cpp", f"{programs.KERNELS}/driver.cpp", *emulated]
+    host = [f"{folder}/{program}.cpp", f"{programs.KERNELS}/driver.cpp", *programs.CUDA_RUNTIME]
     own = [f"{HERE}/runtime.cpp", f"{HERE}/sequences.cpp", *programs.PLANNER]
     sources = [Host(FLAVOUR, name, kernels=False) for name in (*host, *own)]
     neighbours = Host(FLAVOUR, f"{HERE}/neighbours.cpp", kernels=True)

@@ -166,7 +166,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   for (unsigned i = 0; i < config->numAttrs; ++i)
     programmatic |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
   state().programmatic += programmatic;
-  return emulator::cuda::launch(*config, kernel, name.c_str(),
+  return emulator::cuda::launch(*config, kernel, name.c_str(), {},
                                 [&](emulator::Stream&, const emulator::LaunchConfig& launch) {
                                   try {
                                     run(name, launch, arguments, programmatic);

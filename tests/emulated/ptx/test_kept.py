@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import emulator.build
 from emulated.ptx import build
 from emulator import cuda_headers
 
@@ -53,3 +54,13 @@ def test_kept_ptx_needs_no_nvcc(compile_units, tmp_path):
 def test_without_nvcc_and_kept_ptx_the_error_says_what_to_install(compile_units):
     with pytest.raises(RuntimeError, match="put a CUDA toolkit on PATH, or install the wheels"):
         compile_units(None, "units")
+
+
+def test_the_runtime_that_launches_ptx_compiles():
+    """The programs themselves are linked by `make test-ptx` alone, which takes minutes."""
+    [runtime] = [
+        each
+        for each in build.objects_of("dropout")
+        if each.source == "tests/emulated/ptx/runtime.cpp"
+    ]
+    emulator.build.compile_all([runtime])
