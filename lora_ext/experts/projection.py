@@ -145,7 +145,9 @@ def backward(
     run, groups = _groups(projection, bounds)
     updates = Updates(projection, ends, want_a, want_b)
     dx = weight.new_empty(len(s), weight.shape[2]) if want_x and bounds else None
-    dweights = s.new_empty(len(s)) if want_x and weights is not None else None
+    wants_weights = want_x and weights is not None
+    is_by_dot = not bounds and projection.routes.place is not None  # of all rows at once
+    dweights = s.new_empty(len(s)) if wants_weights and not is_by_dot else None
     needs_x = weights is not None or any(want_a)
     of_slots = None
     for group, update in updates.of(groups):
@@ -155,12 +157,11 @@ def backward(
         own_weights = None if weights is None else weights[where]
         rows = GroupGrad(g, part, token is not None, own_weights, s[where], want_x)
         dpart = run.backward(rows, projection, group, update, None if dx is None else dx[where])
-        if dweights is not None and own_weights is not None:
+        if wants_weights and is_by_dot:
             assert part is not None and dpart is not None and by_slot is not None
-            if projection.routes.place is not None and not bounds:
-                of_slots = by_kernels.dot(grad, part, dpart, by_slot, projection)
-                dx, dweights = dpart, None
-                continue
+            of_slots = by_kernels.dot(grad, part, dpart, by_slot, projection)
+        elif dweights is not None and own_weights is not None:
+            assert part is not None and dpart is not None
             dweights[where] = products.dot(part, dpart)
             if bias is not None:
                 dweights[where] += products.dot_bias(g, bias, group)
@@ -169,7 +170,7 @@ def backward(
     # The kernels do not sum rows of no expert.
     is_summed = projection.is_first and projection.routes.place is not None
     expert_groups.clear_rest(groups, None if is_summed else dx, dweights)
-    if of_slots is None and dweights is not None and by_slot is not None:
+    if dweights is not None and by_slot is not None:
         of_slots = torch.empty_like(by_slot)
         of_slots[perm] = dweights.to(by_slot.dtype)
     return Backward(dx, of_slots, updates.dlora_a, updates.dlora_b)
