@@ -130,15 +130,9 @@ def census(card: _C.Card, count: int = PLANS) -> Counter:
 def launched(card: _C.Card) -> set[str]:
     """All that the device's check runs on a card, which is all that a call can launch."""
     found = set()
-    for groups, all_kernels in ((0, _C.all_kernels(card, True)), (3, _C.all_grouped_kernels(card))):
-        for kernels in all_kernels:
-            problem, plan = kernels.small_case(card)
-            asked = {"choice": "hybrid" if plan.hybrid else "kernel", "tile": plan.tile}
-            back, own = kernels.backward, "experts" in kernels.name
-            problem.weight_row_major = "transposed" not in kernels.name
-            given = {"backward": back, "groups": groups, "own_weights": own}
-            plan = _C.plan_as_asked(card, problem, **given, **asked)
-            found |= kernels_of(plan, problem, back, groups, own)
+    for kernels in [*_C.all_kernels(card, True), *_C.all_grouped_kernels(card)]:
+        problem, plan = kernels.small_case(card)
+        found |= kernels_of(plan, problem, kernels.backward, problem.groups, problem.own_weights)
     return found
 
 

@@ -25,8 +25,8 @@ ROUTES = ("auto", "kernel", "hybrid")
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("card", sorted(CARDS))
 def test_each_small_case_takes_the_kernels_that_it_checks(card, early):
-    checked = _C.all_kernels(CARDS[card], early)
-    assert len(checked) >= 64
+    checked = [*_C.all_kernels(CARDS[card], early), *_C.all_grouped_kernels(CARDS[card])]
+    assert len(checked) >= 128
     assert len({kernels.name for kernels in checked}) == len(checked)
     for kernels in checked:
         problem, plan = kernels.small_case(CARDS[card])

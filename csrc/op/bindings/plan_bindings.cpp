@@ -238,6 +238,9 @@ void bind_plan(py::module& m) {
       .def_readwrite("dropout", &plan::Problem::dropout)
       .def_readwrite("given_base", &plan::Problem::given_base)
       .def_readwrite("weight_row_major", &plan::Problem::weight_row_major)
+      .def_property_readonly("groups",
+                             [](const plan::Problem& p) { return p.groups ? p.groups->count : 0; })
+      .def_property_readonly("own_weights", &plan::Problem::own_weights)
       .def_readwrite("aligned", &plan::Problem::aligned)
       .def_readwrite("aligned_weight", &plan::Problem::aligned_weight)
       .def_readwrite("aligned_a", &plan::Problem::aligned_a)

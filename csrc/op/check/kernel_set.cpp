@@ -175,7 +175,8 @@ SmallCase small_case(const Kernels& kernels) {
   if (kernels.rows != 0) problem.m = kernels.rows - 3, small.request.max_blocks = 4;
   problem.backward = kernels.backward, problem.dtype = kernels.dtype;
   problem.float_adapters = kernels.float_adapters, problem.dropout = kernels.dropout;
-  problem.given_base = kernels.given_base;
+  problem.given_base = kernels.given_base, problem.weight_row_major = !kernels.transposed;
+  if (kernels.grouped) problem.groups = plan::Groups{3, !kernels.experts, false, kernels.experts};
   problem.aligned = problem.aligned_weight = problem.aligned_a = kernels.vector;
   const Dtype adapter = kernels.float_adapters ? Dtype::kFloat32 : kernels.dtype;
   problem.aligned_b = problem.rank * element_size(adapter) % 16 == 0;
