@@ -20,6 +20,7 @@ CUDA_RUNTIME = [  # what stands for it
     f"tests/emulated/cuda/{name}.cpp"
     for name in ("counting", "driver_state", "launches", "runtime")
 ]
+SEQUENCES = (WHOLE_OP, "lora_grouped_sequence")  # which launch the kernels of all programs
 PLANNER = [
     str(path.relative_to(build.ROOT))
     for path in sorted((build.ROOT / "csrc" / "kernels" / "plan").glob("*.cpp"))
@@ -51,10 +52,10 @@ def kernel_objects(flavour: str) -> list[Object]:
 
 def objects_of(flavour: str, program: str) -> list[build.Object]:
     own = Object(flavour, f"{KERNELS}/{program}_kernels.cpp", kernels=True)
-    linked = kernel_objects(flavour) if program == WHOLE_OP else []
+    linked = kernel_objects(flavour) if program in SEQUENCES else []
     sources = [f"{KERNELS}/{program}.cpp", f"{KERNELS}/driver.cpp", *PLANNER]
     host = [Object(flavour, source, kernels=False) for source in sources]
-    return [own, *linked, *host, *library_objects(flavour)]
+    return list(dict.fromkeys([own, *linked, *host, *library_objects(flavour)]))
 
 
 def compile_all(objects: Sequence[build.Object]) -> None:

@@ -15,6 +15,14 @@
 #endif
 #endif
 
+// Of sequences, whose launches are the same for both types, only bf16's where every access is
+// instrumented, which compiles for minutes. The kernels' own programs run both there.
+#if defined(EMULATOR_RACE) || defined(__SANITIZE_ADDRESS__)
+#define IF_BOTH_TYPES(...)
+#else
+#define IF_BOTH_TYPES(...) __VA_ARGS__
+#endif
+
 // Sizes of lora_gemm whose last chunk, of seven columns, is in each of a warp's slabs.
 #ifdef EVERY_INSTANCE
 #define SIZES_OF_SLABS \

@@ -246,17 +246,22 @@ void run_experts(const Case& run) {
   ExpertsTest<T, F>(run).run();
 }
 
+// X(variant, run, T, the factors' type)
+#define VARIANTS(X)                                           \
+  X(bf16, run_variant, __nv_bfloat16, __nv_bfloat16)          \
+  IF_BOTH_TYPES(X(fp16, run_variant, __half, __half))         \
+  X(float_bf16, run_variant, __nv_bfloat16, float)            \
+  IF_BOTH_TYPES(X(float_fp16, run_variant, __half, float))    \
+  X(experts_bf16, run_experts, __nv_bfloat16, __nv_bfloat16)  \
+  IF_BOTH_TYPES(X(experts_fp16, run_experts, __half, __half)) \
+  X(experts_float_bf16, run_experts, __nv_bfloat16, float)    \
+  IF_BOTH_TYPES(X(experts_float_fp16, run_experts, __half, float))
+#define VARIANT(name, run, T, F) {#name, run<T, F>},
+
 }  // namespace
 
 const Program program{"lora_grouped_sequence",
-                      {{"bf16", run_variant<__nv_bfloat16, __nv_bfloat16>},
-                       {"fp16", run_variant<__half, __half>},
-                       {"float_bf16", run_variant<__nv_bfloat16, float>},
-                       {"float_fp16", run_variant<__half, float>},
-                       {"experts_bf16", run_experts<__nv_bfloat16, __nv_bfloat16>},
-                       {"experts_fp16", run_experts<__half, __half>},
-                       {"experts_float_bf16", run_experts<__nv_bfloat16, float>},
-                       {"experts_float_fp16", run_experts<__half, float>}},
+                      {VARIANTS(VARIANT)},
                       {{"even", 128, 136, 72},
                        {"odd", 131, 77, 99},
                        {"tall", 300, 24, 40},

@@ -1,6 +1,7 @@
 // The whole LoRA linear with many adapters in emulation: plans run as on a GPU, on a stream of the
 // layer.
 #pragma once
+#include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
 #include "kernels/sequence/grouped_sequence.h"
 

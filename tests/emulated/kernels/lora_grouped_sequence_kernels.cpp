@@ -1,5 +1,5 @@
 // Every kernel of the LoRA linear with many adapters, as the plans call for them.
-#define INSTANCE(...) template __global__ void __VA_ARGS__;
+#include "emulated/kernels/instances.h"
 #include "emulated/kernels/launch.h"
 #include "emulated/kernels/lora_grouped_sequence.h"
 
@@ -24,6 +24,6 @@ void grouped_backward(emulator::Stream& stream, const plan::Plan& plan,
   template void grouped_backward<T>(emulator::Stream&, const plan::Plan&, \
                                     const LoraGroupedBackward&);
 SEQUENCE(__nv_bfloat16)
-SEQUENCE(__half)
+IF_BOTH_TYPES(SEQUENCE(__half))
 
 }  // namespace lora_ext::kernel

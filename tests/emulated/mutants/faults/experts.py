@@ -4,8 +4,8 @@ from emulated.mutants.faults.fault import faults_of
 from emulated.mutants.faults.grouped import of_op
 
 of_gemm = faults_of("grouped/own_weights.h")
-of_params = of_op("sequence/grouped_params.h", "--variant", "experts_float_fp16")
-of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_float_fp16")
+of_params = of_op("sequence/grouped_params.h", "--variant", "experts_float_bf16")
+of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_float_bf16")
 of_plan = of_op("tile_choice.cpp", "--variant", "experts_bf16")
 
 EXPERTS = [
