@@ -301,8 +301,7 @@ def multiplying_loops(text: str) -> list[MultiplyingLoop]:
             loop.divisions,
             len(loop.body),
             {name: loop.count(*opcodes) for name, opcodes in COUNTED.items()},
-            len(sass_loops.waited_loads(text, loop)) if loop in main else 0,
-            sass_loops.round_trips(text, loop) if loop in main else 0,
+            *(sass_loops.waits(text, loop) if loop in main else (0, 0)),
         )
         for loop in loops
         if loop.multiplies

@@ -8,6 +8,7 @@ second try of a wait, behind the rest, and their jumps back are no loops.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import networkx as nx  # which torch needs
 
@@ -68,8 +69,12 @@ class Loop:
     def divisions(self) -> int:
         return sum(instruction.divides for instruction in self.body)
 
+    @cached_property
+    def addresses(self) -> frozenset[int]:
+        return frozenset(each.address for each in self.body)
+
     def within(self, other: "Loop") -> bool:
-        return self != other and set(self.body) <= set(other.body)
+        return self.addresses < other.addresses
 
     @property
     def place(self) -> str:
@@ -108,18 +113,27 @@ def successors_of(instructions: list[Instruction], labels: dict[str, int]) -> li
     return found
 
 
-def graph_of(instructions: list[Instruction], labels: dict[str, int]) -> nx.DiGraph:
-    """Instructions by index, and which may follow each."""
-    return nx.DiGraph(dict(enumerate(successors_of(instructions, labels))))
+# Several questions are asked of one kernel after the other, whose answers take seconds.
+@lru_cache(maxsize=1)
+def graph_of(text: str) -> tuple[list[Instruction], nx.DiGraph]:
+    """The instructions of a kernel's text; by index of those that are reached, which may follow."""
+    instructions, labels = instructions_of(text)
+    after = successors_of(instructions, labels)
+    reached: set[int] = set()
+    waiting = [0] if instructions else []
+    while waiting:
+        if (at := waiting.pop()) not in reached:
+            reached.add(at)
+            waiting += after[at]
+    return instructions, nx.DiGraph({at: after[at] for at in sorted(reached)})
 
 
+@lru_cache(maxsize=1)
 def loops_of(text: str) -> list[Loop]:
     """The loops of a kernel's text; those with one head are one loop."""
-    instructions, labels = instructions_of(text)
+    instructions, graph = graph_of(text)
     if not instructions:
         return []
-    graph = graph_of(instructions, labels)
-    graph = graph.subgraph({0, *nx.descendants(graph, 0)}).copy()
     above = nx.immediate_dominators(graph, 0)
     order = {at: number for number, at in enumerate(nx.dfs_postorder_nodes(graph, 0))}
     bodies: dict[int, set[int]] = {}
@@ -151,32 +165,29 @@ def behind_barriers(text: str, loop: Loop) -> tuple[list[Instruction], nx.DiGrap
     By index, up to the next product. All warps of a block stand at the barrier, so no other warp
     multiplies while they arrive.
     """
-    instructions, labels = instructions_of(text)
-    inside = {each.address for each in loop.body}
+    instructions, graph = graph_of(text)
     before = [
         at
         for at, each in enumerate(instructions)
-        if each.address in inside and each.opcode not in MATRIX
+        if each.address in loop.addresses and each.opcode not in MATRIX
     ]
-    graph = graph_of(instructions, labels).subgraph(before)
+    graph = graph.subgraph(before).copy()
     barriers = {at for at in graph if instructions[at].opcode in BARRIERS}
     seen = barriers.union(*(nx.descendants(graph, at) for at in barriers))
-    return instructions, graph.subgraph(seen)
+    return instructions, graph.subgraph(seen).copy()
 
 
-def waited_loads(text: str, loop: Loop) -> list[Instruction]:
+def waited_loads(instructions: list[Instruction], graph: nx.DiGraph) -> list[Instruction]:
     """Plain loads of a loop behind a barrier and before the next product, on whatever way."""
-    instructions, graph = behind_barriers(text, loop)
     return [instructions[at] for at in sorted(graph) if instructions[at].opcode in PLAIN_LOADS]
 
 
-def round_trips(text: str, loop: Loop) -> int:
+def round_trips(instructions: list[Instruction], graph: nx.DiGraph) -> int:
     """How often a warp waits for plain loads on a way from a barrier to the next product, at most.
 
     What is stored to shared memory has been waited for, and loads behind the store are the next
     round trip. A loop on the way is gone through once.
     """
-    instructions, graph = behind_barriers(text, loop)
     way = without_jumps_back(graph)
     # On the ways to each instruction: round trips if none, or some, of the last has been stored.
     under_way, stored = dict.fromkeys(way, 0), dict.fromkeys(way, 0)
@@ -190,6 +201,12 @@ def round_trips(text: str, loop: Loop) -> int:
             stored[at] = max(under_way[at], stored[at])
         most = max(most, under_way[at])
     return most
+
+
+def waits(text: str, loop: Loop) -> tuple[int, int]:
+    """How many plain loads a loop waits for, and in how many round trips."""
+    behind = behind_barriers(text, loop)
+    return len(waited_loads(*behind)), round_trips(*behind)
 
 
 def without_jumps_back(graph: nx.DiGraph) -> nx.DiGraph:

@@ -6,7 +6,7 @@ lora_decode the way round its main loop, which is a step.
 
 import networkx as nx
 import sass_loops
-from sass_loops import Instruction, graph_of, instructions_of
+from sass_loops import Instruction, graph_of
 
 STORES, MATRIX_LOAD, COPY = "STG", "LDSM", "LDGSTS"
 # Bytes of W that a warp instruction must be worth: an H100 issues four a clock on each SM, and its
@@ -26,8 +26,8 @@ def shortest(graph: nx.DiGraph, start: int, ends: set[int]) -> list[int]:
 
 def tile_of(text: str) -> list[Instruction]:
     """The instructions of the way past the stores, in their order; [] without one."""
-    instructions, labels = instructions_of(text)
-    graph = graph_of(instructions, labels)
+    instructions, graph = graph_of(text)
+    graph = graph.copy()
     for at, each in enumerate(instructions):
         if each.opcode == "BRA" and ".DIV" in each.suffix:  # taken by a warp that is not whole
             graph.remove_edges_from([(at, to) for to in graph[at] if to != at + 1])
@@ -45,7 +45,7 @@ def step_of(text: str) -> list[Instruction]:
     where a tile begins or ends. Copies that a step has several of are those of its larger operand;
     what brings an operand one by one is not on this way.
     """
-    instructions, labels = instructions_of(text)
+    instructions, graph = graph_of(text)
     place = {each.address: at for at, each in enumerate(instructions)}
     main = [
         loop
@@ -55,7 +55,7 @@ def step_of(text: str) -> list[Instruction]:
     if len(main) != 1:
         return []
     body = {place[each.address] for each in main[0].body}
-    graph = graph_of(instructions, labels).subgraph(body)
+    graph = graph.subgraph(body).copy()
     first = min(at for at in body if instructions[at].opcode == MATRIX_LOAD)
     copies = {at for at in body if instructions[at].opcode == COPY}
     together = {at for at in copies if sum(at < other < at + 24 for other in copies) >= 2}
