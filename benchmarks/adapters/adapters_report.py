@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import markdown
@@ -36,14 +36,21 @@ def rows_of(every: Sequence[Row], **wanted: Any) -> list[Row]:
     ]
 
 
-def times(rows: Sequence[Row], mode: str, key: str = "timing") -> str:
+def times(
+    rows: Sequence[Row],
+    mode: str,
+    key: str = "timing",
+    floor: str = "",
+    labels: Mapping[str, str] = LABELS,
+) -> str:
     """Each variant's time as a multiple of the floor's.
 
     key: "timing" for calls, "graph" for replays of CUDA graphs
+    floor: the mode's, unless another one is named
     """
-    floor = floor_of(mode)
+    floor = floor or floor_of(mode)
     rows = [row for row in rows if floor in row.get(key, {})]
-    others = {name: label for name, label in LABELS.items() if name != floor}
+    others = {name: label for name, label in labels.items() if name != floor}
     mark = lambda row: "!" if is_disturbed(row) else ""  # noqa: E731
     columns = [("case", lambda row: row["case"]["id"].removeprefix(mode + " "))]
     columns += [(floor, lambda row: milliseconds(row[key][floor]["ms"]) + mark(row))]
@@ -95,17 +102,19 @@ def memory(rows: Sequence[Row]) -> str:
     return table_of(rows, columns)
 
 
-def left_out(rows: Sequence[Row]) -> str:
+def left_out(
+    rows: Sequence[Row], labels: Mapping[str, str] = LABELS, right: str = "the loop"
+) -> str:
     """One line for each reason why a variant or a case has no figure, or a wrong one."""
     reasons: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, text in (row["notes"] | row.get("errors", {})).items():
             reasons[name, text] = reasons.get((name, text), 0) + 1
-    lines = [f"- {LABELS[n]}: left out of {count} cases: {t}" for (n, t), count in reasons.items()]
+    lines = [f"- {labels[n]}: left out of {count} cases: {t}" for (n, t), count in reasons.items()]
     for row in rows:
         case = row["case"]["id"]
         for name, found in row.get("disagreements", {}).items():
-            lines.append(f"- {case}: {LABELS[name]} DISAGREES with the loop: {'; '.join(found)}")
+            lines.append(f"- {case}: {labels[name]} DISAGREES with {right}: {'; '.join(found)}")
         if "error" in row:
             lines.append(f"- {case}: not measured: {row['error']}")
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from .variants import BUILDERS, OURS, names_for
 
 _NO_CHECK = ("merged", "frozen", "one")
 _WITH_MEMORY = ("frozen", "one", "ours", "ours_pool", "loop", "grouped")  # of a step
+
+Tensors = dict[str, Tensor]
 
 
 def _outputs(batch: Batch, way: Variant) -> dict[str, Tensor]:
@@ -41,18 +45,22 @@ def _memory(batch: Batch, way: Variant) -> dict[str, int]:
     return {"peak": peak, "factors": sum(leaf.nbytes for leaf in way.adapters)}
 
 
-def _checked(batch: Batch, row: Row, announce: runner.Announce) -> dict[str, Variant]:
-    """The variants that there are; what they lack, or where they disagree, goes into the row."""
-    case = batch.case
-    expected = _outputs(batch, BUILDERS["loop"](batch, 0.0))
+def checked(
+    names: Sequence[str],
+    made: Callable[[str], tuple[Variant, Tensors, Tensors]],
+    row: Row,
+    announce: runner.Announce,
+) -> dict[str, Variant]:
+    """The variants that there are; what they lack, or where they disagree, goes into the row.
+
+    made: a variant by its name, what it computes, and what it should, where that is compared
+    """
     ways = {}
-    for name in names_for(case):
+    for name in names:
         announce(f"{name}: check")
         try:
-            way = BUILDERS[name](batch, case.dropout_p)
-            same = BUILDERS[name](batch, 0.0) if case.dropout_p else way
-            unlike = name in _NO_CHECK
-            found = [] if unlike else disagreements(_outputs(batch, same), expected)
+            way, found, expected = made(name)
+            wrong = disagreements(found, expected)
         except Unavailable as reason:
             row["notes"][name] = str(reason)
             continue
@@ -60,9 +68,19 @@ def _checked(batch: Batch, row: Row, announce: runner.Announce) -> dict[str, Var
             row["errors"][name] = runner.text_of(error)
             continue
         ways[name] = way
-        if found:
-            row["disagreements"][name] = found
+        if wrong:
+            row["disagreements"][name] = wrong
     return ways
+
+
+def conclude(row: Row, ours: Sequence[str], floor: str) -> Row:
+    """The row with its status: "wrong" if one of ours disagrees, "error" if one of them, or the
+    floor, could not be measured."""
+    if any(name in row["disagreements"] for name in ours):
+        row["status"] = "wrong"
+    elif failed := [name for name in (floor, *ours) if name in row["errors"]]:
+        row["status"], row["error"] = "error", f"{failed[0]}: {row['errors'][failed[0]]}"
+    return row
 
 
 def measure(case: Case, plan: Plan, announce: runner.Announce = lambda what: None) -> Row:
@@ -70,19 +88,23 @@ def measure(case: Case, plan: Plan, announce: runner.Announce = lambda what: Non
 
     announce: told what is about to run, for whoever must find out what hung
 
-    The row's status is "ok", "wrong" (one of ours disagrees with the loop) or "error" (one of ours,
-    or the floor, could not be measured).
+    The row's status is "ok", or as of `conclude`; what is right is the loop.
     """
     row: Row = {"case": case.as_dict(), "status": "ok"}
     row |= {"errors": {}, "notes": {}, "disagreements": {}}
     torch.manual_seed(0)
     batch = make_batch(case)
-    ways = _checked(batch, row, announce)
+    expected = _outputs(batch, BUILDERS["loop"](batch, 0.0))
+
+    def made(name: str) -> tuple[Variant, Tensors, Tensors]:
+        way = BUILDERS[name](batch, case.dropout_p)
+        if name in _NO_CHECK:
+            return way, {}, {}
+        same = BUILDERS[name](batch, 0.0) if case.dropout_p else way
+        return way, _outputs(batch, same), expected
+
+    ways = checked(names_for(case), made, row, announce)
     runner.time_in_turn(case.mode, batch, ways, runner.means_for(case.device), plan, row, announce)
     if case.mode == STEP and case.group in ("target", "headline"):
         row["memory"] = {n: _memory(batch, ways[n]) for n in _WITH_MEMORY if n in row["timing"]}
-    if any(name in row["disagreements"] for name in OURS):
-        row["status"] = "wrong"
-    elif failed := [name for name in (floor_of(case.mode), *OURS) if name in row["errors"]]:
-        row["status"], row["error"] = "error", f"{failed[0]}: {row['errors'][failed[0]]}"
-    return row
+    return conclude(row, OURS, floor_of(case.mode))

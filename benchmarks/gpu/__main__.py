@@ -46,7 +46,7 @@ STAGES = (
     Stage("adapters", 75, measure.adapters),
     Stage("decode", 40, checks.program("decode")),
     Stage("quantized", 30, checks.program("quantized")),
-    Stage("mixtures", 60, checks.program("mixtures"), quick=False),
+    Stage("mixtures", 90, measure.mixtures),
     Stage("tuning", 60, measure.tuning, quick=False),
     Stage("tests", 240, checks.tests, quick=False),
     Stage("wide", 60, measure.wide, quick=False),

@@ -61,6 +61,15 @@ def _adapters(fields: Fields, device: str) -> Fields:
     return {"entry": measure(case, Plan(**fields["plan"]), announce=_announce)}
 
 
+def _mixtures(fields: Fields, device: str) -> Fields:
+    from ..timing import Plan
+    from .mixture_ways import measure
+    from .mixtures import Mixture
+
+    mixture = Mixture(**fields["case"])
+    return {"entry": measure(mixture, Plan(**fields["plan"]), announce=_announce)}
+
+
 def _profile(fields: Fields, device: str) -> Fields:
     from ..shapes import Cell
     from .profile import kernels_of
@@ -106,6 +115,7 @@ TASKS: dict[str, Callable[[Fields, str], Fields]] = {
     "ceilings": _ceilings,
     "cell": _cell,
     "adapters": _adapters,
+    "mixtures": _mixtures,
     "profile": _profile,
     "kernels": _kernels,
     "check": _check,

@@ -13,6 +13,7 @@ from ..results import Document, is_disturbed, median_ratio, times_of
 from ..shapes import FORWARD, STEP
 from ..variants import LOOKS, floor_of
 from .cases import reading_order
+from .mixtures import mixture_of
 
 _FLOORS = ("merged", "frozen")
 _BYTES = 2
@@ -35,17 +36,22 @@ def _logarithmic(axes: Any, xlabel: str, ylabel: str) -> None:
 
 def _roofline(document: Document) -> Figure | None:
     cells = [r for r in document["cells"] if r["status"] == "ok" and r["cell"]["group"] != "call"]
+    rows = [(_work(row["cell"]), row) for row in cells]
+    rows += [
+        (mixture_of(row).work(), row)
+        for row in document.get("mixtures", [])
+        if row["status"] == "ok"
+    ]
     ceilings = document.get("stages", {}).get("ceilings", {})
-    if not cells or "tflops" not in ceilings:
+    if not rows or "tflops" not in ceilings:
         return None
     figure, axes = plt.subplots(figsize=(8, 5))
     intensities = []
     for name in (*_FLOORS, "ours", "ours_kernel", "ours_fp32", "peft_default"):
         points = []
-        for row in cells:
+        for (flop, moved), row in rows:
             timing = row[times_of(row)]
             if name in timing:
-                flop, moved = _work(row["cell"])
                 points.append((flop / moved, flop / timing[name]["ms"] / 1e9))
         if points:
             intensities += [x for x, _ in points]

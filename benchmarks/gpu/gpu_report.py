@@ -18,6 +18,12 @@ _ON_A_GPU = """\
 The kernel route takes our own base product, where the planner may take the library's. With few rows
 a pool has 64 slots, as many used as there are rows. PEFT has a name for each sample, which is the
 rows of an adapter; "mixed" are tokens."""
+_EXPERTS = """\
+Layers without routers; each token's experts are drawn. frozen: transformers' own by grouped
+products, without adapters; with weights in NF4 all experts are dequantised, once a direction. ours,
+PEFT and the Triton pair have factors in the dtype of x, "ours fp32" and "PEFT default" in float32.
+Triton pair: a grouped product, and the update as another one onto it. Outputs and gradients of each
+are compared with float64 before; what disagrees is not timed."""
 _COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
 
 
@@ -30,6 +36,7 @@ def text(document: Document, images: Sequence[str]) -> str:
     ]
     after = [
         *many(document.get("adapters", [])),
+        *experts(document.get("mixtures", [])),
         ("Furthest from their predictions", profiles(found.get("profile", {}))),
         ("Clocks and power", clocks(document)),
     ]
@@ -58,6 +65,21 @@ def many(rows: Sequence[Row]) -> list[tuple[str, str]]:
     bodies.append(("Many adapters, peak memory", adapters_report.memory(rows)))
     bodies.append(("Many adapters, left out and wrong", adapters_report.left_out(rows)))
     return [*bodies, ("Many adapters, what is compared", f"{adapters_report.WAYS}\n\n{_ON_A_GPU}")]
+
+
+def experts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(heading, body) of layers of experts."""
+    if not rows:
+        return []
+    bodies = []
+    for mode in (FORWARD, STEP):
+        mine = adapters_report.rows_of(rows, mode=mode)
+        for key, how in {"graph": ", graph replays", "timing": ""}.items():
+            body = adapters_report.times(mine, mode, key, "frozen", LABELS)
+            bodies.append((f"Experts, {mode}{how}", body))
+    left = adapters_report.left_out(rows, LABELS, "float64")
+    bodies.append(("Experts, left out and wrong", left))
+    return [*bodies, ("Experts, what is compared", _EXPERTS)]
 
 
 def predictions(entries: Sequence[dict[str, Any]]) -> str:
@@ -100,7 +122,8 @@ def profiles(found: dict[str, Any]) -> str:
 def clocks(document: Document) -> str:
     """What the card said before and after the first, the middle and the last cell."""
     every = [(r["cell"]["id"], r) for r in document["cells"]]
-    every += [(r["case"]["id"], r) for r in document.get("adapters", [])]
+    others = [*document.get("adapters", []), *document.get("mixtures", [])]
+    every += [(r["case"]["id"], r) for r in others]
     read = [(name, r["card"]) for name, r in every if (r.get("card") or {}).get("after")]
     rows = []
     for place in dict.fromkeys((0, len(read) // 2, len(read) - 1)) if read else ():

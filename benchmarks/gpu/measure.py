@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from typing import Any
 
 from .. import runner
 from ..shapes import BACKWARD, FORWARD, Cell
 from . import cases, cells, children, predicted
-from .measuring import CASES, CELLS, measured
+from . import mixtures as layers_of_experts
+from .measuring import CASES, CELLS, MIXTURES, measured
 from .run import Run
 from .stages import Result, missing, result_of
 
-_QUICK_CELLS, _QUICK_CASES = 14, 6
+_QUICK_CELLS, _QUICK_CASES, _QUICK_MIXTURES = 14, 6, 4
 # Three times what the slowest takes: problem, checks, graphs, memory; then torch.compile's minute.
-_CELL_S, _COMPILED_S, _CASE_S = 60.0, 150.0, 60.0
+_CELL_S, _COMPILED_S, _CASE_S, _MIXTURE_S = 60.0, 150.0, 60.0, 90.0
 _SHAPE_S, _CEILINGS_S = 30.0, 60.0
 
 
@@ -64,6 +66,18 @@ def adapters(run: Run, seconds: float) -> Result:
     if run.quick:
         chosen = chosen[:_QUICK_CASES]
     return measured(run, CASES, chosen, seconds, lambda case: _CASE_S)
+
+
+def mixtures(run: Run, seconds: float) -> Result:
+    """Layers of experts, over the frozen ones and beside the ways of others."""
+    if importlib.util.find_spec("transformers") is None:
+        return missing("the frozen layers are transformers'")
+    chosen = layers_of_experts.mixtures()
+    if run.device == "cpu":
+        chosen = layers_of_experts.on_cpu(chosen)
+    if run.quick:
+        chosen = chosen[:_QUICK_MIXTURES]
+    return measured(run, MIXTURES, chosen, seconds, lambda mixture: _MIXTURE_S)
 
 
 def predict(run: Run) -> None:

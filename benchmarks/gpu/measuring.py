@@ -1,4 +1,5 @@
-"""Measures what the document lacks, each thing in a child: cells, and batches of many adapters."""
+"""Measures what the document lacks, each thing in a child: cells, batches of many
+adapters, layers of experts."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from ..adapters.cases import Case
 from ..shapes import Cell
 from ..timing import Plan
 from . import children
+from .mixtures import Mixture
 from .run import Run
 from .stages import Result, result_of
 
@@ -36,8 +38,9 @@ class Kind:
 
 CELLS = Kind("cell", "cells", "cell")
 CASES = Kind("adapters", "adapters", "case")
+MIXTURES = Kind("mixtures", "mixtures", "case")
 
-Subject = Cell | Case
+Subject = Cell | Case | Mixture
 
 
 def measured(

@@ -1,70 +1,106 @@
-"""`python -m benchmarks.gpu.mixtures`: mixtures of experts on the card, how fast.
-
-Forwards and steps of one layer over the frozen model's, which has transformers' grouped products:
-PEFT's as they are and accelerated. What is right about them, tests say.
-"""
+"""Layers of experts that are measured on a GPU, in order of importance."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import torch
+from ..results import Row
+from ..shapes import FORWARD, SHORT, STEP
 
-from ..timing import Function
-from ..whole_models.experts import (
-    MIXTURES,
-    VARIANTS,
-    Mixture,
-    adapted,
-    base_model,
-    forward_of,
-    step_of,
-)
-from .command_line import conclude, device_of, medians_ms
-
-_NEEDED = ("transformers", "peft")
-_TIMED = {"cuda": MIXTURES[1:], "cpu": (Mixture("a small layer", 4, 256, 64, 1, slots=2),)}
-_TOKENS = {"cuda": (1, 4096), "cpu": (1, 16)}
+NF4 = "NF4"
+_TOKENS = (4096, 1)
 
 
-def works_of(mixture: Mixture, device: str) -> dict[str, dict[str, Function]]:
-    """What is timed of a mixture: by work, by variant."""
-    base = base_model(mixture, device)
-    models = {variant: adapted(base, variant).to(device) for variant in VARIANTS}
-    works: dict[str, dict[str, Function]] = {}
-    for tokens in _TOKENS[device]:
-        works[f"forward of {tokens}"] = {n: forward_of(m, tokens) for n, m in models.items()}
-    steps = {name: step_of(model, _TOKENS[device][-1]) for name, model in models.items()}
-    return works | {f"step of {_TOKENS[device][-1]}": steps}
+@dataclass(frozen=True)
+class Shape:
+    """Experts of a model's published configuration, and transformers' module of them.
+
+    Attributes:
+        inner: the width between the two projections, of which the first makes gate and up.
+        module: its folder in transformers.models, and the name before "Experts" and "Config".
+    """
+
+    experts: int
+    slots: int
+    hidden: int
+    inner: int
+    module: tuple[str, str]
 
 
-def timed(device: str) -> str:
-    """Prints medians over the frozen model's, and returns the last line."""
-    said = ""
-    for mixture in _TIMED[device]:
-        for work, calls in works_of(mixture, device).items():
-            for call in calls.values():
-                call()
-            times = medians_ms(calls, device, 3)
-            frozen = times.pop("frozen")
-            cells = [f"{name} {ms / frozen:.2f}" for name, ms in times.items()]
-            said = f"{mixture.name}, {work}: frozen {frozen:.2f} ms, {', '.join(cells)}"
-            print(said, flush=True)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return said
+SHAPES = {
+    "Qwen3-30B-A3B": Shape(128, 8, 2048, 768, ("qwen3_moe", "Qwen3Moe")),
+    "Mixtral 8x7B": Shape(8, 2, 4096, 14336, ("mixtral", "Mixtral")),
+    # Transposed weights, biases, a gate of its own.
+    "gpt-oss-20b": Shape(32, 4, 2880, 2880, ("gpt_oss", "GptOss")),
+}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: where packages are missing, that is said and nothing is timed."""
-    device = device_of("mixtures", __doc__, arguments)
-    absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        return conclude([], f"{' and '.join(absent)} missing: nothing is timed")
-    return conclude([], timed(device))
+@dataclass(frozen=True)
+class Mixture:
+    """A layer of experts without its router: out [tokens, hidden] of x [tokens, hidden].
+
+    Attributes:
+        layer: of SHAPES.
+        base: how the frozen weights are stored: "dense", or NF4.
+        effort: how much longer than other cells to measure.
+        cut: divides the widths, to try the code.
+    """
+
+    layer: str
+    mode: str
+    tokens: int
+    dtype: str = "bfloat16"
+    base: str = "dense"
+    rank: int = 16
+    device: str = "cuda"
+    effort: float = 1.0
+    cut: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        full = SHAPES[self.layer]
+        # torch's grouped product takes rows of whole 16 bytes.
+        hidden, inner = (each // self.cut // 8 * 8 for each in (full.hidden, full.inner))
+        return replace(full, hidden=hidden, inner=inner)
+
+    @property
+    def id(self) -> str:
+        base = "" if self.base == "dense" else f" {self.base}"
+        size = f"{self.tokens} tokens r={self.rank}"
+        return f"{self.layer}{base} {self.mode} {SHORT[self.dtype]} {size}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"id": self.id, **asdict(self)}
+
+    def work(self) -> tuple[float, float]:
+        """Operations and bytes of the base's products alone, where each chooses at random."""
+        one, rows = self.shape, self.tokens * self.shape.slots
+        times = 2 if self.mode == STEP else 1
+        hit = one.experts * (1 - (1 - one.slots / one.experts) ** self.tokens)
+        numbers = hit * 3 * one.hidden * one.inner
+        numbers += self.tokens * one.hidden + rows * (3 * one.inner + one.hidden)
+        return times * 2.0 * rows * 3 * one.hidden * one.inner, times * 2.0 * numbers
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def mixture_of(row: Row) -> Mixture:
+    """That of an entry."""
+    return Mixture(**{name: value for name, value in row["case"].items() if name != "id"})
+
+
+def mixtures() -> list[Mixture]:
+    """Training size, then one token; of the first model also in float16 and NF4."""
+    first, *others = SHAPES
+    kinds = [(first, {}), (first, {"base": NF4}), *((name, {}) for name in others)]
+    kinds.append((first, {"dtype": "float16"}))
+    return [
+        Mixture(name, mode, tokens, **fields)
+        for tokens in _TOKENS
+        for name, fields in kinds
+        for mode in (STEP, FORWARD)
+    ]
+
+
+def on_cpu(chosen: list[Mixture]) -> list[Mixture]:
+    """The same set, small: to try the code without a GPU."""
+    return [replace(each, tokens=min(each.tokens, 16), cut=32, device="cpu") for each in chosen]

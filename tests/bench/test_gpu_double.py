@@ -17,7 +17,7 @@ from bench_helpers import MACHINE, dies, synthetic, synthetic_case
 
 from benchmarks import results
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, cells, checks, child, measure, profile
+from benchmarks.gpu import cases, cells, checks, child, measure, mixtures, profile
 from benchmarks.shapes import FORWARD
 
 FAKE = """
@@ -45,7 +45,7 @@ def say(answer):
 
 def result_of(item, task):
     for subject in ("cell", "case"):
-        if subject in item and task in ("cell", "adapters"):
+        if subject in item and task in ("cell", "adapters", "mixtures"):
             return {{"entry": DATA["entries"][json.dumps(item[subject], sort_keys=True)]}}
     return DATA[task]
 
@@ -54,6 +54,7 @@ def work(task):
     for number, line in enumerate(sys.stdin):
         item = json.loads(line)
         names = {{"cell": lambda: item["cell"]["layer"], "adapters": lambda: item["case"]["group"]}}
+        names["mixtures"] = lambda: item["case"]["layer"]
         name = names.get(task, lambda: item.get("name", task))()
         misbehave(name)
         say({{"result": result_of(item, task)}})
@@ -64,7 +65,6 @@ if "benchmarks.gpu.child_tasks" in arguments:
 else:
     kinds = {{"conformance": "conformance", "pool_stress": "pool", "stress": "stress"}}
     kinds |= {{"gpu.quantized": "quantized", "gpu.decode": "decode"}}
-    kinds |= {{"gpu.mixtures": "mixtures"}}
     kinds |= {{"profile": "ncu", "-k san": "tool", "tests --ignore": "tests", "test_many": "many"}}
     kinds |= {{"test_experts": "experts"}}
     name = next((kind for text, kind in kinds.items() if text in arguments), None)
@@ -100,7 +100,9 @@ NCU_SAYS = '''"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 
 CELLS = [c for c in cells.headline_cells() if (c.group, c.mode) == ("model", FORWARD)][:3]
 WIDE = cells.wide_cells()[:16:8]
+LAYERS = mixtures.mixtures()[::6]
 MANY = list({case.group: case for case in cases.many_cases()}.values())
+LISTS = ("cells", "adapters", "mixtures")
 CARD = {**MACHINE, "device": "cuda", "gpu": "NVIDIA H100"}
 TIMES = {"merged": 1.0, "frozen": 1.0, "ours": 1.1, "peft_default": 2.2}
 
@@ -129,7 +131,7 @@ def double(tmp_path, monkeypatch):
         "ncu": NCU_SAYS,
         "entries": {
             json.dumps(asdict(one), sort_keys=True): made(one, TIMES)
-            for made, every in ((synthetic, [*CELLS, *WIDE]), (synthetic_case, MANY))
+            for made, every in ((synthetic, [*CELLS, *WIDE]), (synthetic_case, [*MANY, *LAYERS]))
             for one in every
         },
     }
@@ -138,6 +140,8 @@ def double(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "headline_cells", lambda: CELLS)
     monkeypatch.setattr(cells, "wide_cells", lambda: WIDE)
     monkeypatch.setattr(cases, "many_cases", lambda: MANY)
+    monkeypatch.setattr(mixtures, "mixtures", lambda: LAYERS)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: name)  # transformers
     short = [replace(stage, seconds=5.0) for stage in gpu.STAGES]
     monkeypatch.setattr(gpu, "STAGES", short)
 
@@ -145,7 +149,7 @@ def double(tmp_path, monkeypatch):
         """Exit status and document; `seconds` is the limit of what is to hang."""
         (tmp_path / "modes.json").write_text(json.dumps(modes or {}))
         (tmp_path / "data.json").write_text(json.dumps(data))
-        for name in ("_CELL_S", "_COMPILED_S", "_CASE_S", "_SHAPE_S", "_CEILINGS_S"):
+        for name in ("_CELL_S", "_COMPILED_S", "_CASE_S", "_MIXTURE_S", "_SHAPE_S", "_CEILINGS_S"):
             monkeypatch.setattr(measure, name, seconds)
         for name in ("_TEST_S", "_SANITIZED_S", "_CHECK_S"):
             monkeypatch.setattr(checks, name, seconds)
@@ -179,7 +183,8 @@ def test_a_machine_on_which_all_is_well(double, capsys):
     assert document["stages"]["profile"]["counters"] == [
         {"kernel": "lora_gemm_sm80", "us": pytest.approx(351.2)}
     ]
-    assert {result["case"]["id"] for result in document["adapters"]} == {c.id for c in MANY}
+    for part, chosen in (("adapters", MANY), ("mixtures", LAYERS)):
+        assert {result["case"]["id"] for result in document[part]} == {c.id for c in chosen}
     assert document["machine"]["sources"] and document["predictions"]
     kept = {path.name for path in double.out.rglob("*") if path.is_file()}
     assert kept == {"results.json", "report.md", "log.txt"}  # and a golden file and a table: five
@@ -196,6 +201,7 @@ def test_a_machine_on_which_all_is_well(double, capsys):
         ("warmup", "pingpong", "exit", "pingpong: exit status 3"),  # a child that is asked
         ("headline", CELLS[1].layer, "hang", "stopped after 2 s"),  # and measures
         ("adapters", MANY[1].group, "exit", "exit status 3"),
+        ("mixtures", LAYERS[1].layer, "exit", "exit status 3"),
     ],
 )
 def test_a_stage_that_goes_wrong_is_said_kept_and_done_again(double, stage, name, mode, said):
@@ -203,18 +209,18 @@ def test_a_stage_that_goes_wrong_is_said_kept_and_done_again(double, stage, name
     status, document = double(stage, other, modes={name: mode})
     assert status == 1 and document["stages"][stage]["status"] == "failed"
     assert f"about to {mode} in {name}" in (double.out / "log.txt").read_text()
-    told = [document["stages"][stage], *(document.get(k) for k in ("cells", "adapters"))]
+    told = [document["stages"][stage], *(document.get(k) for k in LISTS)]
     assert said in json.dumps(told)
     assert document["stages"][other]["status"] == "done"
-    rows = [*document["cells"], *document.get("adapters", [])]
-    assert [row["status"] for row in rows].count("error") == (stage in ("headline", "adapters"))
+    rows = [row for part in LISTS for row in document.get(part, [])]
+    assert [row["status"] for row in rows].count("error") == (stage in ("headline", *LISTS))
     assert all(dies(pid) for pid in grandchildren(double.out))
     assert len(grandchildren(double.out)) == (mode == "hang")
     report = (double.out / "report.md").read_text()
     assert re.search(rf"^\| {stage} +\| failed +\|", report, re.MULTILINE)
     status, document = double(stage)
     assert status == 0 and document["stages"][stage]["status"] == "done"
-    assert all(r["status"] == "ok" for r in [*document["cells"], *document.get("adapters", [])])
+    assert all(r["status"] == "ok" for part in LISTS for r in document.get(part, []))
 
 
 def test_ours_that_is_wrong_about_many_adapters_fails_the_stage_each_time(double):

@@ -1,6 +1,6 @@
 """What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
 
-import re
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,7 +9,17 @@ from bench_helpers import QUICK, small
 
 import lora_ext
 from benchmarks import calls, card, results, runner, shapes, variants
-from benchmarks.gpu import cases, cells, decode, mixtures, pool_stress, profile, quantized, stress
+from benchmarks.gpu import (
+    cases,
+    cells,
+    decode,
+    mixture_ways,
+    mixtures,
+    pool_stress,
+    profile,
+    quantized,
+    stress,
+)
 from benchmarks.problem import make_problem
 
 
@@ -24,7 +34,8 @@ def test_cuda_cells_time_every_route_and_baseline():
 
 def test_no_two_cells_or_cases_share_a_name():
     """What has a name that is known counts as measured when a run goes on."""
-    for every in ([*cells.headline_cells(), *cells.wide_cells()], cases.many_cases()):
+    of_layers = [*cells.headline_cells(), *cells.wide_cells()]
+    for every in (of_layers, cases.many_cases(), mixtures.mixtures()):
         assert len({one.id for one in every}) == len(every) > 10
 
 
@@ -126,15 +137,74 @@ def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, ca
     assert "after " in capsys.readouterr().out
 
 
-def test_mixtures_are_timed_over_the_frozen_model(capsys):
+def a_layer(name, mode=shapes.STEP, **fields):
+    [cell, *_] = mixtures.on_cpu([mixtures.Mixture(name, mode, 16, **fields)])
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Qwen3-30B-A3B", {"base": mixtures.NF4}),
+        ("Mixtral 8x7B", {"dtype": "float16"}),
+        ("gpt-oss-20b", {}),
+        ("gpt-oss-20b", {"mode": shapes.FORWARD}),
+    ],
+)
+def test_experts_agree_with_float64_and_are_timed(name, fields):
     pytest.importorskip("transformers")
-    assert mixtures.main(["--device", "cpu"]) == 0
-    *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(
-        r"a small layer, step of 16: frozen [\d.]+ ms, peft [\d.]+, peft_accelerated [\d.]+, "
-        r"peft_default [\d.]+, peft_default_accelerated [\d.]+",
-        last,
-    )
+    row = mixture_ways.measure(a_layer(name, **fields), QUICK)
+    assert row["status"] == "ok" and row["disagreements"] == row["errors"] == {}, row
+    of_peft = set() if fields.get("base") else {"peft", "peft_default"}
+    assert set(row["timing"]) == {"frozen", "ours", "ours_fp32", *of_peft}
+    assert mixtures.mixture_of(row).work()[0] > 0
+    assert set(row["notes"]) == {*mixture_ways.BUILDERS} - set(row["timing"])
+
+
+@pytest.mark.parametrize(
+    ("way", "place", "status", "said"),
+    [
+        ("ours", 0, "wrong", "out"),
+        ("ours_fp32", 3, "wrong", "dlora_b of down"),
+        ("peft", 4, "ok", "dweights"),
+        ("frozen", 4, "wrong", "dweights"),
+    ],
+)
+def test_a_layer_of_experts_that_is_wrong_is_named_and_not_timed(
+    way, place, status, said, monkeypatch
+):
+    """With another expert's factors, or gradients of something else."""
+    pytest.importorskip("transformers")
+    build = mixture_ways.BUILDERS[way]
+
+    class Other(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.roll(1, -1)
+
+    def wrong(problem):
+        problem, made, leaves = copy.copy(problem), problem.leaves, ()
+
+        def planted(*words, **more):
+            nonlocal leaves
+            leaves = made(*words, **more)
+            given = list(leaves)
+            at = min(place, len(given) - 1)
+            given[at] = given[at].roll(1, 0) if place == 0 else Other.apply(given[at])
+            return tuple(given)
+
+        problem.leaves = planted
+        return replace(build(problem), adapters=leaves)
+
+    monkeypatch.setitem(mixture_ways.BUILDERS, way, wrong)
+    row = mixture_ways.measure(a_layer("Mixtral 8x7B"), QUICK)
+    assert list(row["disagreements"]) == [way] and row["status"] == status
+    assert row["disagreements"][way][0].startswith(said)
+    assert way not in row["timing"] and row["notes"][way] == "not timed: it is wrong"
 
 
 def test_weights_in_four_bits_have_every_bit_and_steps_on_them_are_timed(monkeypatch, capsys):

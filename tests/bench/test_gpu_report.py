@@ -116,6 +116,16 @@ def test_batches_of_many_adapters_are_reported_with_calls_replays_and_what_went_
     assert "## Many adapters, step, graph replays (GPU)" not in text
     assert "8192 rows x 64 adapters K=N=4096 r=16" in text and "grouped_mm DISAGREES" in text
     assert "stopped after 60 s" in text and "a fault" in text and "2222.0" in text
+    layers = run.document["mixtures"]
+    layers[0] |= {"status": "wrong", "disagreements": {"ours": ["out is off"]}}
+    layers[-1]["graph"] = layers[-1]["timing"]
+    text = report.text(run.document)
+    assert "## Experts, step (GPU)" in text and "## Experts, forward, graph replays (GPU)" in text
+    assert "## Experts, step, graph replays (GPU)" not in text
+    assert "gpt-oss-20b bf16 4096 tokens r=16" in text.replace(" step", "").replace(" forward", "")
+    assert (
+        "Qwen3-30B-A3B step bf16 4096 tokens r=16: ours DISAGREES with float64: out is off" in text
+    )
     assert "Many adapters" not in report.text(new_run(tmp_path).document)
 
 
