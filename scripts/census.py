@@ -94,6 +94,8 @@ def gemm_of(plan, many: str, variant: str, named: str) -> str:
     """Of a plan that has one, whose kernel set is `named`."""
     first, *_, columns = plan.tile.split()
     tile = f"128x{columns}"
+    if plan.wgmma and many == "lora_grouped":
+        return f"{many}_gemm_sm90a {tile}{variant}"
     if not plan.wgmma:
         return f"{many}_gemm {tile}{'x3' if first == 'deep' else ''}{variant}"
     tail = re.search(r"tail (\d)", named)[1]

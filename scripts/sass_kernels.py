@@ -114,13 +114,17 @@ class Kernel:
         return "fused_shrink" in self.name
 
     @property
+    def of_experts(self) -> bool:
+        return "own_weights" in self.name
+
+    @property
     def is_decode(self) -> bool:
         return self.name.startswith("lora_decode")
 
     def objections_to_groups(self) -> list[str]:
         """A step's wgmmas follow each other: ptxas put no wait between them."""
         blocks = 2 if "pingpong" in self.name else 1  # of 64 rows
-        tail = int(self.name.rsplit(" ", 1)[1])
+        tail = 1 if self.of_experts else int(self.name.rsplit(" ", 1)[1])
         whole = {4 * blocks, tail * blocks}
         if set(self.groups) == whole and sum(self.groups) == self.opcodes["HGMMA"]:
             return []
@@ -208,8 +212,12 @@ class Kernel:
         if self.is_decode:
             found += self.objections_to_step()
         if self.is_sm90a:
-            # What makes T itself waits for no other grid.
-            wanted = [name for name in OPCODES_SM90A if name != "ACQBULK" or not self.fused_shrink]
+            # What makes T itself waits for no other grid, nor what is not launched beside it.
+            without = {"ACQBULK"} if self.fused_shrink else set()
+            if self.of_experts:  # whose rows are gathered, and whose blocks are no clusters
+                without = {"ACQBULK", "MULTICAST", "UTMASTG"}
+            wanted = [name for name in OPCODES_SM90A if name not in without]
+            wanted += ["LDGSTS"] * self.of_experts
             found += [f"no {name}" for name in wanted if not self.opcodes[name]]
             found += self.objections_to_groups()
             if self.lane_loops:  # some 70 cycles for each copy, where elect.sync says who issues it
@@ -253,6 +261,13 @@ def name_of(demangled: str) -> str:
 def name_of_sm90a(kernel: str, arguments: str) -> str:
     """Of "__half, LoraGemmSm90aTile<256, 4, (Sm90aSchedule)0>, true, false, 1, NoFault"."""
     pattern = r"(\w+), LoraGemmSm90aTile<(\d+), \d+, \(?\w+\)?(\d)>, (\w+), (\w+), (\d)"
+    if "own_weights" in kernel:
+        half, *flags = arguments.split(", ")
+        words = [kernel, "128x256", "fp16" if half == "__half" else "bf16"]
+        meanings = ("MN-major", "U MN-major", "masked")
+        return " ".join(
+            [*words, *(m for m, flag in zip(meanings, flags, strict=True) if flag == "true")]
+        )
     half, columns, schedule, mn_major, masked, tail = re.match(pattern, arguments).groups()
     words = [kernel, f"128x{columns}"]
     words += ["pingpong"] if schedule == "1" else []

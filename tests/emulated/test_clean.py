@@ -20,6 +20,7 @@ MANY_OF = {
     "lora_gemm_fused_shrink_sm90a": LARGE_TILES,
     "lora_grouped_gemm": LARGE_TILES,
     "lora_grouped_own_weights": LARGE_TILES,
+    "lora_grouped_own_weights_sm90a": LARGE_TILES,
     "lora_decode": {"race": 60, "asan": 24},
     "lora_grouped_sequence": {"plain": 60, "race": 20, "asan": 6},
 }

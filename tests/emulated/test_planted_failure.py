@@ -23,6 +23,9 @@ WRONG_RESULT = {
     "lora_grouped_shrink": "grouped/shrink.store.column<columns:low",
     "lora_grouped_gemm": "grouped/gemm.multiply_rows.row<end:low",
     "lora_grouped_own_weights": "grouped/own_weights.multiply.k16<min((depth()-k0+15)/16,4):low",
+    "lora_grouped_own_weights_sm90a": (
+        "grouped/own_weights_sm90a.store_chunks.i*4<rows.count&&column<p.n:never"
+    ),
     "lora_grouped_sequence": "grouped_s_without_keep_scale",
     "lora_grouped_wgrad": "grouped/wgrad.store.column>=rank:low",
     "lora_decode": "decode/finish.finish_y.row<p.m&&column<p.n:never",

@@ -84,6 +84,9 @@ def sm90a_kernel(groups=(4, 4, 1), loops=LOOPS, lane_loops=0, kernel="lora_gemm"
     return sass_kernels.Kernel(name, "sm_90a", 384, 229440, 168, **fields)
 
 
+OF_EXPERTS = "lora_grouped_gemm_own_weights"
+
+
 def dequantizing(name, values, tile, wide_stores):
     opcodes = dict.fromkeys(sass_kernels.OPCODES, 0)
     fields = {"values": values, "tile": tile, "wide_stores": wide_stores}
@@ -123,6 +126,9 @@ def decoding(step, loops=LOOPS):
         (sm90a_kernel(groups=(4, 4, 4)), "groups of [4, 4, 4] HGMMA"),
         (sm90a_kernel(groups=(1, 3, 4, 1)), "groups of [1, 3, 4, 1] HGMMA"),
         (sm90a_kernel(lane_loops=6), "6 BRA.U.ANY"),
+        (sm90a_kernel(kernel=OF_EXPERTS, MULTICAST=0, UTMASTG=0, ACQBULK=0), None),
+        (sm90a_kernel(kernel=OF_EXPERTS, LDGSTS=0), "no LDGSTS"),
+        (sm90a_kernel((4, 4, 4), kernel=OF_EXPERTS), "groups of [4, 4, 4] HGMMA"),
         (dequantizing("dequantize_4bit bf16", 32, 206, 4), None),
         (dequantizing("dequantize_4bit float", 16, 142, 4), None),
         (dequantizing("dequantize_4bit bf16", 32, 330, 4), "10.3 instructions a value"),

@@ -157,6 +157,36 @@ def test_what_wgmma_needs_may_be_missing(missing, reason):
 
 
 @pytest.mark.parametrize(
+    ("change", "backward", "reason"),
+    [
+        ({}, False, None),
+        ({"m": 16384}, False, None),
+        ({"dropout": True, "float_adapters": True}, True, None),
+        ({"weight_row_major": False}, False, None),
+        ({"k": 40}, False, None),
+        ({"k": 40, "weight_row_major": False}, False, "the depth is below 64, or no multiple of 8"),
+        ({"n": 1540}, True, "the depth is below 64, or no multiple of 8"),
+        ({"aligned": False}, False, "rows do not begin at multiples of 16 bytes"),
+        ({"aligned_weight": False}, True, "rows do not begin at multiples of 16 bytes"),
+        ({"rank": 512}, True, None),
+    ],
+)
+def test_experts_take_wgmma_where_it_can_have_their_operands(change, backward, reason):
+    shape = {"m": 32768, "n": 1536, "k": 2048, "rank": 16} | change
+    problem = _C.Problem(*(shape.pop(name) for name in ("m", "n", "k", "rank")))
+    for name, value in shape.items():
+        setattr(problem, name, value)
+    card, tile = lora_ext.kernels.CARDS["H100"], "wgmma 128 x 256"
+    asked = {"backward": backward, "choice": "kernel", "groups": 128, "own_weights": True}
+    plan = _C.plan_as_asked(card, problem, tile=tile, **asked)
+    assert plan.tile == ("128 x 64" if reason else tile)
+    assert set(change) - {"m"} or _C.plan_as_asked(card, problem, **asked).tile == tile
+    assert ("without wgmma: " in str(plan)) == (reason is not None)
+    assert reason is None or f"without wgmma: {reason}" in str(plan)
+    assert "PDL" not in str(plan) and plan.blocks <= (3 * 132 if reason else 132)
+
+
+@pytest.mark.parametrize(
     ("name", "tiles", "resident"),
     [
         ("A100", ["128 x 128", "128 x 64"], 2),  # blocks of two stages on an SM

@@ -47,6 +47,12 @@ struct LoraGemmParams {
   Mask mask;  // of Y; only for masked kernels
 };
 
+// Rows in their original order: position = row of P and Y.
+struct SameRows {
+  static constexpr bool kInOrder = true;
+  __device__ __forceinline__ int operator()(int position) const { return position; }
+};
+
 // A tile of Y, kM x kN, computed by kM / kWarpM x kN / kWarpN warps in steps of 64 along k.
 template <int kM_, int kN_, int kWarpM_, int kWarpN_, int kStages_, int kSlabColumns_ = kWarpN_>
 struct LoraGemmTile {

@@ -32,10 +32,12 @@ struct LoraOwnWeightsParams {
   const LoraGroupedPiece* row_tiles;
   int row_tile_count;
   const int *p_rows, *y_rows, *mask_rows;  // as in LoraGroupedPlaces
+  int q_rows;                              // on wgmma: q_stride in rows of Q
 };
 
-// The interface of the low-rank product and of the tiles' rows to LoraGemmSm80.
-template <class T, bool kMNMajor, bool kUMNMajor>
+// The interface of the low-rank product and of the tiles' rows to LoraGemmSm80. kWholeSteps: the term
+// of hi hi begins with a step of its own.
+template <class T, bool kMNMajor, bool kUMNMajor, bool kWholeSteps = false>
 struct OwnWeights {
   using Rows = PositionedRows;
   static constexpr bool kAddsOntoBase = false;
@@ -97,7 +99,11 @@ struct OwnWeights {
 
   // The low-rank product: its depth, whose last term has no zeros up to the width, and in steps.
   __device__ __forceinline__ int depth() const {
-    return (p.terms == kMaxLowRankTerms ? 2 * o.width : 0) + p.rank;
+    return (p.terms == kMaxLowRankTerms ? last_term() : 0) + p.rank;
+  }
+  __device__ __forceinline__ int last_term() const {
+    if constexpr (kWholeSteps) return (2 * o.width + 63) / 64 * 64;
+    return 2 * o.width;
   }
   template <class Params>
   __device__ __forceinline__ static int parts(const Params&) {
@@ -138,8 +144,10 @@ struct OwnWeights {
   };
   __device__ __forceinline__ Ranks ranks_at(int depth) const {
     if (p.terms != kMaxLowRankTerms) return {depth, false, false};
-    const int term = static_cast<int>(depth >= o.width) + static_cast<int>(depth >= 2 * o.width);
-    return {depth - term * o.width, term == 0, term == 1};
+    const int term = static_cast<int>(depth >= o.width) + static_cast<int>(depth >= last_term());
+    int before = term * o.width;
+    if constexpr (kWholeSteps) before += term / 2 * (last_term() - 2 * o.width);
+    return {depth - before, term == 0, term == 1};
   }
 
   // Loads 64 of the depth of T and U.

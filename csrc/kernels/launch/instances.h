@@ -4,7 +4,7 @@
 //     LORA_EXT_LINEAR      the sequence of one adapter, with its kernels for every card
 //     LORA_EXT_GROUPED     the sequence of many adapters, with its kernels
 //     LORA_EXT_DECODE      the kernel for few rows, for both sequences
-//     LORA_EXT_GEMM_...    the kernels for Hopper, for the sequence of one adapter
+//     LORA_EXT_GEMM_...    the kernels for Hopper, for the sequence of one adapter, and of experts
 #pragma once
 #include "kernels/decode/launch.h"
 #include "kernels/launch/stream_launch.h"
@@ -23,9 +23,11 @@
                                      cuda::StreamLaunch&);                                      \
   kind void launch_lora_decode<T, float>(const plan::Decode&, const LoraDecodeParams<T>&, bool, \
                                          cuda::StreamLaunch&);
-#define LORA_EXT_GEMM_SM90A(kind, T)                                                \
-  kind void launch_lora_gemm_sm90a<T>(const LoraGemmParams<T>&, const Sm90aChoice&, \
-                                      cuda::StreamLaunch&);
+#define LORA_EXT_GEMM_SM90A(kind, T)                                                           \
+  kind void launch_lora_gemm_sm90a<T>(const LoraGemmParams<T>&, const Sm90aChoice&,            \
+                                      cuda::StreamLaunch&);                                    \
+  kind void launch_own_weights_sm90a<T>(const LoraOwnWeightsParams<T>&, bool, bool, bool, int, \
+                                        cuda::StreamLaunch&);
 #define LORA_EXT_GEMM_FUSED_SHRINK_SM90A(kind, T)                                             \
   kind void launch_lora_gemm_fused_shrink_sm90a<T>(                                           \
       const LoraGemmParams<T>&, const LoraFusedShrinkParams<T>&, const FusedShrinkFactor<T>&, \

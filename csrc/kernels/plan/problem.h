@@ -91,7 +91,7 @@ struct TileFacts {
   const char* name;
   int64_t rows, columns, shared;
   int resident;
-  bool wgmma;         // only on compute capability 9.0, in pairs of blocks along the rows
+  bool wgmma;  // only on compute capability 9.0; in pairs of blocks along the rows, but for experts
   bool fused_shrink;  // can also compute T, if fits_fused_shrink allows it
   double share;
 };
@@ -144,6 +144,7 @@ constexpr bool has_grouped_kernel(Tile tile) {
 // compute capability 9.0 not for these.
 inline bool has_experts_kernel(Tile tile, const Card& card, bool vector, bool transposed) {
   if (tile == Tile::k128x64) return true;
+  if (tile == Tile::kWgmma128x256) return vector;  // where why_no_wgmma allows it
   const bool large = tile == Tile::kDeep128x128 || tile == Tile::k128x128;
   return large && vector && !transposed && card.arch != 90;
 }

@@ -19,9 +19,9 @@ inline double area(int64_t rows, int64_t columns) {
 // Bytes of a number of x's dtype, in which also the weight, y and T are stored.
 inline double element_bytes(const Problem& p) { return static_cast<double>(element_size(p.dtype)); }
 
-// Number of blocks that have a tile of Y or dX; with wgmma in pairs along the rows.
+// Number of blocks that have a tile of Y or dX; with wgmma in pairs along the rows, but for experts.
 inline int64_t tiles_of_product(const TileFacts& tile, const Problem& p) {
-  const int64_t together = tile.wgmma ? 2 : 1;
+  const int64_t together = tile.wgmma && !p.own_weights() ? 2 : 1;
   return together * p.row_tiles(together * tile.rows) * blocks_of(p.columns(), tile.columns);
 }
 

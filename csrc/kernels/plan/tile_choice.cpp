@@ -24,13 +24,22 @@ Splits choose_splits(const Card& card, int64_t blocks, int64_t length, int64_t m
   return {static_cast<int>(blocks_of(steps, per_split)), static_cast<int>(per_split)};
 }
 
+// The last step along k of an MN-major Q ends where its expert's rows do.
+std::string why_no_wgmma_of_experts(const Problem& p) {
+  if (!p.aligned || !p.aligned_weight) return "rows do not begin at multiples of 16 bytes";
+  const bool mn_major = p.backward == p.weight_row_major;
+  return mn_major && (p.depth() < kStep || p.depth() % 8 != 0)
+             ? "the depth is below 64, or no multiple of 8"
+             : "";
+}
+
 // Why no kernel with wgmma and TMA computes a product on a card; "" if one can.
 std::string why_no_wgmma(const Card& card, const Problem& p) {
   if (card.arch != 90) return "only compute capability 9.0 has it";
   if (!card.sm90a_code) return "this build has no code for 9.0a";
   if (!card.tensor_maps) return "the driver encodes no tensor maps";
+  if (p.own_weights()) return why_no_wgmma_of_experts(p);
   if (p.rank > kMaxWgmmaRank) return "the rank is above 256";
-  if (p.own_weights()) return "experts' rows are gathered";
   if (p.groups) return "it cannot keep one adapter's sums from the rows of another";
   return "";
 }
@@ -50,7 +59,7 @@ void choose_product(Tiled& plan, const Card& card, const Problem& p, const Reque
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
   const int most = tile.wgmma ? std::min(card.sms, request.max_blocks) : request.max_blocks;
-  const bool use_pdl = tile.wgmma && !tile.fused_shrink && request.use_pdl;
+  const bool use_pdl = tile.wgmma && !tile.fused_shrink && !p.groups && request.use_pdl;
   plan.gemm = {tile.tile, std::min(blocks, request.max_blocks), use_pdl, most};
   if (card.arch == 90 && plan.base == Base::kKernel) plan.no_wgmma = why_no_wgmma(card, p);
   if (!tile.fused_shrink) return;
@@ -122,8 +131,8 @@ std::vector<Tile> tiles_of(const Card& card, const Call& call) {
 }
 
 // If lora_gemm only adds a low-rank product, the smallest tile, of which most fit on an SM. Tiles on
-// wgmma alone if there are any: the others have two thirds of the rate at most. lora_dsdb computes dS
-// without another pass over dY.
+// wgmma alone if there are any, but for experts, who may have few rows each: the others have two
+// thirds of the rate at most. lora_dsdb computes dS without another pass over dY.
 std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
   const Problem& p = plan.problem;
   const Tiled* tiled = plan.tiled();
@@ -139,7 +148,11 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
     if (each == Tile::kDecode || !fits) continue;
     if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !fused_shrink)) continue;
     if (each == request.tile) return {each};
-    if (tile.wgmma == wgmma) tiles.push_back(each);
+    if (p.own_weights()) {  // of two that W's bytes bound alike, that on wgmma
+      tiles.insert(tile.wgmma ? tiles.begin() : tiles.end(), each);
+    } else if (tile.wgmma == wgmma) {
+      tiles.push_back(each);
+    }
   }
   return tiles.empty() ? std::vector{Tile::k128x64} : tiles;
 }

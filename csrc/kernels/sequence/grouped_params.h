@@ -217,6 +217,7 @@ class LoraGroupedParams {
     params.gemm.u_pitch = u_pitch, params.u_stride = u_stride, params.width = plan_.width;
     params.gemm.rank = o_.rows.max_rank, params.gemm.terms = plan_.terms == 2 ? 3 : 1;
     params.q_stride = o_.weight_stride, params.y_rows = o_.places.y;
+    params.q_rows = static_cast<int>(o_.weight_stride / std::max<int64_t>(1, o_.weight_pitch));
     params.first_expert = o_.first_weight, params.end_expert = o_.end_weight;
     params.row_tiles = at<LoraGroupedPiece>(tables_.row_tiles);
     params.row_tile_count = tables_.row_tile_count;

@@ -12,6 +12,7 @@
 // The interface of a launcher is that of sequence/linear_sequence.h.
 #pragma once
 #include "kernels/decode/launch.h"
+#include "kernels/grouped/own_weights_sm90a.h"
 #include "kernels/sequence/grouped_params.h"
 
 namespace lora_ext::kernel {
@@ -114,6 +115,9 @@ class LoraGroupedSequence {
   // Of dX W is MN-major as the linear layer stores it.
   template <bool kOfDx, bool kMasked>
   void own_weights(const LoraOwnWeightsParams<T>& params) {
+    if (plan::facts_of(plan_.gemm->tile).wgmma)
+      return launch_own_weights_sm90a(params, kOfDx == plan_.weight_row_major, kOfDx, kMasked,
+                                      plan_.gemm->blocks, launch_);
     plan_.weight_row_major ? own_weights_on<kOfDx, kOfDx, kMasked>(params)
                            : own_weights_on<!kOfDx, kOfDx, kMasked>(params);
   }

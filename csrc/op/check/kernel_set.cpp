@@ -61,7 +61,8 @@ void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vecto
 }
 
 void add_experts(const plan::Card& card, Kernels kernels, std::vector<Kernels>& all) {
-  kernels.experts = true;
+  if (kernels.tail == 4) return;  // a kernel for all
+  kernels.experts = true, kernels.tail = 0;
   for (const bool transposed : {false, true}) {
     kernels.transposed = transposed;
     for (const bool vector : {true, false}) {
@@ -76,7 +77,7 @@ void add_experts(const plan::Card& card, Kernels kernels, std::vector<Kernels>& 
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
   const int64_t whole = plan::facts_of(kernels.tile).fused_shrink ? 0 : 64;
-  return kernels.tail == 1 ? whole + 8 : 40;
+  return kernels.tail == 1 || kernels.experts ? whole + 8 : 40;
 }
 
 }  // namespace
@@ -114,7 +115,7 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   kernels.tile = tiled.gemm ? tiled.gemm->tile : plan::Tile::k128x64;  // dX may not be needed
   kernels.hybrid = plan.hybrid(), kernels.vector = tiled.vector;
   kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
-  if (tiled.gemm && plan::facts_of(kernels.tile).wgmma)
+  if (tiled.gemm && plan::facts_of(kernels.tile).wgmma && !kernels.experts)
     kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.fused_shrink);
   kernels.uses_pdl = (tiled.gemm && tiled.gemm->use_pdl) || tiled.wgrad_uses_pdl;
   kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;

@@ -116,8 +116,10 @@ at::Tensor first_matrix(const at::Tensor& stack) {
 }
 
 bool aligned_stack(const at::Tensor& stack) {
-  const auto bytes = static_cast<int64_t>(stack.element_size());
-  return stack.stride(0) * bytes % kChunk == 0 && aligned(first_matrix(stack));
+  const at::Tensor first = first_matrix(stack);
+  const int64_t pitch = std::max<int64_t>(1, pitch_of(first));
+  return aligned(first) && stack.stride(0) % pitch == 0 &&
+         stack.stride(0) / pitch * stack.size(0) <= std::numeric_limits<int>::max();
 }
 
 bool aligned_rows(int64_t columns, Dtype dtype) { return columns % chunk_elements(dtype) == 0; }

@@ -22,7 +22,7 @@ int64_t pitch_of(const at::Tensor& tensor);
 bool aligned(const at::Tensor& tensor);
 // The first matrix of a stack, or its transpose if that has unit stride within a row.
 at::Tensor first_matrix(const at::Tensor& stack);
-// Whether all of them are aligned.
+// Whether all of them are aligned, and rows of one matrix with fewer than 2^31.
 bool aligned_stack(const at::Tensor& stack);
 // The same for a result [rows, columns] from torch's allocator, which aligns it.
 bool aligned_rows(int64_t columns, Dtype dtype);

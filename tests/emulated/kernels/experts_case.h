@@ -128,6 +128,7 @@ class ExpertsTest {
     plan::Request asked{draw(2) ? plan::Choice::kAuto : plan::Choice::kKernel};
     auto tiles = plan::tiles_of(card_, {p.backward, kSplit, dropout_});
     if (draw(2)) asked.tile = tiles[draw(static_cast<int>(tiles.size()))];
+    if (asked.tile && card_.arch == 90) asked.tile = plan::Tile::kWgmma128x256;
     const plan::Plan plan = plan::make_plan(card_, p, asked);
     if (plan.tiled() == nullptr || plan.hybrid()) differ("no kernel: %s", plan.reason.c_str());
     tell(std::string(p.backward ? "backward" : "forward") + ", experts" +

@@ -13,6 +13,8 @@ EIGHT_LOADS = "eight loads of a float, where two of 16 bytes would do"
 NOTHING_LEFT = "of a chunk behind the row's end nothing is loaded or stored"
 ONE_BY_ONE = "two loads of an element, where one of both would do"
 OTHERS = "adapters without a row in a part of the batch are multiplied for it, too, and not added"
+WHOLE_CHUNKS = "columns are multiples of 8"
+NO_ROW = "rows past the tile's end are not copied, wherever they are"
 EVERY_LANE = "every lane waits for its bulk groups, of which only the elected one has any"
 
 HARMLESS = {
@@ -30,6 +32,15 @@ HARMLESS = {
     "grouped/segments.batch.t.row_tiles==nullptr:never": "row tiles are counted for no table",
     "gemm/sm80/kernel.run.found.is_empty():never": "of all rows no tile is empty",
     "grouped/own_weights.is_empty.count==0:never": "no row of an empty tile is stored",
+    "grouped/own_weights_sm90a.next.!span.is_empty():always": "no row of an empty tile is stored",
+    "grouped/own_weights_sm90a.ends.turn.tile>=block.tiles:high": "behind the last is an empty one",
+    "grouped/own_weights_sm90a.row_of.in_tile<turn.span.count:always": NO_ROW,
+    "grouped/own_weights_sm90a.row_of.in_tile<turn.span.count:high": NO_ROW,
+    "grouped/own_weights_sm90a.load_main_product.column<k0:low": WHOLE_CHUNKS,
+    "grouped/own_weights_sm90a.store_chunks.column<p.n:low": WHOLE_CHUNKS,
+    "grouped/own_weights_sm90a.lora_grouped_gemm_own_weights_sm90a.o.gemm.k>0:never": (
+        "a tensor map less is prefetched"
+    ),
     "gemm/sm80/kernel.multiply_main.!rows.has_products():never": "of all rows every tile has them",
     "gemm/sm80/loads.place_of.row_tiles-first>=kGroup:high": (
         "eight rows that are left are a group"

@@ -68,6 +68,7 @@ PROGRAMS = {
     ),
     "lora_grouped_gemm": ("grouped/gemm", "grouped/operands.operator()", "tile/factor_chunk"),
     "lora_grouped_own_weights": ("grouped/own_weights",),
+    "lora_grouped_own_weights_sm90a": ("grouped/own_weights_sm90a",),
     "lora_grouped_sequence": ("sequence/grouped_params", "sequence/grouped_sequence"),
     "lora_grouped_wgrad": ("grouped/wgrad",),
 }

@@ -40,6 +40,7 @@ STEPS_OF = {
     "lora_decode": [*STEPS, ("plain", "29:72")],
     "lora_grouped_gemm": [*STEPS, ("plain", "29:60")],
     "lora_grouped_own_weights": [*STEPS, ("plain", "29:90")],
+    "lora_grouped_own_weights_sm90a": [*STEPS, ("plain", "29:90")],
     "lora_grouped_segments": [*STEPS, ("plain", "29:170")],
     "lora_experts": [*STEPS, ("plain", "29:80")],
 }

@@ -17,6 +17,7 @@ SEEDS = {
     "lora_grouped_shrink": (720, 720),
     "lora_grouped_gemm": (468, 468),
     "lora_grouped_own_weights": (864, 864),
+    "lora_grouped_own_weights_sm90a": (144, 144),
     "lora_grouped_wgrad": (640, 640),
     "dequantize": (300, 300),
     "dropout": (600, 600),

@@ -14,12 +14,6 @@ namespace lora_ext::kernel {
 // The copies of one thread for an operand of lora_gemm, step after step along k: the same chunks of
 // each tile. Addresses and limits are computed where a product begins, and advance with the steps.
 //
-// SameRows is for rows in their original order: position = row of P and Y.
-struct SameRows {
-  static constexpr bool kInOrder = true;
-  __device__ __forceinline__ int operator()(int position) const { return position; }
-};
-
 // Tiles of kRows x kColumns, one after the other along the rows of a matrix (kAlongRows) or down
 // its columns. A thread's chunks are one below the other, kApart rows apart.
 template <class T, int kThreads, int kRows, int kColumns, bool kAlongRows, class Rows = SameRows>

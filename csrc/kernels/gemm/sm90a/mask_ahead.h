@@ -15,7 +15,8 @@
 
 namespace lora_ext::kernel {
 
-template <class T, class Tile>
+// row_at: the row of the mask of each row.
+template <class T, class Tile, class Rows = SameRows>
 struct LoraGemmSm90aMaskAhead {
   using Block = LoraGemmSm90aBlock<T, Tile>;
 
@@ -26,6 +27,7 @@ struct LoraGemmSm90aMaskAhead {
 
   const Block& block;
   const int first_row, first_column;  // of this thread, in a tile
+  const Rows row_at{};
   const MaskShares shares{block.p.mask};
 
   // Shares per step of a tile, rounded up, so that none are left after the last step.
@@ -41,8 +43,11 @@ struct LoraGemmSm90aMaskAhead {
   __device__ __forceinline__ void begin(int of_tile) {
     if (tile == of_tile) return;
     const auto at = block.place_of(of_tile);
-    row = at.row + first_row, column = at.column + first_column;
+    restart(at.row, at.column);
     tile = of_tile;
+  }
+  __device__ __forceinline__ void restart(int at_row, int at_column) {
+    row = at_row + first_row, column = at_column + first_column;
     drawn = 0;
   }
 
@@ -65,7 +70,7 @@ struct LoraGemmSm90aMaskAhead {
   // The order: rows 0 and 8 of each 64, and shares from left to right.
   __device__ __forceinline__ uint32_t draw_share() const {
     const int of_rows = drawn / kSharesOfRow;
-    return shares.draw(row + of_rows / 2 * 64 + of_rows % 2 * 8,
+    return shares.draw(row_at(row + of_rows / 2 * 64 + of_rows % 2 * 8),
                        column + drawn % kSharesOfRow * 32);
   }
 

@@ -141,11 +141,11 @@ struct LoraGemmSm90aConsumer {
   }
 
   // Multiplies one stage, kSteps times 16 along k.
-  template <int kSteps, int kHalf, class Meanwhile = Nothing>
+  template <int kSteps, bool kRightMNMajor = kMNMajor, int kHalf, class Meanwhile = Nothing>
   __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
                                        const Meanwhile& meanwhile = Meanwhile()) const {
     ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
-    multiply<kSteps>(acc, now);
+    multiply<kSteps, kRightMNMajor>(acc, now);
     meanwhile();
     ptx::wgmma_wait_group<1>();  // this step's group goes on, the one before has ended
     if (now.held >= 0) release(now.held);
@@ -155,13 +155,13 @@ struct LoraGemmSm90aConsumer {
 
   // The wgmmas of a stage, whose rows are 128 bytes. K-major: 16 along k are 32 bytes of a row, and
   // groups of eight rows are 1024 bytes apart. MN-major: 16 along k are 16 rows of each panel.
-  template <int kSteps, int kHalf>
+  template <int kSteps, bool kRightMNMajor, int kHalf>
   __device__ __forceinline__ void multiply(float (&acc)[Tile::kRowBlocks][kHalf],
                                            Progress& now) const {
-    constexpr ptx::Major kMajor = kMNMajor ? ptx::Major::kMN : ptx::Major::kK;
+    constexpr ptx::Major kMajor = kRightMNMajor ? ptx::Major::kMN : ptx::Major::kK;
     constexpr uint32_t kGroup = 8 * Tile::kRowBytes, kAlongRow = 32;
-    constexpr uint32_t kAlongRight = kMNMajor ? 16 * Tile::kRowBytes : kAlongRow;
-    constexpr uint32_t kPanels = kMNMajor ? Tile::kPanelBytes : 16;  // K-major: not used
+    constexpr uint32_t kAlongRight = kRightMNMajor ? 16 * Tile::kRowBytes : kAlongRow;
+    constexpr uint32_t kPanels = kRightMNMajor ? Tile::kPanelBytes : 16;  // K-major: not used
     const uint32_t left = block.left(now.ring.slot) +
                           static_cast<uint32_t>(consumer * Tile::kRowsApart) * Tile::kRowBytes;
     const uint32_t right = block.right(now.ring.slot);

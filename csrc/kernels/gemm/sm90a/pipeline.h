@@ -162,15 +162,20 @@ struct LoraGemmSm90aBlock {
             within / height * Tile::kN};
   }
 
-  __device__ __forceinline__ void set_up() const {
-    // Readers are in both blocks: what this block multicasts arrives in both.
+  // One thread; so many arrivals fill a stage.
+  __device__ __forceinline__ void init_barriers(uint32_t fills) const {
+    // Readers are in all blocks: what this block multicasts arrives in all.
     constexpr int kReleases = Tile::kClusterSize * Tile::kReaders;
+    for (int slot = 0; slot < Tile::kStages; ++slot) {
+      ptx::mbarrier_init(full(slot), fills);
+      ptx::mbarrier_init(empty(slot), kReleases);
+    }
+    ptx::fence_mbarrier_init();
+  }
+
+  __device__ __forceinline__ void set_up() const {
     if (threadIdx.x == 0) {
-      for (int slot = 0; slot < Tile::kStages; ++slot) {
-        ptx::mbarrier_init(full(slot), 1u);
-        ptx::mbarrier_init(empty(slot), kReleases);
-      }
-      ptx::fence_mbarrier_init();
+      init_barriers(1u);
       ptx::prefetch_tensor_map(&maps.low_rank[0].t);
       ptx::prefetch_tensor_map(&maps.low_rank[0].u);
       ptx::prefetch_tensor_map(&maps.y);

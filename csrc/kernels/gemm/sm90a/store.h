@@ -33,14 +33,15 @@ struct LoraGemmSm90aBias {
 
   __device__ __forceinline__ bool given() const { return p.bias != nullptr; }
 
-  // Loads the bias of the tile that begins at `column`; zero past the last column.
-  __device__ __forceinline__ Loaded load(int column) const {
+  // Loads the bias of the tile that begins at `column`; zero past the last column. Before that of
+  // column 0 there are so many of others.
+  __device__ __forceinline__ Loaded load(int column, int64_t others = 0) const {
     Loaded loaded{};
     if (given()) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int at = column + thread + i * Tile::kWarpgroup;
-        if (at < p.n) loaded.bits[i] = bits_at(at);
+        if (at < p.n) loaded.bits[i] = bits_at(others + at);
       }
     }
     return loaded;
@@ -62,7 +63,7 @@ struct LoraGemmSm90aBias {
     return reinterpret_cast<float*>(rows) + static_cast<size_t>(consumer) * Tile::kBiasColumns;
   }
 
-  __device__ __forceinline__ uint32_t bits_at(int column) const {
+  __device__ __forceinline__ uint32_t bits_at(int64_t column) const {
     uint32_t bits = 0;
     if (p.float_bias) {
       const float value = static_cast<const float*>(p.bias)[column];

@@ -1,9 +1,10 @@
 """Rows of experts: what is another expert's, another row's, or no expert's."""
 
-from emulated.mutants.faults.fault import faults_of
+from emulated.mutants.faults.fault import Fault, faults_of
 from emulated.mutants.faults.grouped import of_op
 
 of_gemm = faults_of("grouped/own_weights.h")
+of_wgmma = faults_of("grouped/own_weights_sm90a.h")
 of_params = of_op("sequence/grouped_params.h", "--variant", "experts_float_bf16")
 of_sequence = of_op("sequence/grouped_sequence.h", "--variant", "experts_float_bf16")
 of_plan = of_op("tile_choice.cpp", "--variant", "experts_bf16")
@@ -113,15 +114,15 @@ EXPERTS = [
         "the first term is lo lo",
         "that is below float's rounding, and lo hi is missing",
         (
-            "return {depth - term * o.width, term == 0, term == 1};",
-            "return {depth - term * o.width, term == 0, term != 2};",
+            "return {depth - before, term == 0, term == 1};",
+            "return {depth - before, term == 0, term != 2};",
         ),
     ),
     of_gemm(
         "experts_lo_at_the_rank",
         "the last term begins behind twice the rank",
         "T and U have zeros up to the width",
-        ("? 2 * o.width : 0) + p.rank;", "? 2 * p.rank : 0) + p.rank;"),
+        ("? last_term() : 0) + p.rank;", "? 2 * p.rank : 0) + p.rank;"),
     ),
     of_gemm(
         "experts_lo_never_scaled",
@@ -135,11 +136,86 @@ EXPERTS = [
         "those of the next expert are read for nothing",
         ("p.t_pitch, span.begin + span.count, of_t + left}", "p.t_pitch, p.m, of_t + left}"),
     ),
+    of_wgmma(
+        "experts_wgmma_first_weight",
+        "Q's box is that of the first expert",
+        "the tile's rows have another one",
+        ("(turn.span.adapter - o.first_expert) * o.q_rows", "0 * o.q_rows"),
+    ),
+    of_wgmma(
+        "experts_wgmma_slice_from_the_first",
+        "the W of a slice are taken for those of the first experts",
+        "its first has another number",
+        ("(turn.span.adapter - o.first_expert) * o.q_rows", "turn.span.adapter * o.q_rows"),
+    ),
+    of_wgmma(
+        "experts_wgmma_first_bias",
+        "every tile adds the first expert's bias",
+        "its rows have another expert",
+        ("turn.span.adapter * shared.adapters.o.bias_stride", "0 * shared.adapters.o.bias_stride"),
+    ),
+    of_wgmma(
+        "experts_wgmma_row_of_another_lane",
+        "a thread's rows of P are those of the lane beside",
+        "four rows of a warp are a row apart, eight lanes each",
+        ("row, i * 4 + lane / 8)", "row, i * 4 + lane % 4)"),
+    ),
+    of_wgmma(
+        "experts_wgmma_tile_over_two_segments",
+        "all rows of a tile are stored",
+        "those past the piece's end are the next expert's",
+        ("rows.count = turn.span.count - first;", "rows.count = Tile::kM - first;"),
+    ),
+    of_wgmma(
+        "experts_wgmma_last_step_into_the_next",
+        "the last step of an MN-major Q begins where others do",
+        "the next expert's rows are behind, and zeros times NaN are NaN",
+        ("kMNMajor ? min(k0, p.k - Tile::kK) : k0", "k0"),
+    ),
+    of_wgmma(
+        "experts_wgmma_step_begun_before_doubled",
+        "what the last step has in common with the one before is multiplied twice",
+        "P has zeros there",
+        ("column < k0 ? 0 : min", "column < 0 ? 0 : min"),
+    ),
+    of_wgmma(
+        "experts_wgmma_fence_after_the_arrival",
+        "the fence between the proxies follows the arrival",
+        "wgmma may read before what the copies wrote is visible to it",
+        (
+            "    ptx::fence_proxy_async_shared();\n    __syncwarp();\n",
+            "    __syncwarp();\n",
+        ),
+        (
+            "ptx::mbarrier_arrive_remote(shared.block.full(slot), 0);",
+            "ptx::mbarrier_arrive_remote(shared.block.full(slot), 0); ptx::fence_proxy_async_shared();",
+        ),
+    ),
+    Fault(
+        "experts_wgmma_mask_of_the_tile_before",
+        "bits are drawn for the tile that is multiplied",
+        "those drawn meanwhile are the next one's",
+        (
+            (
+                "grouped/own_weights_sm90a.h",
+                "      draw_for(ahead, then);\n      consumer",
+                "      draw_for(ahead, turn);\n      consumer",
+            ),
+        ),
+        "lora_grouped_own_weights_sm90a",
+        ("--variant", "dx_masked"),
+    ),
     of_params(
         "experts_weights_a_row_apart",
         "an expert's W begins a row after the one before",
         "it has as many rows as there are features",
         ("params.q_stride = o_.weight_stride", "params.q_stride = o_.weight_pitch"),
+    ),
+    of_params(
+        "experts_wgmma_matrices_without_a_gap",
+        "an expert's W begins where the features of the one before end",
+        "the stack may have rows between them",
+        ("o_.weight_stride / std::max<int64_t>(1, o_.weight_pitch)", "o_.n"),
     ),
     of_params(
         "experts_biases_in_one",

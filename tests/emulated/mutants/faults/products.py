@@ -14,7 +14,7 @@ WAIT_PREVIOUS = (
 )
 RELEASE_HELD = "    if (now.held >= 0) release(now.held);\n"
 FINISH = "    wait_for_products(acc);\n    release(now.held);\n"
-MULTIPLY = "    multiply<kSteps>(acc, now);\n"
+MULTIPLY = "    multiply<kSteps, kRightMNMajor>(acc, now);\n"
 DEC = "    ptx::setmaxnreg_dec<Tile::kProducerRegisters>();\n"
 INC = "    ptx::setmaxnreg_inc<Tile::kConsumerRegisters>();\n"
 WARP = "static_cast<int>(threadIdx.x) / 32 % 4"
@@ -82,7 +82,10 @@ PRODUCTS = [
         "wgmma_skipped_by_outside_warps",
         "a warp whose rows lie outside a short matrix leaves out its wgmmas",
         "wgmma is a warpgroup's: all four warps must execute the same",
-        (MULTIPLY, f"    if ({WARP} * 16 < block.p.m) multiply<kSteps>(acc, now);\n"),
+        (
+            MULTIPLY,
+            f"    if ({WARP} * 16 < block.p.m) multiply<kSteps, kRightMNMajor>(acc, now);\n",
+        ),
     ),
     of_consumer(
         "descriptor_per_warp",

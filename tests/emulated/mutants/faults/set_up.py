@@ -3,8 +3,8 @@
 from emulated.mutants.faults.fault import Fault
 
 BLOCK = "gemm/sm90a/pipeline.h"
-INITS = "      for (int slot = 0; slot < Tile::kStages; ++slot) {\n"
-FENCE = "      ptx::fence_mbarrier_init();\n"
+INITS = "    for (int slot = 0; slot < Tile::kStages; ++slot) {\n"
+FENCE = "    ptx::fence_mbarrier_init();\n"
 LEAVE = "    ptx::cluster_arrive();\n"
 
 SET_UP = [
