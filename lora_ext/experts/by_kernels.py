@@ -9,11 +9,14 @@ functions are those of `projection`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+import lora_ext._C as _C
 
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
@@ -31,6 +34,16 @@ def supports(projection: Projection) -> bool:
     if isinstance(weight, QuantizedStack):
         return len(place) > 0 and weight.has_slices
     return weight.dtype in HALVES and 1 in weight.stride()[1:]
+
+
+@functools.cache
+def have_wgmma(device: torch.device) -> bool:
+    """Whether the kernels reach torch's rate on a device: the planner takes wgmma there."""
+    if device.type != "cuda":
+        return False
+    card, problem = _C.cuda_card(device), _C.Problem(4096, 4096, 4096, 16)
+    asked = {"backward": False, "choice": "kernel", "groups": 8, "own_weights": True}
+    return _C.plan_as_asked(card, problem, **asked).wgmma
 
 
 def _slices(weight: Tensor | QuantizedStack, x: Tensor) -> Iterable[tuple[int, Tensor]]:

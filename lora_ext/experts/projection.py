@@ -51,11 +51,12 @@ _FEW_ROWS = 16
 
 def _is_by_kernels(projection: Projection, given: Tensor | None) -> bool:
     """Whether `by_kernels` computes a call. Torch's grouped product, where it is a kernel that
-    takes the call, is faster for more than few rows."""
+    takes the call, is faster for more than few rows, but not than kernels on wgmma."""
     if not by_kernels.supports(projection):
         return False
     weight, rows = projection.weight, len(projection.routes.perm)
-    return rows < _FEW_ROWS * len(weight) or not products.are_grouped(weight, rows, given)
+    are_faster = rows < _FEW_ROWS * len(weight) or by_kernels.have_wgmma(weight.device)
+    return are_faster or not products.are_grouped(weight, rows, given)
 
 
 def _groups(projection: Projection, bounds: list[int]) -> tuple[Any, list[ExpertGroup]]:

@@ -6,6 +6,7 @@ the kernels in the emulated package.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,16 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
-from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, lora_experts, products
+from lora_ext import _C
+from lora_ext.experts import (
+    Experts,
+    ExpertsAdapter,
+    by_kernels,
+    expert_groups,
+    lora_experts,
+    products,
+    projection,
+)
 from lora_ext.torch_state import is_captured
 
 EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
@@ -272,6 +282,32 @@ def test_cards_without_the_kernel(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = torch.empty(EXPERTS, 48, 32, dtype=BF16).as_subclass(OfCard)
     assert products.are_grouped(weight, 5, None) == (capability[0] in (9, 10))
+
+
+class OnCard(list):
+    """A weight of as many experts, so far as a choice reads it."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "sm90a_code", "rows", "takes"),
+    [
+        (90, True, 9999, True),
+        (90, False, 9999, False),
+        (100, True, 9999, False),
+        (100, True, 9, True),
+    ],
+)
+def test_kernels_take_the_place_of_the_grouped_product(arch, sm90a_code, rows, takes, monkeypatch):
+    """With wgmma, or for few rows."""
+    card = _C.Card(arch, 132, 233472, 232448, sm90a_code=sm90a_code)
+    monkeypatch.setattr(_C, "cuda_card", lambda device: card)
+    monkeypatch.setattr(by_kernels, "have_wgmma", by_kernels.have_wgmma.__wrapped__)
+    monkeypatch.setattr(by_kernels, "supports", lambda projection: True)
+    monkeypatch.setattr(products, "are_grouped", lambda *call: True)
+    case = SimpleNamespace(weight=OnCard(range(EXPERTS)), routes=SimpleNamespace(perm=range(rows)))
+    assert projection._is_by_kernels(case, None) == takes
 
 
 def test_a_capture(monkeypatch):
