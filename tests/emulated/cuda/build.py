@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulated import programs
-from emulated.package.build import FLAVOUR, TorchObject, link, sources, torchs_half
+from emulated.package.build import FLAVOUR, KERNELS, TorchObject, link, sources, torchs_half
 from emulator import build
 
 PACKAGE = build.BUILD / "cuda"
@@ -17,14 +17,14 @@ PACKAGE = build.BUILD / "cuda"
 
 @dataclass(frozen=True)
 class CudaObject(programs.Object):
-    """A source of csrc/kernels/launch/."""
+    """A source of csrc/kernels/launch/, whose instances are linked: the sequences have them all."""
 
     def command(self) -> list[str]:
         included = [
             build.ROOT / "tests" / "emulated" / "cuda" / "runtime.h",
             build.ROOT / programs.KERNELS / "instances.h",
         ]
-        macros = ["-DLORA_EXT_WITH_SM90A", "-w"]
+        macros = ["-DLORA_EXT_WITH_SM90A", "-DEVERY_INSTANCE", "-w"]
         command = super().command()
         at = command.index("-c")
         includes = [word for path in included for word in ("-include", str(path))]
@@ -37,6 +37,7 @@ def objects() -> list[build.Object]:
         *torchs_half(),
         TorchObject(FLAVOUR, "tests/emulated/cuda/device.cpp", kernels=False),
         *(programs.Object(FLAVOUR, name, kernels=False) for name in programs.CUDA_RUNTIME),
+        programs.Object(FLAVOUR, KERNELS, kernels=True),
         *programs.kernel_objects(FLAVOUR),
         *programs.library_objects(FLAVOUR),
     ]
