@@ -5,6 +5,7 @@ csrc/kernels/launch/: planner, tensors, workspace, checks and autograd run as th
 CPU tensors.
 """
 
+import json
 import os
 import re
 import shutil
@@ -198,6 +199,43 @@ def state(package: Path, names: tuple[str, ...]) -> str:
     return kept.key(sys.version, *sorted(installed), *map(kept.content, sorted(read)))
 
 
+# Imports torch, which takes longer than most code that runs here, and forks for each piece of code.
+FORKS = """
+import json, os, sys
+import pytest, torch
+for line in sys.stdin:
+    code, environment, *outputs = json.loads(line)
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for number, path in enumerate([os.devnull, *outputs]):
+    os.dup2(os.open(path, os.O_RDWR), number)
+os.environ.clear()
+os.environ.update(environment)
+exec(code)
+"""
+
+
+@cache
+def forks(package: Path) -> subprocess.Popen:
+    command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
+    there = {**os.environ, "PYTHONPATH": "tests"}
+    return subprocess.Popen(command, cwd=package, env=there, stdin=pipe, stdout=pipe, text=True)
+
+
+def fork(code: str, package: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Runs code as `python -c` would."""
+    server = forks(package)
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        asked = json.dumps([code, environment, out.name, err.name])
+        print(asked, file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(code, status, out.read(), err.read())
+
+
 def run(
     arguments: list[str], package: Path = PACKAGE, **environment: str
 ) -> subprocess.CompletedProcess:
@@ -212,9 +250,11 @@ def run(
     found = kept.load(name) if alone else None
     if found is not None:
         return subprocess.CompletedProcess(command, 0, *found)
-    done = subprocess.run(
-        command, cwd=package, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    environment = {**os.environ, **environment}
+    if arguments[0] == "-c":
+        done = fork(arguments[1], package, environment)
+    else:
+        done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
     if alone and done.returncode == 0:
         kept.store(name, [done.stdout, done.stderr])
     return done
