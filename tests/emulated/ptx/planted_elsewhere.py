@@ -224,6 +224,27 @@ KERNELS = {
             ("rows past the end not zeros", ZERO_FILL, r"mov.u32 \1, \2;", None),
         ],
     ),
+    "own-weights-wgmma": (
+        kernel(
+            "lora_gemm_sm90a_bf16",
+            "90a",
+            "own_weights_sm90aI13__nv_bfloat16Lb0ELb0ELb0E",
+            "lora_grouped_own_weights_sm90a",
+            "bf16",
+        ),
+        [
+            NO_WAIT,
+            LATE_WAIT,
+            NO_COMMIT,
+            ("no fence between the proxies", r"fence\.proxy\.async\.shared::cta;", "", None),
+            (
+                "a warp's rows of one lane",
+                r"(shfl\.sync\.idx\S+\s+[^,]*, [^,]*, )%r\d+",
+                r"\g<1>0",
+                None,
+            ),
+        ],
+    ),
     "experts-weights": (
         kernel(
             "lora_grouped_bf16",
