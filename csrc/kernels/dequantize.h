@@ -9,7 +9,19 @@
 
 namespace lora_ext::kernel {
 
-struct Dequantize4bitParams {
+// Matrices one after the other, one unless they are a mixture's experts.
+struct DequantizedMatrices {
+  void* out;
+  int64_t count;  // values of each
+  int matrices;
+  // Of experts: the ends of their rows, int32, and the expert of the first matrix. Those without
+  // rows are left out; null: none is.
+  const int* offs;
+  int first;
+  bool aligned;  // as a format says, each matrix
+};
+
+struct Dequantize4bitParams : DequantizedMatrices {
   static constexpr int kMinBlockBits = 5;
 
   const uint8_t* packed;       // two codes a byte, the first in the upper half
@@ -19,20 +31,16 @@ struct Dequantize4bitParams {
   const float* scale_table;    // 256 values
   const float* scale_scale;    // one per scale_block blocks
   const float* scale_offset;   // one value
-  void* out;
-  int64_t count;
-  int block_bits, scale_block_bits;  // both are powers of two
-  bool aligned;                      // packed to 4 bytes and out to 16 bytes
+  // Both are powers of two. Each matrix begins a block. Aligned: packed to 4 bytes, out to 16.
+  int block_bits, scale_block_bits;
 };
 
-struct Dequantize8bitParams {
+// Aligned: codes to 8 bytes, out to 16; rows are whole 16-byte chunks of out.
+struct Dequantize8bitParams : DequantizedMatrices {
   const int8_t* codes;  // [rows, columns]
   const float* scale;   // one per row
-  void* out;            // [rows, columns]
-  int64_t count;
   uint32_t columns;
   float multiplier;
-  bool aligned;  // codes to 8 bytes, out to 16 bytes; rows are whole 16-byte chunks of out
 };
 
 // Those of any format.

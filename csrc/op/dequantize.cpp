@@ -41,6 +41,14 @@ struct NestedScale {
   }
 };
 
+// The matrices of a mixture's experts, one after the other in out.
+struct Experts {
+  const std::optional<at::Tensor>& offs;  // int32, the ends of all experts' rows; none: one matrix
+  int64_t first, count;                   // the expert of the first matrix, and the matrices
+
+  void check(const at::Tensor& out) const;
+};
+
 // What a format does not have is not read.
 struct Quantized {
   const at::Tensor &codes, &scale;
@@ -48,6 +56,7 @@ struct Quantized {
   int64_t block;                           // codes that share a scale
   NestedScale nested;
   double multiplier;  // of every scale
+  Experts experts;
 };
 
 // ---- checks ----
@@ -64,6 +73,15 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& out, at
          tensor.strides());
   EXPECT(tensor.sym_numel() == count, "expected ", name, " of ", count, " elements, but got ",
          tensor.sym_numel());
+}
+
+void Experts::check(const at::Tensor& out) const {
+  if (!offs) return;
+  quantized::check("offs", *offs, out, at::kInt, offs->sym_numel());
+  EXPECT(
+      count > 0 && out.sym_numel() % count == 0 && first >= 0 && first + count <= offs->sym_numel(),
+      "expected out of whole matrices of experts that offs has, but got ", count, " from ", first,
+      " on for out of shape ", out.sym_sizes(), " and offs of ", offs->sym_sizes());
 }
 
 void check_table(const Quantized& weight, const at::Tensor& out) {
@@ -170,9 +188,12 @@ bool is_aligned(const void* pointer, uintptr_t bytes) {
 
 // On the current stream of out's device; `aligned` of the params counts for what is read.
 template <class Params>
-void launch(Params& params, const at::Tensor& out) {
+void launch(Params& params, const Experts& experts, const at::Tensor& out) {
   params.out = out.mutable_data_ptr();
-  params.count = out.numel();
+  params.matrices = experts.offs ? static_cast<int>(experts.count) : 1;
+  params.count = out.numel() / params.matrices;
+  params.offs = experts.offs ? experts.offs->const_data_ptr<int>() : nullptr;
+  params.first = static_cast<int>(experts.first);
   params.aligned &= is_aligned(params.out, 16);
   const c10::DeviceGuard guard(out.device());
   const std::string error = cuda::launch_dequantize(dtype_of(out.scalar_type()), params,
@@ -205,7 +226,10 @@ void dequantize_4bit_cuda(const Quantized& weight, at::Tensor& out) {
     params.scale = weight.scale.const_data_ptr<float>();
   }
   params.aligned = is_aligned(params.packed, 4);
-  launch(params, out);
+  EXPECT(!weight.experts.offs || out.numel() / weight.experts.count % weight.block == 0,
+         "expected experts that begin with a block of ", weight.block, ", but got ",
+         weight.experts.count, " of ", out.sizes());
+  launch(params, weight.experts, out);
 }
 
 void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
@@ -218,7 +242,9 @@ void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
   params.columns = static_cast<uint32_t>(out.size(1));
   const int64_t chunk = chunk_elements(dtype_of(out.scalar_type()));
   params.aligned = is_aligned(params.codes, 8) && out.size(1) % chunk == 0;
-  launch(params, out);
+  EXPECT(!weight.experts.offs || out.size(0) % weight.experts.count == 0,
+         "expected experts of whole rows, but got ", weight.experts.count, " of ", out.sizes());
+  launch(params, weight.experts, out);
 }
 
 // ---- the op ----
@@ -253,15 +279,21 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
                 const std::optional<at::Tensor>& scale_table,
                 const std::optional<at::Tensor>& scale_scale,
                 const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
-                double multiplier) {
-  const Quantized weight{
-      codes,     scale, table, block, {scale_table, scale_scale, scale_offset, scale_block},
-      multiplier};
+                double multiplier, const std::optional<at::Tensor>& offs, int64_t first,
+                int64_t experts) {
+  const Quantized weight{codes,
+                         scale,
+                         table,
+                         block,
+                         {scale_table, scale_scale, scale_offset, scale_block},
+                         multiplier,
+                         {offs, first, experts}};
   const Format& found = format_of(format);
   EXPECT_TYPE(is_half(out.scalar_type()) || out.scalar_type() == at::kFloat,
               "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
   EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
   found.check(weight, out);
+  weight.experts.check(out);
   if (out.is_meta()) return;  // there is nothing to write
   const Write write = found.*on_device;
   TORCH_CHECK_NOT_IMPLEMENTED(write != nullptr, "lora_ext.", op, ": there is no kernel for ",
@@ -272,10 +304,13 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
+  // With offs out has so many matrices of `experts` from `first` on: kernels on CUDA leave those of
+  // experts without rows as they are, and read none of them.
   m.def(
       "dequantize(str format, Tensor codes, Tensor scale, Tensor(a!) out, *, Tensor? table=None, "
       "int block=2, Tensor? scale_table=None, Tensor? scale_scale=None, "
-      "Tensor? scale_offset=None, int scale_block=2, float multiplier=1.0) -> ()",
+      "Tensor? scale_offset=None, int scale_block=2, float multiplier=1.0, "
+      "Tensor? offs=None, int first=0, int experts=1) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -2,9 +2,9 @@
 
 Rows are read where they are, base and update are one sum that is rounded once, and nothing is read
 on the host, so that a CUDA graph can capture it. The factors of all experts are copied into pools
-of halves for each call: in PEFT's B the expert is the fastest index. Quantised experts, those
-without rows, too, are dequantised and multiplied a slice after the other, each by one launch. The
-functions are those of `projection`.
+of halves for each call: in PEFT's B the expert is the fastest index. Quantised experts are
+dequantised and multiplied a slice after the other, each by one launch. Of experts without rows
+neither reads anything. The functions are those of `projection`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def have_wgmma(device: torch.device) -> bool:
     return _C.plan_as_asked(card, problem, **asked).wgmma
 
 
-def _slices(weight: Tensor | QuantizedStack, x: Tensor) -> Iterable[tuple[int, Tensor]]:
-    return [(0, weight)] if isinstance(weight, Tensor) else weight.slices(x)
+def _slices(projection: Projection, x: Tensor) -> Iterable[tuple[int, Tensor]]:
+    weight = projection.weight
+    return [(0, weight)] if isinstance(weight, Tensor) else weight.slices(x, projection.routes.offs)
 
 
 def _are_refused(weight: Tensor, projection: Projection, workspace: Tensor) -> bool:
@@ -117,7 +118,7 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
     pools, routes, x = _pools(projection), projection.routes, _in_rows(x)
     own = *pools[:4], routes.offs, projection.token(), *_mask(projection)
     y = s = workspace = None
-    for first, weight in _slices(projection.weight, x):
+    for first, weight in _slices(projection, x):
         given = x, weight, projection.bias, *own, first, y, workspace
         if first:
             _ops.experts_product(*given)
@@ -150,7 +151,7 @@ def backward(
     wanted = [want_x, any(want_a), any(want_b)]
     grad_rows = None if weights is None else routes.token
     own = *pools[:4], routes.offs, projection.token(), grad_rows, *_mask(projection)
-    slices = _slices(projection.weight, x)
+    slices = _slices(projection, x)
     if not want_x and isinstance(projection.weight, QuantizedStack):
         slices = [(0, x.new_empty(1, *projection.weight.shape[1:]))]  # which nothing reads
     dx = da = db = workspace = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,11 @@ class Codes(WrittenWeight):
 
     Attributes:
         shape: ``(out, in)``, of a stack ``(E, rows, columns)``.
+        own_rows: the kernels' words for a stack whose matrices without rows need not be written.
     """
 
     shape: Any
+    own_rows: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def parts(self, first: int, count: int) -> Codes:
@@ -117,7 +120,7 @@ class FourBits(Codes):
 
     def words(self) -> dict[str, Any]:
         """The kernels' operands besides codes and scale."""
-        words: dict[str, Any] = {"table": self.table, "block": self.block}
+        words: dict[str, Any] = {"table": self.table, "block": self.block, **self.own_rows}
         if self.nested is not None:
             words["scale_table"], words["scale_scale"], words["scale_offset"] = self.nested[:3]
             words["scale_block"] = self.nested.block
@@ -228,7 +231,8 @@ class ScaledCodes(Codes):
         if self.is_by_kernel():
             scale = scale.expand(*lead, rows, across).float().flatten().contiguous()
             out = out.view(len(scale), -1)
-            _ops.dequantize("8bit", codes.contiguous(), scale, out, multiplier=self.multiplier)
+            words = {"multiplier": self.multiplier, **self.own_rows}
+            _ops.dequantize("8bit", codes.contiguous(), scale, out, **words)
             return
         values = _values_of(codes, out.dtype)
         blocks = values.reshape(*lead, down, rows // down, across, columns // across)

@@ -60,17 +60,19 @@ class QuantizedStack:
         with dense(self.stored(number), x) as values:
             yield values.t() if self.is_transposed else values
 
-    def slices(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def slices(self, x: Tensor, offs: Tensor) -> Iterator[tuple[int, Tensor]]:
         """All matrices, a slice after the other: (the number of its first, the matrices
         ``[count, out, in]`` in the dtype of x), in a workspace that the next one overwrites.
 
-        One launch dequantises a slice, and the host reads nothing. All have the same number of
-        matrices but the last.
+        One launch dequantises a slice, and the host reads nothing: matrix e is that of the rows
+        from offs[e - 1] to offs[e], int32, and need not be written if there are none. All slices
+        have the same number of matrices but the last.
         """
         count = self.slice_size
         with workspace.lent((count, *self.sizes[1:]), x, self.shares) as buffer:
             for first in range(0, len(self), count):
                 part = self.codes.parts(first, min(count, len(self) - first))
+                part.own_rows = {"offs": offs, "first": first, "experts": part.shape[0]}
                 values = part.dequantize(x.dtype, buffer[: part.shape[0]])
                 yield first, values.transpose(1, 2) if self.is_transposed else values
 

@@ -80,3 +80,68 @@ summed("launching the kernels on cuda:1 failed: no kernel image")
 assert settled()
 """
     )
+
+
+def test_of_quantised_experts_without_rows_nothing_is_written_or_read():
+    """In memory that is NaN before, by slices of two."""
+    python(
+        ON_CUDA
+        + """
+from lora_ext.experts import by_kernels
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.routing import routes_of
+from lora_ext.quantized import stack, workspace
+from lora_ext.quantized.codes import FourBits, ScaledCodes
+
+torch.manual_seed(0)
+experts, n, k, half = 5, 40, 24, torch.bfloat16
+stack.SLICE_BYTES = 2 * 2 * n * k
+
+def on(*shape):
+    return torch.rand(shape).to(there)
+
+codes = torch.randint(256, (experts * n * k // 2,)).byte().to(there)
+four_bits = FourBits(
+    codes, on(experts * n * k // 32), None, "nf4", on(16), 32, (experts, n, k), half
+)
+eight = torch.randint(-128, 128, (experts, n, k)).to(torch.int8).to(there)
+eight_bits = ScaledCodes(eight, on(experts, n, 1), None, half)
+routes = routes_of(torch.tensor([[3, 1]]).to(there), experts)  # of one token
+x, grad = on(2, k).to(half), on(1, n).to(half)
+a, b, weights = on(experts * 3, k), on(n, 3 * experts), on(2)
+
+def step(weight):
+    call = Projection(weight, None, routes, [a], [b], (2.0,), slots=2)
+    y, s = by_kernels.forward(x, call)
+    found = by_kernels.backward(grad, x, weights, call, s, True, [True], [True])
+    return [each.cpu() for each in (y, s, found.dx, found.dweights, *found.dlora_a, *found.dlora_b)]
+
+for codes in (four_bits, eight_bits):
+    dense = codes.dequantize(half).cpu()
+    given = dense.clone()
+    given[[0, 2, 4]] = float("nan")
+    expected = step(given.to(there))
+    assert not any(each.isnan().any() for each in expected)
+    workspace.release()
+    workspace.give(torch.full((2 * n * k,), float("nan")).to(half).to(there))
+    record()
+    assert same(step(stack.QuantizedStack(codes)), expected)
+    launched = [each for each in kernels(record()) if "dequantize" in each]
+    assert len(launched) == 2 * 3, launched
+    first, second = workspace.take(2 * n * k, x).cpu().view(2, n, k)
+    assert first.isnan().all() and torch.equal(second, dense[3])
+
+def refused(words, **given):
+    out = torch.empty(experts * n, k).to(there)
+    given = {"offs": routes.offs, "experts": experts} | given
+    with pytest.raises(RuntimeError, match=words):
+        ops.dequantize("8bit", eight, on(experts * n), out, **given)
+
+ops = torch.ops.lora_ext
+refused("expected offs on out's device, cuda:1, but got it on cpu", offs=routes.offs.cpu())
+refused("whole matrices of experts that offs has, but got 5 from 1 on", first=1)
+refused("whole matrices of experts that offs has, but got 6 from 0 on", experts=6)
+refused("whole matrices of experts that offs has, but got 0 from 0 on", experts=0)
+refused("experts of whole rows, but got 3 of .200, 24.", experts=3)
+"""
+    )

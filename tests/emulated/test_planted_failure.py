@@ -29,7 +29,7 @@ WRONG_RESULT = {
     "lora_grouped_sequence": "grouped_s_without_keep_scale",
     "lora_grouped_wgrad": "grouped/wgrad.store.column>=rank:low",
     "lora_decode": "decode/finish.finish_y.row<p.m&&column<p.n:never",
-    "dequantize": "dequantize/formats.dequantize_8bit.i<end:low",
+    "dequantize": "dequantize/formats.dequantize_matrix.i<end:low",
     "lora_experts": "experts_place_as_perm",
 }
 

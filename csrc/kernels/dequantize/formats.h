@@ -2,7 +2,7 @@
 // share.
 //
 // A format has here its dequantize_tile, dequantize_one and kernel, and a dequantize_kernel, which
-// finds the kernel of its parameters; those are in kernels/dequantize.h.
+// finds the kernel of its parameters; those are in kernels/dequantize.h. Grid: (blocks, matrices).
 //
 // A warp writes kChunks times 512 consecutive bytes, 16 per lane: every store of a warp fills whole
 // sectors. The loads of codes, kChunks of them in flight, are consecutive, too.
@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "kernels/dequantize.h"
+#include "kernels/tile/expert_rows.h"
 #include "kernels/tile/halves.h"
 #include "ptx/target.h"
 
@@ -25,7 +26,7 @@ struct DequantizedTile {
   static constexpr int kValues = kChunks * 32 * kChunk;  // per warp
   static constexpr int kBlockValues = kDequantizeThreads / 32 * kValues;
 
-  // The first value of the calling warp.
+  // The first value of the calling warp, within its matrix.
   static __device__ __forceinline__ int64_t first() {
     const auto warp = static_cast<int>(threadIdx.x) / 32;
     return static_cast<int64_t>(blockIdx.x) * kBlockValues + warp * kValues;
@@ -51,6 +52,22 @@ __device__ __forceinline__ void store_chunk(T* out, const float (&v)[Dequantized
     chunk.z = rounded_pair<T>(v[4], v[5]), chunk.w = rounded_pair<T>(v[6], v[7]);
   }
   *reinterpret_cast<uint4*>(out) = chunk;
+}
+
+// What the calling warp has of the matrix of blockIdx.y; of an expert without rows nothing is read
+// and nothing written.
+template <class T, class Params>
+__device__ __forceinline__ void dequantize_matrix(const Params& p) {
+  using Tile = DequantizedTile<T>;
+  const auto matrix = static_cast<int>(blockIdx.y);
+  if (!has_rows(p.offs, p.first + matrix)) return;
+  const int64_t before = matrix * p.count, first = before + Tile::first();
+  const int64_t end = min(before + p.count, first + Tile::kValues);
+  if (p.aligned && end - first == Tile::kValues) {
+    dequantize_tile<T>(p, first);
+  } else {
+    for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) dequantize_one<T>(p, i);
+  }
 }
 
 // dequantize_4bit: dequantises NF4 and FP4 codes, bit for bit as cpu/dequantize.h does.
@@ -114,13 +131,7 @@ __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, i
 template <class T>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_4bit(const __grid_constant__ Dequantize4bitParams p) {
-  using Tile = DequantizedTile<T>;
-  const int64_t first = Tile::first(), end = min(p.count, first + Tile::kValues);
-  if (p.aligned && end - first == Tile::kValues) {
-    dequantize_tile<T>(p, first);
-  } else {
-    for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) dequantize_one<T>(p, i);
-  }
+  dequantize_matrix<T>(p);
 }
 
 template <class T>
@@ -171,13 +182,7 @@ __device__ __forceinline__ void dequantize_tile(const Dequantize8bitParams& p, i
 template <class T>
 __global__ void __launch_bounds__(kDequantizeThreads)
     dequantize_8bit(const __grid_constant__ Dequantize8bitParams p) {
-  using Tile = DequantizedTile<T>;
-  const int64_t first = Tile::first(), end = min(p.count, first + Tile::kValues);
-  if (p.aligned && end - first == Tile::kValues) {
-    dequantize_tile<T>(p, first);
-  } else {
-    for (int64_t i = first + threadIdx.x % 32; i < end; i += 32) dequantize_one<T>(p, i);
-  }
+  dequantize_matrix<T>(p);
 }
 
 template <class T>

@@ -9,6 +9,7 @@
 #include "common/host_device.h"
 #include "kernels/experts/chunk.h"
 #include "kernels/lora_experts.h"
+#include "kernels/tile/expert_rows.h"
 #include "ptx/thread.h"
 
 namespace lora_ext::kernel {
@@ -26,10 +27,6 @@ struct ExpertsFactors {
 
   static LORA_EXT_HOST_DEVICE unsigned parts_of(int count, unsigned size) {
     return (static_cast<unsigned>(count) + size - 1) / size;
-  }
-
-  __device__ __forceinline__ bool has_rows(int expert) const {
-    return p.offs == nullptr || p.offs[expert] > (expert == 0 ? 0 : p.offs[expert - 1]);
   }
 
   using Numbers = float[kChunk];
@@ -62,7 +59,7 @@ struct ExpertsFactors {
     const auto row = static_cast<int>(part / segments), expert = row / p.ranks;
     const int rank = row % p.ranks;
     const int column = static_cast<int>(part % segments) * kColumns + lane * kChunk;
-    if (expert >= p.experts || column >= p.in || !has_rows(expert)) return;
+    if (expert >= p.experts || column >= p.in || !has_rows(p.offs, expert)) return;
     const int left = p.in - column;
     const int64_t at = (int64_t{expert} * p.rank + rank) * p.in + column;
     Numbers numbers{};
@@ -94,7 +91,7 @@ struct ExpertsFactors {
   }
 
   __device__ __forceinline__ void load_tile(float* to, int expert, int row, int rank) const {
-    const bool inside = expert < p.experts && row < p.out && has_rows(expert);
+    const bool inside = expert < p.experts && row < p.out && has_rows(p.offs, expert);
     const int64_t first = (int64_t{row} * p.rank + rank) * p.experts + expert;
     float numbers[kRanks];  // all loads before the first store
 #pragma unroll
@@ -111,7 +108,7 @@ struct ExpertsFactors {
 
   __device__ __forceinline__ void store_chunk(const float* tile, int expert, int row,
                                               int rank) const {
-    if (expert >= p.experts || row >= p.out || rank >= p.ranks || !has_rows(expert)) return;
+    if (expert >= p.experts || row >= p.out || rank >= p.ranks || !has_rows(p.offs, expert)) return;
     Numbers numbers;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) numbers[i] = tile[i * kRankStep];

@@ -16,7 +16,8 @@ template <class T, class Params>
 std::string launch(const Params& params, void* stream) {
   constexpr int64_t kBlockValues = kernel::DequantizedTile<T>::kBlockValues;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>((params.count + kBlockValues - 1) / kBlockValues));
+  launch.gridDim = dim3(static_cast<unsigned>((params.count + kBlockValues - 1) / kBlockValues),
+                        static_cast<unsigned>(params.matrices));
   launch.blockDim = dim3(kernel::kDequantizeThreads),
   launch.stream = static_cast<cudaStream_t>(stream);
   return text_of(cudaLaunchKernelEx(&launch, kernel::dequantize_kernel<T>(params), params));

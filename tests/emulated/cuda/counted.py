@@ -78,6 +78,10 @@ def calls_of(record: list[dict], groups: int = 1, share: float = 1.0) -> list[Ca
     of_ops = [event["operands"] for event in record if event["call"] == "op"]
     tensors = chain(*of_ops, *(event["given"] for event in readers))
     stacks = {address for address, _, matrices in tensors if matrices == EXPERTS}
+    for event in record:  # what is dequantised beside the ends of experts' rows
+        if event.get("op") == "lora_ext::dequantize" and event["call"] == "op":
+            sizes = _sizes(event["operands"])
+            stacks |= set(sizes) if 4 * EXPERTS in sizes.values() else set()
 
     def call(kind: str, name: str, used: Used) -> Call:
         shares = [(share if address in stacks else 1.0) * size for address, size in used.items()]

@@ -1,6 +1,7 @@
 // Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, and
-// compares every bit with float64, rounded as the CPU's kernels round. The race build also counts
-// bytes: those of the weight are written once, those of codes read once.
+// compares every bit with float64, rounded as the CPU's kernels round. Of experts without rows
+// nothing is written. The race build also counts bytes: those of the weight are written once, those
+// of codes read once, and of experts without rows none.
 #include "emulated/kernels/dequantize.h"
 
 #include "cpu/dtypes.h"
@@ -47,11 +48,13 @@ uint32_t bits_of_element(const T& element) {
   return bits;
 }
 
+constexpr float kUnwrittenValue = -12345;
+
 // Output values, `before` elements into a buffer with more elements after them.
 template <class T>
 struct Written {
   static constexpr int64_t kBehind = 3;
-  static inline const T kUnwritten = from_double<T>(-12345);
+  static inline const T kUnwritten = from_double<T>(kUnwrittenValue);
   int64_t before, count;
   GlobalBuffer<T> buffer;
 
@@ -75,16 +78,63 @@ struct Written {
   }
 };
 
-// Counters of a launch. A warp reads `around` bytes beside its codes.
-template <class T>
-void compare_bytes(int64_t count, double code_bytes, bool aligned, int64_t around) {
-  if (!kRaceChecked || !aligned) return;
-  compare_count("bytes stored", counted_bytes(emulator::GlobalAccess::Store), count * sizeof(T));
-  if (count % DequantizedTile<T>::kValues != 0) return;
-  compare_count("bytes loaded", counted_bytes(emulator::GlobalAccess::Load),
-                static_cast<int64_t>(static_cast<double>(count) * code_bytes) +
-                    count / DequantizedTile<T>::kValues * around);
-}
+// Matrices of experts, some without rows, or one that is of none.
+struct Matrices {
+  static constexpr int kExperts = 5;
+  Random& random;
+  const bool of_experts = random() % 2 == 0;
+  const int first = of_experts ? static_cast<int>(random() % kExperts) : 0;
+  const int count = of_experts ? 1 + static_cast<int>(random() % (kExperts - first)) : 1;
+  const GlobalBuffer<int> offs{draw_offs(), "offs"};
+
+  std::vector<int> draw_offs() const {
+    std::vector<int> ends;
+    for (int expert = 0; expert < kExperts; ++expert)
+      ends.push_back((ends.empty() ? 0 : ends.back()) + static_cast<int>(random() % 2 * 3));
+    return ends;
+  }
+  bool has_rows(int matrix) const {
+    const int expert = first + matrix;
+    return !of_experts || offs[expert] != (expert > 0 ? offs[expert - 1] : 0);
+  }
+  int with_rows() const {
+    int found = 0;
+    for (int matrix = 0; matrix < count; ++matrix) found += has_rows(matrix);
+    return found;
+  }
+  void set(DequantizedMatrices& p, int64_t values) const {
+    p.count = values / count, p.matrices = count;
+    if (of_experts) p.offs = offs.data(), p.first = first;
+  }
+  std::vector<float> written(std::vector<float> values) const {
+    const auto each = values.size() / static_cast<size_t>(count);
+    for (int matrix = 0; matrix < count; ++matrix)
+      if (!has_rows(matrix)) std::fill_n(values.begin() + matrix * each, each, kUnwrittenValue);
+    return values;
+  }
+
+  template <class T>
+  emulator::LaunchConfig grid(int64_t values) const {
+    constexpr int64_t kBlockValues = DequantizedTile<T>::kBlockValues;
+    const int64_t blocks = (values / count + kBlockValues - 1) / kBlockValues;
+    return {.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(count)),
+            .block = dim3(kDequantizeThreads)};
+  }
+  // Counters of a launch. A warp reads `around` bytes beside its codes, and the ends of its expert.
+  template <class T>
+  void compare_bytes(int64_t values, double code_bytes, bool aligned, int64_t around) const {
+    if (!kRaceChecked || !aligned) return;
+    const int64_t written = values / count * with_rows(), tile = DequantizedTile<T>::kValues;
+    compare_count("bytes stored", counted_bytes(emulator::GlobalAccess::Store),
+                  written * sizeof(T));
+    if (values / count % tile != 0) return;
+    const int64_t ends = of_experts ? 2 * count - (first == 0) : 0;
+    compare_count("bytes loaded", counted_bytes(emulator::GlobalAccess::Load),
+                  static_cast<int64_t>(static_cast<double>(written) * code_bytes) +
+                      written / tile * around +
+                      grid<T>(values).grid.x * kDequantizeThreads * ends * sizeof(int));
+  }
+};
 
 // Draws whole tiles; one value less, or more; or any number.
 template <class T>
@@ -96,13 +146,6 @@ int64_t draw_count(int max_tiles, Random& random) {
   if (kind == 1) return tiles * kTile - 1;
   if (kind == 2) return tiles * kTile + 1;
   return 1 + static_cast<int64_t>(random() % static_cast<uint64_t>(tiles * kTile));
-}
-
-template <class T>
-emulator::LaunchConfig grid_of(int64_t count) {
-  constexpr int64_t kBlockValues = DequantizedTile<T>::kBlockValues;
-  return {.grid = dim3(static_cast<unsigned>((count + kBlockValues - 1) / kBlockValues)),
-          .block = dim3(kDequantizeThreads)};
 }
 
 // A weight in 4 bits, with scales that are floats or quantised.
@@ -131,7 +174,7 @@ struct FourBits {
 
   Dequantize4bitParams parameters() const {
     Dequantize4bitParams p{};
-    p.packed = packed.data() + before, p.table = table.data(), p.count = count;
+    p.packed = packed.data() + before, p.table = table.data();
     p.block_bits = std::countr_zero(static_cast<uint64_t>(block));
     if (nested) {
       p.scale_codes = scale_codes.data(), p.scale_table = scale_table.data();
@@ -163,19 +206,23 @@ void run_four_bits(const Case& run, Random& random) {
   const auto [name, tiles, max_block, odd] = run.size;
   const int64_t block = max_block >> random() % 3;
   const bool aligned = !odd || random() % 2 == 0;
-  const FourBits weight(draw_count<T>(tiles, random), block, random() % 2,
+  const Matrices matrices{random};
+  int64_t count = draw_count<T>(tiles, random);
+  if (matrices.of_experts) count = (count + block - 1) / block * block * matrices.count;
+  const FourBits weight(count, block, random() % 2,
                         aligned ? 4 * static_cast<int64_t>(random() % 3) : 1, random);
   // Only one of the two may begin in the middle of a chunk.
   Written<T> out(aligned || random() % 2 == 0 ? 0 : 1, weight.count);
   Dequantize4bitParams p = weight.parameters();
   p.out = out.data(), p.aligned = aligned;
+  matrices.set(p, count);
   emulator::Stream stream;
-  stream.launch(grid_of<T>(weight.count), dequantize_4bit<T>, p);
+  stream.launch(matrices.grid<T>(count), dequantize_4bit<T>, p);
   run_timed(stream);
-  out.compare(weight.values());
+  out.compare(matrices.written(weight.values()));
   const int64_t scale_bytes = weight.nested ? 1 + 3 * sizeof(float) : sizeof(float);
-  compare_bytes<T>(weight.count, 0.5, aligned,
-                   32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
+  matrices.compare_bytes<T>(count, 0.5, aligned,
+                            32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
 }
 
 template <class T>
@@ -187,7 +234,8 @@ void run_eight_bits(const Case& run, Random& random) {
   // number of columns.
   auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(max_columns));
   if (aligned) columns = kChunk * (random() % 2 ? columns : int64_t{1} << random() % 6);
-  const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns;
+  const Matrices matrices{random};
+  const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns * matrices.count;
   const int64_t count = rows * columns, before = aligned ? 8 * int64_t(random() % 3) : 3;
   GlobalBuffer<int8_t> codes(static_cast<size_t>(before + count), "codes");
   for (int8_t& code : codes) code = static_cast<int8_t>(random());
@@ -197,18 +245,18 @@ void run_eight_bits(const Case& run, Random& random) {
   const float multiplier = random() % 2 ? 1.f : 1.f / 127.f;
   Dequantize8bitParams p{};
   p.codes = codes.data() + before, p.scale = scale.data(), p.multiplier = multiplier;
-  p.count = count, p.columns = static_cast<uint32_t>(columns);
-  p.out = out.data(), p.aligned = aligned;
+  p.columns = static_cast<uint32_t>(columns), p.out = out.data(), p.aligned = aligned;
+  matrices.set(p, count);
   emulator::Stream stream;
-  stream.launch(grid_of<T>(count), dequantize_8bit<T>, p);
+  stream.launch(matrices.grid<T>(count), dequantize_8bit<T>, p);
   run_timed(stream);
   std::vector<float> expected;
   for (int64_t i = 0; i < count; ++i)
     expected.push_back(times(codes[static_cast<size_t>(before + i)],
                              times(scale[static_cast<size_t>(i / columns)], multiplier)));
-  out.compare(expected);
+  out.compare(matrices.written(std::move(expected)));
   constexpr int64_t kScaleBytes = DequantizedTile<T>::kChunks * 32 * sizeof(float);
-  compare_bytes<T>(count, 1, aligned, kScaleBytes);
+  matrices.compare_bytes<T>(count, 1, aligned, kScaleBytes);
 }
 
 template <class T>

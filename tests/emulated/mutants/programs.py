@@ -55,8 +55,9 @@ PROGRAMS = {
         "decode/work",
     ),
     "dequantize": ("dequantize/formats",),
-    "lora_experts": tuple(
-        f"experts/{name}" for name in ("chunk", "factors", "launch", "routes", "slots")
+    "lora_experts": (
+        *(f"experts/{name}" for name in ("chunk", "factors", "launch", "routes", "slots")),
+        "tile/expert_rows",
     ),
     "lora_grouped_segments": ("grouped/segments", "grouped/operands.rank_of"),
     "lora_grouped_shrink": (

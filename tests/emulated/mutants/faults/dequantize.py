@@ -78,6 +78,12 @@ DEQUANTIZE = [
         "the first is in the lower half",
         ("rounded_pair<T>(v[2], v[3])", "rounded_pair<T>(v[3], v[2])"),
     ),
+    of_tile(
+        "dequantize_rows_of_the_first_experts",
+        "a matrix is left out by the rows of the expert of its number",
+        "a slice begins at a later expert",
+        ("has_rows(p.offs, p.first + matrix)", "has_rows(p.offs, matrix)"),
+    ),
     of_cuda(
         "kernels/launch/dequantize.cu",
         "dequantize_whole_blocks_alone",
