@@ -123,16 +123,15 @@ def _ranks_of_experts(
 
 
 @register_flop_formula([_ops.experts_forward, _ops.experts_forward_on_host], get_raw=True)
-def _(x, weight, numbers, dtype, _b, perm, _t, offs, ends, _p, lora_a, *_, **__) -> int:
+def _(x, weight, numbers, dtype, _b, perm, _t, offs, ends, _p, _r, lora_a, *_, **__) -> int:
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
     return _forward(x, out, True, sum(_ranks_of_experts(len(x), experts, lora_a, ends)))
 
 
 @register_flop_formula([_ops.experts_backward, _ops.experts_backward_on_host], get_raw=True)
-def _(
-    grad, x, _w, s, wanted, weight, numbers, dtype, _b, perm, _t, offs, ends, _p, lora_a, *_, **__
-) -> int:  # fmt: skip
+def _(grad, x, _, s, wanted, weight, numbers, dtype, *rest, **__) -> int:
+    _, perm, _, offs, ends, _, _, lora_a, *_ = rest
     experts, out, _ = weight_from_flat(weight, numbers, dtype).shape
     x = x.new_empty(()).expand(_rows_of_experts(perm, offs), x.shape[-1])
     each = _ranks_of_experts(len(x), experts, lora_a, ends)

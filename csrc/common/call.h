@@ -80,13 +80,20 @@ struct ExpertRows {
   bool float_adapters;  // pools are two halves (kernels/tile/halves.h): hi, then lo
   // int32 [S]: the row of x, of grad and of the mask that a sorted row has; nullopt: its own number.
   std::optional<at::Tensor> x{}, grad{}, mask{};
-  std::optional<at::Tensor> weights{};  // float32 [S]: of the rows in the gradients of the factors
+  // In float32 or x's dtype [S]: of the rows in the gradients of the factors, by slot or by row.
+  std::optional<at::Tensor> weights{};
+  std::optional<at::Tensor> slots{};   // int32 [S]: each row's
+  std::optional<at::Tensor> tables{};  // bytes, experts_routes', or made for the call
+  std::optional<at::Tensor> t{};       // experts_low_rank's, beside tables, in a forward
   // base.weight may be of a slice of the experts, those from `first` on, whose rows are computed. A
   // call for the first slice computes all else; those for others write their rows into its y or dx,
   // `out`, in its workspace. Slices have no other route than the kernels.
   int64_t first = 0;
   at::Tensor out{}, workspace{};
   bool goes_on() const { return first > 0; }
+  at::Tensor row_weights() const {
+    return (slots ? weights->index_select(0, *slots) : *weights).to(at::kFloat);
+  }
 };
 
 // In a call with many adapters: which adapter each row has, and the scaling of each adapter.

@@ -12,6 +12,7 @@
 #include <variant>
 
 #include "common/dtype.h"
+#include "kernels/lora_grouped.h"
 
 namespace lora_ext::kernel {
 
@@ -24,6 +25,7 @@ struct ExpertsRoutesParams {
   int *perm, *token, *place;  // [rows]; place, by slot, is the inverse of perm
   int* offs;                  // [experts]
   int* counts;                // [experts + 1, chunks], for the kernels alone
+  LoraGroupedTables tables;   // of plan::experts_tables
   int rows, slots, experts;   // slots: k, of each token
 };
 
@@ -32,6 +34,10 @@ struct ExpertsRoutesParams {
 //
 //     pool_a[e, first + j, :] = lora_a[e r + j, :]
 //     pool_b[e, c, first + j] = scale * lora_b[c, j experts + e]        zeros from j = r on
+//
+// For few rows A is read as it is, in the place of pool_a, for a row's expert e:
+//
+//     S[:, first + j] = x lora_a[e r + j, :]        T = t_scale * S, as halves in its two terms
 struct ExpertsFactorsParams {
   const void *lora_a, *lora_b;  // [experts r, in] and [out, r experts]
   bool a_in_float, b_in_float;
@@ -40,6 +46,13 @@ struct ExpertsFactorsParams {
   int experts, rank, in, out;
   int terms, width, first, ranks;  // ranks >= r
   float scale;
+  const void* x;  // of few rows; null: pool_a is written
+  int64_t x_pitch;
+  const int* x_rows;  // [rows], the row of x at each position; null: its own number
+  float* s;           // [rows, s_pitch]
+  void* t;            // [rows, terms width]
+  int rows, s_pitch;
+  float t_scale;
 };
 
 // out[t] = sum over t's slots of weight * row, in the slots' order, in float32 and rounded once. A
@@ -56,7 +69,8 @@ struct ExpertsSumParams {
 };
 
 // The gradient of a weight, <x, dx'> + <grad, bias>, where dx' is dx but for the weight; and
-// dx = weight * dx', in place. Where a slot has no expert the gradient is 0, and dx stays.
+// dx = weight * dx', in place, rounded once more. Where a slot has no expert the gradient is 0, and
+// dx stays.
 struct ExpertsDotParams {
   const void* x;           // [rows, n] by position
   void* dx;                // [rows, n] by position

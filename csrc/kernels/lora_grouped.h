@@ -20,6 +20,7 @@
 // expert: Y and dX have zeros there.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/lora_linear.h"
 #include "kernels/plan/plan.h"
@@ -59,6 +60,13 @@ struct LoraGroupedPlaces {
   const int *x, *dy, *y, *mask;
 };
 
+// Weights of rows, in floats or in X's type, or null for 1.
+struct LoraGroupedWeights {
+  const void* of;  // [m]
+  bool in_float;
+  const int* slots;  // [m], which is a position's; null: its own number
+};
+
 // A segment: the positions of one adapter that has rows and a rank. The last segment is followed by
 // an entry that begins at INT_MAX.
 struct LoraGroupedSegment {
@@ -95,6 +103,20 @@ struct LoraGroupedTables {
   int* ranks;                    // [groups], of a pool; null for a list
   int piece_rows, tile_count, row_tile_count, piece_count;
 };
+inline LoraGroupedTables tables_at(const plan::Tables& tables, unsigned char* begin) {
+  const auto at = [&](auto*& table, int64_t offset) {
+    if (offset != plan::kNone)
+      table = reinterpret_cast<std::remove_reference_t<decltype(table)>>(begin + offset);
+  };
+  LoraGroupedTables found{};
+  at(found.order, tables.order), at(found.first, tables.first);
+  at(found.segments, tables.segments), at(found.tiles, tables.tiles);
+  at(found.row_tiles, tables.row_tiles), at(found.pieces, tables.pieces);
+  at(found.sums, tables.sums), at(found.counts, tables.counts), at(found.ranks, tables.ranks);
+  found.piece_rows = tables.piece_rows, found.tile_count = tables.tile_count;
+  found.row_tile_count = tables.row_tile_count, found.piece_count = tables.piece_count;
+  return found;
+}
 
 // The operands follow. Their values on the device may change between replays of a graph: index or
 // ends, ranks, scalings, and adapters within their pool.
@@ -122,6 +144,10 @@ struct LoraGroupedOperands : LoraOperands {
   // The groups whose W there are; the others' rows of Y and dX are left as they are. A launch whose
   // first is not 0 goes on with one for those before, in its workspace: it writes Y or dX alone.
   int first_weight, end_weight;
+  // Those of plan::experts_tables, or null, and they are made in the workspace. Beside them a forward
+  // may have T, [m, plan.columns], so that Y alone is left.
+  unsigned char* tables;
+  const void* t;
   bool goes_on() const { return first_weight > 0; }
 };
 struct LoraGroupedForward : LoraGroupedOperands, ForwardOperands {};
@@ -129,9 +155,9 @@ struct LoraGroupedBackward : LoraGroupedOperands, BackwardOperands {
   // All elements are written; in a pool those past a rank with zeros.
   LoraGroupedMatrices gradients;
   bool need_da, need_db;
-  // [m] by position, with own weights, or null for 1: the gradient of a row is so many times dY's.
-  // dA and dB have it so, dX is without.
-  const float* row_weights;
+  // With own weights: the gradient of a row is so many times dY's. dA and dB have it so, dX is
+  // without.
+  LoraGroupedWeights row_weights;
 };
 
 }  // namespace lora_ext::kernel

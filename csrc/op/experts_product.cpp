@@ -43,6 +43,7 @@ struct Product {
   // The first expert of the slice, and if it is not 0 the y or dx and the workspace to go on with.
   int64_t first;
   const Optional &out, &workspace;
+  const Optional &tables, &t;
 
   int64_t experts() const { return lora_a.size(0); }
   bool is_whole() const { return weight.size(0) == experts(); }
@@ -100,6 +101,18 @@ void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out
   check_numbers("offs", given.offs, given.experts(), x);
   check_numbers("x_rows", given.x_rows, count, x);
   check_numbers("mask_rows", given.mask_rows, count, x);
+  const Optional& tables = given.tables;
+  EXPECT(!tables || (tables->scalar_type() == at::kByte && tables->device() == x.device() &&
+                     tables->numel() >= plan::experts_tables(count, given.experts()).bytes),
+         "expected the tables of experts_routes for ", count, " rows and ", given.experts(),
+         " experts on ", x.device(), ", but got ", tables ? tables->scalar_type() : at::kByte,
+         " of ", tables ? tables->sizes() : at::IntArrayRef());
+  const std::array<int64_t, 2> of_t{count, columns};
+  EXPECT(!given.t ||
+             (tables && given.t->sizes() == at::IntArrayRef(of_t) && given.t->is_contiguous() &&
+              given.t->device() == x.device() && given.t->scalar_type() == weight.scalar_type()),
+         "expected tables beside t, and a contiguous t of shape ", at::IntArrayRef(of_t), " in ",
+         weight.scalar_type());
   if (given.first > 0) {
     EXPECT(given.out && given.workspace && given.out->is_contiguous() &&
                given.out->sizes() == at::IntArrayRef({count, out_columns}) &&
@@ -114,9 +127,10 @@ void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out
 }
 
 Update update_of(const Product& given, int64_t count, const Optional& grad_rows = {},
-                 const Optional& weights = {}) {
-  ExpertRows rows{count,           given.rank, given.float_adapters(), given.x_rows, grad_rows,
-                  given.mask_rows, weights};
+                 const Optional& weights = {}, const Optional& slots = {}) {
+  ExpertRows rows{
+      count,   given.rank, given.float_adapters(), given.x_rows, grad_rows, given.mask_rows,
+      weights, slots,      given.tables,           given.t};
   if (given.first > 0)
     rows.first = given.first, rows.out = *given.out, rows.workspace = *given.workspace;
   return {{given.lora_a},
@@ -135,7 +149,8 @@ at::Tensor or_empty(const at::Tensor& tensor, const at::Tensor& x) {
   return tensor.defined() ? tensor : at::empty({0}, x.options().dtype(at::kByte));
 }
 
-// A slice has no other route than the kernels: nothing, if the first one's cannot be used.
+// A slice, or a call with T, has no other route than the kernels: nothing, if the first one's cannot
+// be used.
 template <class Result, class Args>
 std::optional<Result> of_slice(const Product& given, const Args& args,
                                std::optional<Result> (*run)(const Args&)) {
@@ -151,10 +166,11 @@ ThreeTensors experts_product(const at::Tensor& x, const at::Tensor& weight, cons
                              const at::Tensor& lora_a, const at::Tensor& lora_b, int64_t rank,
                              double scaling, const at::Tensor& offs, const Optional& x_rows,
                              const Optional& mask_rows, double dropout_p, const Optional& seed,
-                             int64_t first, const Optional& y, const Optional& workspace) {
+                             int64_t first, const Optional& y, const Optional& workspace,
+                             const Optional& tables, const Optional& t) {
   const Product given{
-      weight, lora_a, lora_b,   rank, scaling, offs, x_rows, mask_rows, {dropout_p, seed},
-      first,  y,      workspace};
+      weight, lora_a, lora_b,    rank,   scaling, offs, x_rows, mask_rows, {dropout_p, seed},
+      first,  y,      workspace, tables, t};
   const int64_t count = count_of(x, x_rows);
   check(given, x, count, given.out_features());
   const std::array<int64_t, 2> sizes{given.experts(), given.out_features()};
@@ -169,8 +185,9 @@ ThreeTensors experts_product(const at::Tensor& x, const at::Tensor& weight, cons
     base.weight = weight;
     if (bias) base.bias = bias->contiguous();
     const ForwardArgs args{x, base, update_of(given, count)};
-    std::optional<Forward> found =
-        given.is_whole() ? route::forward(args) : of_slice(given, args, kernel_route::forward);
+    std::optional<Forward> found = given.is_whole() && !t
+                                       ? route::forward(args)
+                                       : of_slice(given, args, kernel_route::forward);
     if (found && first == 0) out = *std::move(found);
   }
   return {out.y, out.s, or_empty(out.workspace, x)};
@@ -182,10 +199,11 @@ FourTensors experts_product_backward(
     std::array<bool, 3> wanted, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, int64_t rank, double scaling, const at::Tensor& offs,
     const Optional& x_rows, const Optional& grad_rows, const Optional& mask_rows, double dropout_p,
-    const Optional& seed, int64_t first, const Optional& dx, const Optional& workspace) {
+    const Optional& seed, int64_t first, const Optional& dx, const Optional& workspace,
+    const Optional& tables, const Optional& slots) {
   const Product given{
-      weight, lora_a, lora_b,   rank, scaling, offs, x_rows, mask_rows, {dropout_p, seed},
-      first,  dx,     workspace};
+      weight, lora_a, lora_b,    rank,   scaling, offs, x_rows, mask_rows, {dropout_p, seed},
+      first,  dx,     workspace, tables, {}};
   const int64_t count = s.size(0);
   check(given, x, count, given.in_features());
   EXPECT(first == 0 || wanted[0], "expected a wanted dx, which further experts alone have");
@@ -196,14 +214,19 @@ FourTensors experts_product_backward(
              s.is_contiguous(),
          "expected contiguous s of shape [rows, ", rank,
          "] in float32 for rows of x and grad, but got ", s.scalar_type(), " of ", s.sizes());
-  EXPECT(!weights || (weights->scalar_type() == at::kFloat && weights->is_contiguous() &&
+  const auto is_known = [&](at::ScalarType type) {
+    return type == at::kFloat || type == x.scalar_type();
+  };
+  EXPECT(!weights || (is_known(weights->scalar_type()) && weights->is_contiguous() &&
                       weights->sizes() == at::IntArrayRef(count)),
-         "expected contiguous weights of float32, one for each of the ", count, " rows");
+         "expected contiguous weights of float32 or ", x.scalar_type(), ", one for each of the ",
+         count, " rows");
+  check_numbers("slots", slots, count, x);
   if (kHasData && count != 0 && (wanted[0] || wanted[1] || wanted[2])) {
     Base base;
     base.weight = weight;
     const BackwardArgs args{grad, x,
-                            base, update_of(given, count, grad_rows, weights),
+                            base, update_of(given, count, grad_rows, weights, slots),
                             s,    Wanted::one(wanted[0], wanted[1], wanted[2])};
     const std::optional<Backward> out =
         given.is_whole() ? route::backward(args) : of_slice(given, args, kernel_route::backward);
@@ -233,21 +256,24 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // (y [S, N], s [S, r] in float32, the kernels' workspace). lora_a [E, C, K] and lora_b [E, N, C] are
   // experts_factors' pools, offs and rows those of experts_routes; a row of no expert is zero in y.
-  // The workspace is empty if no kernels ran, and of a slice nothing is computed then. A slice whose
-  // `first` is not 0 has empty results: it writes its rows into y.
+  // Tables are experts_routes', too, or made. The workspace is empty if no kernels ran, and of a slice
+  // or with t, experts_low_rank's, nothing is computed then. A slice whose `first` is not 0 has empty
+  // results: it writes its rows into y.
   m.def(
       "experts_product(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
       "int rank, float scaling, Tensor offs, Tensor? x_rows, Tensor? mask_rows, float dropout_p, "
-      "Tensor? seed, int first=0, Tensor(a!)? y=None, Tensor(b!)? workspace=None) -> "
-      "(Tensor, Tensor, Tensor)",
+      "Tensor? seed, int first=0, Tensor(a!)? y=None, Tensor(b!)? workspace=None, "
+      "Tensor? tables=None, Tensor? t=None) -> (Tensor, Tensor, Tensor)",
       tags);
-  // (dx [S, K], dA [E r, K], dB [N, r E], those that are wanted; the workspace). weights, float32 [S],
-  // are of the rows in dA and dB. Slices are as in forward, and all want the same.
+  // (dx [S, K], dA [E r, K], dB [N, r E], those that are wanted; the workspace). weights [S] are
+  // of the rows in dA and dB; with slots, int32 [S], each row's is by its slot. Slices are as in
+  // forward, and all want the same.
   m.def(
       "experts_product_backward(Tensor grad, Tensor x, Tensor s, Tensor? weights, bool[3] wanted, "
       "Tensor weight, Tensor lora_a, Tensor lora_b, int rank, float scaling, Tensor offs, "
       "Tensor? x_rows, Tensor? grad_rows, Tensor? mask_rows, float dropout_p, Tensor? seed, "
-      "int first=0, Tensor(a!)? dx=None, Tensor(b!)? workspace=None) -> "
+      "int first=0, Tensor(a!)? dx=None, Tensor(b!)? workspace=None, Tensor? tables=None, "
+      "Tensor? slots=None) -> "
       "(Tensor, Tensor, Tensor, Tensor)",
       tags);
 }

@@ -20,8 +20,9 @@
 namespace lora_ext::experts {
 namespace {
 
-using Routes = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Routes = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Pools = std::tuple<at::Tensor, at::Tensor>;
+using LowRank = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
 // What the arguments of a call have in common.
@@ -92,12 +93,15 @@ Routes experts_routes_meta(const at::Tensor& top_k_index, c10::SymInt experts) {
   call.check("top_k_index", top_k_index, top_k_index.sym_sizes(), at::kLong, at::kInt, true);
   const at::TensorOptions options = top_k_index.options().dtype(at::kInt);
   const auto made = [&](const c10::SymInt& count) { return at::empty_symint({count}, options); };
-  return {made(rows), made(rows), made(rows), made(experts)};
+  // More than plan::experts_tables takes, in numbers of a traced program.
+  const at::Tensor tables =
+      at::empty_symint({rows + 80 * experts + 4096}, options.dtype(at::kByte));
+  return {made(rows), made(rows), made(rows), made(experts), tables};
 }
 
 Routes experts_routes(const at::Tensor& top_k_index, int64_t experts) {
   Routes routes = experts_routes_meta(top_k_index, experts);
-  auto& [perm, token, place, offs] = routes;
+  auto& [perm, token, place, offs, tables] = routes;
   const at::Tensor index = top_k_index.contiguous();
   kernel::ExpertsRoutesParams params{};
   params.index = index.const_data_ptr(), params.is_long = index.scalar_type() == at::kLong;
@@ -105,10 +109,15 @@ Routes experts_routes(const at::Tensor& top_k_index, int64_t experts) {
   params.place = place.mutable_data_ptr<int>(), params.offs = offs.mutable_data_ptr<int>();
   params.rows = size(perm, 0), params.slots = size(index, 1), params.experts = size(offs, 0);
   if (params.rows == 0) return offs.zero_(), routes;
+  const char* op = "experts_routes";
   const int64_t chunks = (index.numel() + params.kChunk - 1) / params.kChunk;
   const at::Tensor counts = at::empty({(experts + 1) * chunks}, offs.options());
   params.counts = counts.mutable_data_ptr<int>();
-  Call{"experts_routes", index.device(), at::kBFloat16}.launch(params);
+  const plan::ExpertsTables made = plan::experts_tables(params.rows, params.experts);
+  EXPECT(made.bytes <= tables.numel(), "expected tables of at most ", tables.numel(),
+         " bytes, but got ", made.bytes);
+  params.tables = kernel::tables_at(made.tables, tables.mutable_data_ptr<uint8_t>());
+  Call{op, index.device(), at::kBFloat16}.launch(params);
   return routes;
 }
 
@@ -144,12 +153,10 @@ Pools experts_factors_meta(at::TensorList lora_a, at::TensorList lora_b,
           at::empty_symint({experts, out, columns}, options)};
 }
 
-Pools experts_factors(at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef<double> scalings,
-                      int64_t experts, at::ScalarType dtype, int64_t terms,
-                      const MaybeTensor& offs) {
-  Pools pools = experts_factors_meta(lora_a, lora_b, scalings, experts, dtype, terms, offs);
-  auto& [a, b] = pools;
-  kernel::ExpertsFactorsParams params{};
+// Params have what is made beside the pools, or instead of the first.
+void launch_factors(kernel::ExpertsFactorsParams params, const at::Tensor& a, const at::Tensor& b,
+                    at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef<double> scalings,
+                    int64_t terms, const MaybeTensor& offs) {
   params.pool_a = a.mutable_data_ptr(), params.pool_b = b.mutable_data_ptr();
   params.offs = offs ? at(*offs) : nullptr;
   params.experts = size(a, 0), params.in = size(a, 2), params.out = size(b, 1);
@@ -161,9 +168,50 @@ Pools experts_factors(at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef
     // The last one writes the zeros, too.
     params.ranks = i + 1 < lora_a.size() ? params.rank : params.width - params.first;
     params.scale = static_cast<float>(scalings[i]);
-    if (params.ranks > 0) Call{"experts_factors", a.device(), dtype}.launch(params);
+    if (params.ranks > 0) Call{"experts_factors", a.device(), a.scalar_type()}.launch(params);
   }
+}
+
+Pools experts_factors(at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef<double> scalings,
+                      int64_t experts, at::ScalarType dtype, int64_t terms,
+                      const MaybeTensor& offs) {
+  Pools pools = experts_factors_meta(lora_a, lora_b, scalings, experts, dtype, terms, offs);
+  launch_factors({}, std::get<0>(pools), std::get<1>(pools), lora_a, lora_b, scalings, terms, offs);
   return pools;
+}
+
+// ---- experts_low_rank ----
+
+LowRank experts_low_rank_meta(const at::Tensor& x, at::TensorList lora_a, at::TensorList lora_b,
+                              at::ArrayRef<double> scalings, double /*scaling*/,
+                              c10::SymInt experts, int64_t terms, const at::Tensor& offs,
+                              const MaybeTensor& x_rows) {
+  const Call call{"experts_low_rank", x.device(), x.scalar_type()};
+  const auto [a, b] =
+      experts_factors_meta(lora_a, lora_b, scalings, experts, call.half, terms, offs);
+  call.check_rows("x", x, {x.sym_size(0), a.sym_size(2)});
+  if (x_rows) call.check_numbers("x_rows", *x_rows, {x_rows->sym_numel()});
+  c10::SymInt rank = 0, rows = x_rows ? x_rows->sym_size(0) : x.sym_size(0);
+  for (const at::Tensor& each : lora_a) rank = rank + each.sym_size(0) / experts;
+  return {a, b, at::empty_symint({rows, rank}, x.options().dtype(at::kFloat)),
+          at::empty_symint({rows, a.sym_size(1)}, x.options())};
+}
+
+LowRank experts_low_rank(const at::Tensor& x, at::TensorList lora_a, at::TensorList lora_b,
+                         at::ArrayRef<double> scalings, double scaling, int64_t experts,
+                         int64_t terms, const at::Tensor& offs, const MaybeTensor& x_rows) {
+  LowRank made =
+      experts_low_rank_meta(x, lora_a, lora_b, scalings, scaling, experts, terms, offs, x_rows);
+  auto& [a, b, s, t] = made;
+  if (s.numel() == 0) return made;
+  kernel::ExpertsFactorsParams params{};
+  params.x = x.const_data_ptr(), params.x_pitch = kernel_launch::pitch_of(x);
+  params.x_rows = x_rows ? at(*x_rows) : nullptr;
+  params.s = s.mutable_data_ptr<float>(), params.t = t.mutable_data_ptr();
+  params.rows = size(s, 0), params.s_pitch = size(s, 1);
+  params.t_scale = static_cast<float>(scaling);
+  launch_factors(params, a, b, lora_a, lora_b, scalings, terms, offs);
+  return made;
 }
 
 // ---- experts_sum ----
@@ -238,6 +286,7 @@ at::Tensor experts_dot(const at::Tensor& x, at::Tensor& dx, const at::Tensor& pe
 void register_all(torch::Library& m) {
   m.impl("experts_routes", TORCH_FN(experts_routes));
   m.impl("experts_factors", TORCH_FN(experts_factors));
+  m.impl("experts_low_rank", TORCH_FN(experts_low_rank));
   m.impl("experts_sum", TORCH_FN(experts_sum));
   m.impl("experts_dot", TORCH_FN(experts_dot));
 }
@@ -246,15 +295,25 @@ void register_all(torch::Library& m) {
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  // perm, token, place and offs, all int32, of expert numbers [tokens, k].
-  m.def("experts_routes(Tensor top_k_index, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)",
-        tags);
+  // perm, token, place and offs, all int32, of expert numbers [tokens, k], and bytes: the tables of
+  // experts_product.
+  m.def(
+      "experts_routes(Tensor top_k_index, SymInt experts) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
   // Pools [experts, terms width, in] and [experts, out, terms width] of adapters of PEFT's layout,
   // joined along the rank; width is the sum of the ranks as a multiple of 8. With offs, experts
   // without rows are left as they are in memory.
   m.def(
       "experts_factors(Tensor[] lora_a, Tensor[] lora_b, float[] scalings, SymInt experts, "
       "ScalarType dtype, int terms, Tensor? offs=None) -> (Tensor, Tensor)",
+      tags);
+  // For few rows: the same pools, the first one not written, s [S, r] of sorted rows in float32 and
+  // t = scaling * s [S, terms width] as experts_product reads it; rows of x are where x_rows says.
+  m.def(
+      "experts_low_rank(Tensor x, Tensor[] lora_a, Tensor[] lora_b, float[] scalings, "
+      "float scaling, SymInt experts, int terms, Tensor offs, Tensor? x_rows) -> "
+      "(Tensor, Tensor, Tensor, Tensor)",
       tags);
   // [tokens, n] of sorted rows [tokens k, n]; weights by slot.
   m.def(
@@ -278,6 +337,7 @@ TORCH_LIBRARY_IMPL(lora_ext, CUDA, m) {
 TORCH_LIBRARY_IMPL(lora_ext, Meta, m) {
   m.impl("experts_routes", TORCH_FN(experts_routes_meta));
   m.impl("experts_factors", TORCH_FN(experts_factors_meta));
+  m.impl("experts_low_rank", TORCH_FN(experts_low_rank_meta));
   m.impl("experts_sum", TORCH_FN(experts_sum_meta));
   m.impl("experts_dot", TORCH_FN(experts_dot_meta));
 }

@@ -2,9 +2,9 @@
 
 Rows are read where they are, base and update are one sum that is rounded once, and nothing is read
 on the host, so that a CUDA graph can capture it. The factors of all experts are copied into pools
-of halves for each call: in PEFT's B the expert is the fastest index. Quantised experts are
-dequantised and multiplied a slice after the other, each by one launch. Of experts without rows
-neither reads anything. The functions are those of `projection`.
+of halves for each call: in PEFT's B the expert is the fastest index. For few rows A is read as it
+is. Quantised experts are dequantised and multiplied a slice after the other, each by one launch. Of
+experts without rows neither reads anything. The functions are those of `projection`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ class _Pools(NamedTuple):
     scalings: Sequence[float]
 
 
-def _pools(projection: Projection) -> _Pools:
+def _pools(
+    projection: Projection, x: Tensor | None = None
+) -> tuple[_Pools, Tensor | None, Tensor | None]:
+    """The pools; and for the few rows of an x, s ``[S, R]`` and s by scaling in two terms, beside
+    which the pool of lora_a is not written."""
     weight, offs = projection.weight, projection.routes.offs
     experts, out, within = weight.shape
     if projection.rank() == 0:
@@ -82,7 +86,7 @@ def _pools(projection: Projection) -> _Pools:
             torch.zeros(experts, *sizes, dtype=weight.dtype, device=weight.device)
             for sizes in ((8, within), (out, 8))
         )
-        return _Pools(pool_a, pool_b, 1, 0.0, ())
+        return _Pools(pool_a, pool_b, 1, 0.0, ()), None, None
     lora_a, lora_b = (
         [for_kernels(each, weight.dtype) for each in factors]
         for factors in (projection.lora_a, projection.lora_b)
@@ -94,9 +98,14 @@ def _pools(projection: Projection) -> _Pools:
     # B is not rounded to half once more.
     is_half = not is_in_b and all(each.dtype == weight.dtype for each in (*lora_a, *lora_b))
     terms = 1 if is_half else 2
-    words = scalings, experts, weight.dtype, terms, offs
-    pool_a, pool_b = _ops.experts_factors(lora_a, lora_b, *words)
-    return _Pools(pool_a, pool_b, projection.rank(), scaling, scalings)
+    s = t = None
+    if x is None:
+        words = scalings, experts, weight.dtype, terms, offs
+        pool_a, pool_b = _ops.experts_factors(lora_a, lora_b, *words)
+    else:
+        words = scalings, scaling, experts, terms, offs, projection.token()
+        pool_a, pool_b, s, t = _ops.experts_low_rank(x, lora_a, lora_b, *words)
+    return _Pools(pool_a, pool_b, projection.rank(), scaling, scalings), s, t
 
 
 def _in_rows(rows: Tensor) -> Tensor:
@@ -113,20 +122,37 @@ def _mask(projection: Projection) -> tuple:
     return rows, projection.dropout_p, projection.seed
 
 
+# The most rows that take two launches, in which A is read once for each row.
+_TWO_LAUNCHES = 64
+
+
 def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
     """As `projection.forward`; None if quantised experts cannot take the kernels."""
-    pools, routes, x = _pools(projection), projection.routes, _in_rows(x)
+    x, rows = _in_rows(x), len(projection.routes.perm)
+    if 0 < rows <= _TWO_LAUNCHES and projection.rank() and projection.seed is None:
+        done = _forward(x, projection, *_pools(projection, x))
+        if done is not None:
+            return done
+    return _forward(x, projection, *_pools(projection))
+
+
+def _forward(
+    x: Tensor, projection: Projection, pools: _Pools, of_few: Tensor | None, t: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    routes = projection.routes
     own = *pools[:4], routes.offs, projection.token(), *_mask(projection)
     y = s = workspace = None
     for first, weight in _slices(projection, x):
-        given = x, weight, projection.bias, *own, first, y, workspace
+        given = x, weight, projection.bias, *own, first, y, workspace, routes.tables, t
         if first:
             _ops.experts_product(*given)
             continue
         y, s, workspace = _ops.experts_product(*given)
-        if _are_refused(weight, projection, workspace):
+        has_one_route = t is not None or len(weight) < len(projection.weight)
+        if has_one_route and not len(workspace):
             return None
     assert y is not None and s is not None
+    s = s if of_few is None else of_few
     return y, s if projection.rank() else s[:, :0]
 
 
@@ -141,12 +167,12 @@ def backward(
     want_b: Sequence[bool],
 ) -> Backward | None:
     """As `projection.backward`; None as `forward`."""
-    pools, routes = _pools(projection), projection.routes
+    (pools, *_), routes = _pools(projection), projection.routes
     grad, x = _in_rows(grad), _in_rows(x)
     has_factors = any(want_a) or any(want_b)
     row_weights = None
     if weights is not None and has_factors:
-        row_weights = weights.index_select(0, routes.perm).float()
+        row_weights = for_kernels(weights, grad.dtype)
     s = s if projection.rank() else s.new_empty(len(s), 1)
     wanted = [want_x, any(want_a), any(want_b)]
     grad_rows = None if weights is None else routes.token
@@ -157,6 +183,7 @@ def backward(
     dx = da = db = workspace = None
     for first, weight in slices:
         given = grad, x, s, row_weights, wanted, weight, *own, first, dx, workspace
+        given = *given, routes.tables, routes.perm
         if first:
             _ops.experts_product_backward(*given)
             continue

@@ -59,7 +59,7 @@ def _wrong(device: torch.device) -> str:
     place, count = perm.argsort(), int((ids < experts).sum())
     offs = torch.bincount(ids, minlength=experts).cumsum(0)[:experts]
     routes = _ops.experts_routes(index.to(device), experts)
-    for got, expected in zip(routes, (perm, perm // k, place, offs), strict=True):
+    for got, expected in zip(routes[:4], (perm, perm // k, place, offs), strict=True):
         if not torch.equal(got.cpu().long(), expected):
             return "experts_routes"
 
@@ -73,13 +73,24 @@ def _wrong(device: torch.device) -> str:
         if differs(hi + lo, padded, 1e-4):
             return "experts_factors"
 
+    # Of few rows, beside the same pool of B.
+    x, with_expert = _wave(tokens, n).to(half), perm[:count]
+    given = x.to(device), *given[:3], 0.7, experts, 2, routes[3], routes[1]
+    _, pool_b, s, t = _ops.experts_low_rank(*given)
+    own_a = by_expert[0][ids[with_expert]]
+    expected = (own_a @ x[with_expert // k].float().unsqueeze(2)).squeeze(2)
+    total = t[:count].float().unflatten(1, (2, 8)).sum(1)[:, :rank]
+    is_wrong = differs(s[:count], expected, 1e-4) or differs(total, 0.7 * expected, 1e-4)
+    if is_wrong or not torch.equal(pool_b.cpu(), pools[1].cpu()):
+        return "experts_low_rank"
+
     rows, dx, weights = (
         _wave(tokens * k, n).to(half),
         _wave(n, tokens * k).t().to(half),
         _wave(tokens, k),
     )
     own = (weights.flatten()[perm] * (ids[perm] < experts))[:, None]
-    found = _ops.experts_sum(rows.to(device), *routes[2:], weights.to(device), k)
+    found = _ops.experts_sum(rows.to(device), *routes[2:4], weights.to(device), k)
     if differs(found, (own * rows)[place].view(tokens, k, n).sum(1)):
         return "experts_sum"
 

@@ -23,7 +23,7 @@ from .routing import Routes
 # A `Projection`: its weight, bias and routes, then its other fields but slots.
 _FLAT = (
     "Tensor[] weight, SymInt[] numbers, ScalarType dtype, Tensor? bias, Tensor perm, Tensor token, "
-    "Tensor offs, Tensor? ends, Tensor? place, Tensor[] lora_a, Tensor[] lora_b, "
+    "Tensor offs, Tensor? ends, Tensor? place, Tensor? tables, Tensor[] lora_a, Tensor[] lora_b, "
     "float[] scalings, bool is_first, SymInt row_block, float dropout_p, Tensor? seed"
 )
 
@@ -33,9 +33,10 @@ def _flat(projection: Projection) -> tuple:
     return *flat_weight(weight), bias, *routes, *map(list, lists), is_first, row_block, p, seed
 
 
-def _projection(weight, numbers, dtype, bias, perm, token, offs, ends, place, *rest) -> Projection:
-    routes = Routes(perm, token, offs, ends, place)
-    return Projection(weight_from_flat(weight, numbers, dtype), bias, routes, *rest)
+def _projection(weight, numbers, dtype, bias, *rest) -> Projection:
+    count = len(Routes._fields)
+    own = weight_from_flat(weight, numbers, dtype), bias, Routes(*rest[:count])
+    return Projection(*own, *rest[count:])
 
 
 def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:

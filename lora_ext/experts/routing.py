@@ -36,6 +36,7 @@ class Routes(NamedTuple):
         have the same adapters.
     place: ``[S]`` int32, the sorted row of each flat slot, if the kernels of a GPU have sorted
         them: perm and token are int32, too. Else None.
+    tables: bytes, what the kernels' products read of them, if `place` is there.
     """
 
     perm: Tensor
@@ -43,6 +44,7 @@ class Routes(NamedTuple):
     offs: Tensor
     ends: Tensor | None = None
     place: Tensor | None = None
+    tables: Tensor | None = None
 
 
 def routes_of(
@@ -58,8 +60,8 @@ def routes_of(
     if adapter_index is None and has_kernels(top_k_index.device):
         is_known = top_k_index.dtype in (torch.int32, torch.int64)
         given = top_k_index if is_known else top_k_index.long()
-        perm, token, place, offs = _ops.experts_routes(given, experts)
-        return Routes(perm, token, offs, None, place)
+        perm, token, place, offs, tables = _ops.experts_routes(given, experts)
+        return Routes(perm, token, offs, None, place, tables)
     ids, kinds = top_k_index.long(), 1
     ids = ids.masked_fill(ids < 0, experts)  # which would be sorted to the first expert
     if adapter_index is not None:

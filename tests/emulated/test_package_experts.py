@@ -154,7 +154,8 @@ def test_what_surrounds_the_products_of_experts_is_right():
 calls = (
     (ops.experts_routes, (index, experts)),
     (ops.experts_factors, (a, b, [1.0, 0.3], experts, dtype, 2)),
-    (ops.experts_sum, (x[:, :n], *routes[2:], weights, k)),
+    (ops.experts_low_rank, (few, a, b, [1.0, 0.3], 0.7, experts, 2, routes[3], routes[1])),
+    (ops.experts_sum, (x[:, :n], *routes[2:4], weights, k)),
     (ops.experts_dot, given),
 )
 for op, arguments in calls:

@@ -278,9 +278,10 @@ def product_and_gradients(**changes):
         "seed": None,
         "first": 0,
         "workspace": None,
+        "tables": None,
     }
-    forward = call | {"x": ones(2, 40), "bias": None, "y": None}
-    own = {"grad": ones(3, 24), "s": torch.ones(3, 3), "wanted": [True] * 3}
+    forward = call | {"x": ones(2, 40), "bias": None, "y": None, "t": None}
+    own = {"grad": ones(3, 24), "s": torch.ones(3, 3), "wanted": [True] * 3, "slots": None}
     backward = call | own | {"x": ones(2, 40), "weights": None, "grad_rows": None, "dx": None}
     calls = (OPS.experts_product, forward), (OPS.experts_product_backward, backward)
     of_forward, of_backward = (op(**args | pick(changes, args)) for op, args in calls)
@@ -312,7 +313,13 @@ LAST_EXPERT |= {"y": torch.ones(3, 24, dtype=BF16), "dx": torch.ones(3, 40, dtyp
         ({"grad": torch.ones(3, 23, dtype=BF16)}, "grad of shape .rows, 24."),
         ({"s": torch.ones(2, 3)}, "x_rows of int32 and shape .2."),
         ({"s": torch.ones(3, 2)}, "contiguous s of shape .rows, 3."),
-        ({"weights": torch.ones(3, dtype=BF16)}, "weights of float32, one for each of the 3"),
+        ({"weights": torch.ones(3).double()}, "weights of float32 or BFloat16, one for each of"),
+        ({"slots": torch.zeros(3).long()}, "slots of int32 and shape .3."),
+        ({"tables": torch.ones(9000)}, "the tables of experts_routes for 3 rows and 6 experts"),
+        (
+            {"t": torch.ones(3, 8, dtype=BF16)},
+            "tables beside t, and a contiguous t of shape .3, 8.",
+        ),
         ({"weight": torch.ones(7, 24, 40, dtype=BF16)}, "pools of all experts, .* 7 from 0 on"),
         ({"weight": ONE_EXPERT, "first": 6}, "pools of all experts, .* 1 from 6 on"),
         ({"weight": ONE_EXPERT, "first": 1}, "contiguous result .3, 24. and the workspace"),

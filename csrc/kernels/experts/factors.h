@@ -1,5 +1,6 @@
 // lora_experts_factors: writes one adapter's factors of all experts, in PEFT's layout, as pools of
-// halves (lora_experts.h), which the kernels of many adapters read.
+// halves (lora_experts.h), which the kernels of many adapters read; for few rows it makes S and T
+// instead of A's pool.
 //
 // In lora_b the expert is the fastest index, in its pool the rank: a block turns a tile of
 // kExperts x kRows x kRanks in shared memory, reads 32 neighbouring experts by a warp and writes 32
@@ -40,6 +41,10 @@ struct ExpertsFactors {
     for (int i = 0; i < kChunk; ++i) numbers[i] = static_cast<float>(chunk.of[i]);
   }
 
+  __device__ __forceinline__ void load_a(int64_t at, int left, Numbers& numbers) const {
+    p.a_in_float ? load<float>(p.lora_a, at, left, numbers) : load<T>(p.lora_a, at, left, numbers);
+  }
+
   // A chunk of each term; that of lo is `step` elements behind that of hi.
   __device__ __forceinline__ void store(const Numbers& numbers, T* to, int64_t step,
                                         int left) const {
@@ -63,11 +68,33 @@ struct ExpertsFactors {
     const int left = p.in - column;
     const int64_t at = (int64_t{expert} * p.rank + rank) * p.in + column;
     Numbers numbers{};
-    if (rank < p.rank)
-      p.a_in_float ? load<float>(p.lora_a, at, left, numbers)
-                   : load<T>(p.lora_a, at, left, numbers);
+    if (rank < p.rank) load_a(at, left, numbers);
     const int64_t rows = int64_t{expert} * p.terms * p.width + p.first + rank;
     store(numbers, static_cast<T*>(p.pool_a) + rows * p.in + column, int64_t{p.width} * p.in, left);
+  }
+
+  // A warp: a rank of a position. Positions of no expert are left out.
+  __device__ __forceinline__ void multiply_a() const {
+    const unsigned part = blockIdx.x * kWarps + warp;
+    const auto position = static_cast<int>(part / p.ranks), rank = static_cast<int>(part % p.ranks);
+    if (position >= p.offs[p.experts - 1] || rank >= p.rank) return;
+    const int64_t row = p.x_rows != nullptr ? p.x_rows[position] : position;
+    const T* x = static_cast<const T*>(p.x) + row * p.x_pitch;
+    const int64_t a = (int64_t{expert_of(p.offs, p.experts, position)} * p.rank + rank) * p.in;
+    float sum = 0.f;
+    for (int column = lane * kChunk; column < p.in; column += kColumns) {
+      Numbers numbers;
+      RowChunk<T> of_x;
+      load_a(a + column, p.in - column, numbers), of_x.load(x + column, p.in - column);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) sum = fmaf(numbers[i], static_cast<float>(of_x.of[i]), sum);
+    }
+    sum = sum_of_warp(sum);
+    if (lane != 0) return;
+    p.s[int64_t{position} * p.s_pitch + p.first + rank] = sum;
+    T* t = static_cast<T*>(p.t) + int64_t{position} * p.terms * p.width + p.first + rank;
+    t[0] = high_half<T>(p.t_scale * sum);
+    if (p.terms == 2) t[p.width] = low_half<T>(p.t_scale * sum);
   }
 
   // A block: a tile of kExperts, kRows and kRanks.
@@ -117,16 +144,13 @@ struct ExpertsFactors {
   }
 };
 
-// Grid: (blocks, 2), for lora_a and lora_b.
+// Grid: (blocks, 2), the second for lora_b.
 template <class T>
 __global__ void __launch_bounds__(ExpertsFactors<T>::kThreads)
     lora_experts_factors(const __grid_constant__ ExpertsFactorsParams p) {
   const ExpertsFactors<T> factors{p};
-  if (blockIdx.y == 0) {
-    factors.copy_a();
-  } else {
-    factors.turn_b();
-  }
+  if (blockIdx.y == 1) return factors.turn_b();
+  p.x != nullptr ? factors.multiply_a() : factors.copy_a();
 }
 
 }  // namespace lora_ext::kernel

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 
+#include "common/bounds.h"
 #include "kernels/experts/factors.h"
 #include "kernels/experts/routes.h"
 #include "kernels/experts/slots.h"
@@ -25,7 +26,8 @@ template <class T, class Launch>
 void enqueue(Launch& run, const ExpertsRoutesParams& routes) {
   ExpertsSortParams p{};
   p.rows.m = routes.rows, p.rows.groups = routes.experts;
-  p.tables.counts = routes.counts, p.routes = routes;
+  p.rows.ends = routes.offs, p.rows.max_rank = static_cast<int>(kMaxRank);
+  p.tables = routes.tables, p.tables.counts = routes.counts, p.routes = routes;
   routes.is_long ? sort_by_expert<int64_t>(run, p) : sort_by_expert<int>(run, p);
 }
 
@@ -33,7 +35,8 @@ template <class T, class Launch>
 void enqueue(Launch& run, const ExpertsFactorsParams& p) {
   using Factors = ExpertsFactors<T>;
   const auto parts_of = Factors::parts_of;
-  const int64_t parts = int64_t{p.experts} * p.ranks * parts_of(p.in, Factors::kColumns);
+  const int64_t of_a = int64_t{p.experts} * p.ranks * parts_of(p.in, Factors::kColumns);
+  const int64_t parts = p.x != nullptr ? int64_t{p.rows} * p.ranks : of_a;
   const int64_t tiles = int64_t{parts_of(p.experts, Factors::kExperts)} *
                         parts_of(p.ranks, Factors::kRanks) * parts_of(p.out, Factors::kRows);
   const int64_t blocks = std::max((parts + Factors::kWarps - 1) / Factors::kWarps, tiles);

@@ -1,5 +1,5 @@
 // lora_experts_routes: sorts the slots of tokens by expert, by the counting sort of
-// grouped/segments.h:
+// grouped/segments.h, and writes the tables of all products of a layer, which need no ranks:
 //
 //     count, begin, place     chunks of slots, a block each; of at most one chunk all by one kernel
 #pragma once
@@ -33,6 +33,7 @@ struct ExpertsSort {
     LoraGroupedScan{p}.begin_chunks();
     for (int expert = chunk.thread; expert < p.rows.groups; expert += kThreads)
       p.routes.offs[expert] = p.tables.counts[(expert + int64_t{1}) * p.chunks()];
+    LoraGroupedScan{p}.run();  // a thread reads the ends that it has written
   }
 
   __device__ __forceinline__ void place() const {

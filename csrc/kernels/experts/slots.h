@@ -4,17 +4,11 @@
 #pragma once
 #include "kernels/experts/chunk.h"
 #include "kernels/lora_experts.h"
+#include "kernels/tile/expert_rows.h"
 
 namespace lora_ext::kernel {
 
 constexpr int kExpertsThreads = 256;
-
-// Weights, in floats or in T.
-template <class T>
-__device__ __forceinline__ float weight_at(const void* weights, bool in_float, int64_t slot) {
-  return in_float ? static_cast<const float*>(weights)[slot]
-                  : static_cast<float>(static_cast<const T*>(weights)[slot]);
-}
 
 template <class T>
 struct ExpertsSum {
@@ -104,11 +98,9 @@ struct ExpertsDot {
     float sum = 0.f;
     if (position < p.offs[p.experts - 1]) {
       scale_row(position, weight_at<T>(p.weights, p.weights_in_float, slot), sum);
-      if (p.bias != nullptr) add_bias(slot / p.slots, expert_of(position), sum);
+      if (p.bias != nullptr) add_bias(slot / p.slots, expert_of(p.offs, p.experts, position), sum);
     }
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
-      sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    sum = sum_of_warp(sum);
     if (lane != 0) return;
     if (p.weights_in_float) {
       static_cast<float*>(p.dweights)[slot] = sum;
@@ -151,20 +143,6 @@ struct ExpertsDot {
     RowChunk<T> of_bias;
     for (int column = lane * kChunk; column < p.bias_n; column += kColumns)
       add(grad + column, bias + column, p.bias_n - column, of_bias, sum);
-  }
-
-  // The first one that ends behind a position.
-  __device__ __forceinline__ int expert_of(int64_t position) const {
-    int first = 0, last = p.experts - 1;
-    while (first < last) {
-      const int middle = first + (last - first) / 2;
-      if (position < p.offs[middle]) {
-        last = middle;
-      } else {
-        first = middle + 1;
-      }
-    }
-    return first;
   }
 };
 

@@ -9,6 +9,7 @@
 #pragma once
 #include "kernels/grouped/operands.h"
 #include "kernels/skinny/shrink.h"
+#include "kernels/tile/expert_rows.h"
 
 namespace lora_ext::kernel {
 
@@ -140,7 +141,7 @@ struct LoraGroupedReduced {
   const float* saved;  // [m, max_rank]; may be null
   T* t[2];             // [m, t_pitch], hi and lo; lo may be null
   float keep_scale;
-  const float* row_weights;  // [m], of T, by position; null for 1
+  LoraGroupedWeights row_weights;  // of T
 };
 template <class T>
 struct LoraGroupedReduceParams {
@@ -177,7 +178,11 @@ __global__ void __launch_bounds__(256)
           sum_of_splits<T>(z, p.splits, static_cast<int64_t>(p.m) * p.z_pitch, p.terms, width);
       if (reduced.s != nullptr) reduced.s[in_s] = s;
     }
-    const float weight = reduced.row_weights != nullptr ? reduced.row_weights[at] : 1.f;
+    const LoraGroupedWeights& weights = reduced.row_weights;
+    float weight = 1.f;
+    if (weights.of != nullptr)
+      weight = weight_at<T>(weights.of, weights.in_float,
+                            weights.slots != nullptr ? weights.slots[at] : at);
     const float t = scaling * s * weight;
     reduced.t[0][position * p.t_pitch + column] = high_half<T>(t);
     if (reduced.t[1] != nullptr) reduced.t[1][position * p.t_pitch + column] = low_half<T>(t);

@@ -79,6 +79,12 @@ struct Tables {
   int64_t tiles = kNone, row_tiles = kNone, pieces = kNone, sums = kNone;
   bool own_weights() const { return row_tiles != kNone; }
 };
+// Those of experts' rows, which depend on nothing else: on neither a projection nor a direction.
+struct ExpertsTables {
+  Tables tables{};
+  int64_t bytes;
+};
+ExpertsTables experts_tables(int64_t m, int64_t experts);
 
 // The skinny kernels and lora_gemm: sequence/linear_sequence.h and sequence/grouped_sequence.h.
 struct Tiled {

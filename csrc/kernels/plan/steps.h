@@ -29,6 +29,12 @@ inline int64_t tiles_of_product(const TileFacts& tile, const Problem& p) {
 Plan choose_kernels(const Card& card, const Problem& problem, const Request& request);
 // The tiles that are compared for it: the requested one, if the card and the call can have it.
 std::vector<Tile> tiles_for(const Plan& plan, const Request& request);
+// Sets the numbers of a table's entries with its piece_rows.
+void count_pieces(Tables& tables, int64_t m, int64_t groups);
+// Rows of a partial sum of experts' gradients: the expert with most rows may have nearly all.
+inline int64_t experts_piece_rows(int64_t m) {
+  return std::max(4 * kStep, rounded_up(blocks_of(m, 16), kStep));
+}
 // Sets its splits and blocks with the request's tile.
 void choose_tiles(Plan& plan, const Request& request);
 // Sets the offsets of intermediates in the workspace, and its size.

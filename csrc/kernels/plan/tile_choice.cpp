@@ -88,24 +88,36 @@ void choose_gradients(Tiled& plan, const Card& card, const Problem& p, bool use_
   plan.wgrad_uses_pdl = plan.gemm && facts_of(plan.gemm->tile).wgmma && plan.has_wgrad() && use_pdl;
 }
 
+}  // namespace
+
+void count_pieces(Tables& tables, int64_t m, int64_t groups) {
+  const int64_t rows = tables.piece_rows;
+  tables.tile_count = static_cast<int>(Tables::pieces_of(m, groups, kGroupedTileRows));
+  tables.row_tile_count = static_cast<int>(Tables::pieces_of(m, groups, kGroupedRowTileRows));
+  tables.piece_count = static_cast<int>(Tables::pieces_of(m, groups, rows));
+  tables.slots = static_cast<int>(Tables::slots_of(m, rows));
+}
+
+namespace {
+
 // Row tiles, and pieces of rows for partial sums of gradients, with which one adapter fills a card.
 void choose_tables(Tiled& plan, const Card& card, const Problem& p) {
   Tables& tables = plan.tables.emplace();
-  tables.piece_rows = static_cast<int>(rounded_up(p.m, kGroupedTileRows));  // nothing is summed
+  // Forward sums nothing.
+  const int64_t rows =
+      p.own_weights() ? experts_piece_rows(p.m) : rounded_up(p.m, kGroupedTileRows);
+  tables.piece_rows = static_cast<int>(rows);
   if (p.backward) {
     const int64_t panels =
         (p.need_dlora_a ? blocks_of(p.k, 128) : 0) + (p.need_dlora_b ? blocks_of(p.n, 128) : 0);
-    const Splits pieces =
-        choose_splits(card, std::max<int64_t>(1, panels) * blocks_of(plan.columns, 64), p.m);
+    const int64_t blocks = std::max<int64_t>(1, panels) * blocks_of(plan.columns, 64);
+    Splits pieces{static_cast<int>(blocks_of(p.m, rows)), static_cast<int>(rows / kStep)};
+    if (!p.own_weights()) pieces = choose_splits(card, blocks, p.m);
     tables.piece_rows = static_cast<int>(kStep) * pieces.steps_per_split;
     if (p.need_dlora_a) plan.dlora_a = pieces;
     if (p.need_dlora_b) plan.dlora_b = pieces;
   }
-  const int64_t rows = tables.piece_rows, groups = p.groups->count;
-  tables.tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedTileRows));
-  tables.row_tile_count = static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedRowTileRows));
-  tables.piece_count = static_cast<int>(Tables::pieces_of(p.m, groups, rows));
-  tables.slots = static_cast<int>(Tables::slots_of(p.m, rows));
+  count_pieces(tables, p.m, p.groups->count);
 }
 
 }  // namespace

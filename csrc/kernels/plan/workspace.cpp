@@ -82,6 +82,18 @@ void place_decode(Decode& plan, const Problem& p, Workspace& workspace) {
 
 }  // namespace
 
+ExpertsTables experts_tables(int64_t m, int64_t experts) {
+  ExpertsTables made{};
+  Problem problem{};
+  problem.m = m, problem.groups = Groups{experts, false, false, true};
+  made.tables.piece_rows = static_cast<int>(experts_piece_rows(m));
+  count_pieces(made.tables, m, experts);
+  Workspace workspace;
+  place_tables(made.tables, problem, workspace);
+  made.bytes = workspace.bytes;
+  return made;
+}
+
 void place_in_workspace(Plan& plan) {
   Workspace workspace;
   if (auto* tiled = std::get_if<Tiled>(&plan.sequence))

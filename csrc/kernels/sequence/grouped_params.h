@@ -23,17 +23,20 @@ template <class T>
 class LoraGroupedParams {
  public:
   LoraGroupedParams(const plan::Tiled& plan, const LoraGroupedOperands& operands)
-      : plan_(plan), tables_(*plan.tables), o_(operands) {}
+      : plan_(plan),
+        tables_(tables_at(*plan.tables,
+                          operands.tables != nullptr ? operands.tables : operands.workspace)),
+        o_(operands) {}
 
-  LoraGroupedEntry* entries() const { return at<LoraGroupedEntry>(tables_.entries); }
+  LoraGroupedEntry* entries() const { return at<LoraGroupedEntry>(plan_.tables->entries); }
   LoraGroupedEntry* gradient_entries() const {
-    return at<LoraGroupedEntry>(tables_.gradient_entries);
+    return at<LoraGroupedEntry>(plan_.tables->gradient_entries);
   }
 
   LoraGroupedSegmentsParams segments() const {
     LoraGroupedFactors factors = o_.factors.pool;
     factors.entries = entries();
-    return {o_.rows, factors, tables()};
+    return {o_.rows, factors, tables_};
   }
 
   // Z = drop(X) A_g^T
@@ -112,7 +115,7 @@ class LoraGroupedParams {
       params.product[1] = product(g.dy, g.dy_pitch, places().dy, plan_.s, o_.n, plan_.g_b);
     params.product[0].masked = o_.dropout;
     params.gradients = gradients(g), params.factors = factors();
-    params.pieces = at<LoraGroupedPiece>(tables_.pieces), params.mask_rows = places().mask;
+    params.pieces = tables_.pieces, params.mask_rows = places().mask;
     params.m = static_cast<int>(o_.m), params.max_rank = o_.rows.max_rank;
     params.lo_column = plan_.width, params.mask = o_.mask;
     return params;
@@ -123,7 +126,7 @@ class LoraGroupedParams {
                           o_.mask.keep_scale};
     params.gradient[1] = {at<float>(plan_.g_b), g.need_db ? static_cast<int>(o_.n) : 0, 1.f};
     params.gradients = gradients(g), params.factors = factors();
-    params.sums = at<LoraGroupedSum>(tables_.sums), params.max_rank = o_.rows.max_rank;
+    params.sums = tables_.sums, params.max_rank = o_.rows.max_rank;
     return params;
   }
 
@@ -134,7 +137,7 @@ class LoraGroupedParams {
   }
   // T = dS as dA's sum has it.
   int64_t weighted_t(const LoraGroupedBackward& g) const {
-    return g.need_da && g.row_weights != nullptr ? plan_.weighted_t : plan_.t;
+    return g.need_da && g.row_weights.of != nullptr ? plan_.weighted_t : plan_.t;
   }
   // A pool may have no ranks; those of the tables are written for each.
   LoraGroupedFactors factors() const { return with_ranks(o_.factors.pool, entries()); }
@@ -142,28 +145,14 @@ class LoraGroupedParams {
     return with_ranks(g.gradients.pool, gradient_entries());
   }
   LoraGroupedFactors with_ranks(LoraGroupedFactors pool, const LoraGroupedEntry* entries) const {
-    pool.entries = entries, pool.ranks = at<int>(tables_.ranks);
+    pool.entries = entries, pool.ranks = tables_.ranks;
     return pool;
   }
   // Where operands have the row of a position.
   LoraGroupedPlaces places() const {
-    const int* order = at<int>(tables_.order);
-    return tables_.own_weights() ? o_.places : LoraGroupedPlaces{order, order, order, order};
+    const int* order = tables_.order;
+    return plan_.tables->own_weights() ? o_.places : LoraGroupedPlaces{order, order, order, order};
   }
-  LoraGroupedTables tables() const {
-    LoraGroupedTables tables{};
-    tables.order = at<int>(tables_.order), tables.first = at<int>(tables_.first);
-    tables.segments = at<LoraGroupedSegment>(tables_.segments);
-    tables.tiles = at<LoraGroupedPiece>(tables_.tiles);
-    tables.row_tiles = at<LoraGroupedPiece>(tables_.row_tiles);
-    tables.pieces = at<LoraGroupedPiece>(tables_.pieces);
-    tables.sums = at<LoraGroupedSum>(tables_.sums), tables.counts = at<int>(tables_.counts);
-    tables.ranks = at<int>(tables_.ranks);
-    tables.piece_rows = tables_.piece_rows, tables.tile_count = tables_.tile_count;
-    tables.row_tile_count = tables_.row_tile_count, tables.piece_count = tables_.piece_count;
-    return tables;
-  }
-
   LoraGroupedShrinkParams<T> shrink_of(const void* x, int64_t pitch, int64_t k,
                                        const int* rows) const {
     LoraGroupedShrinkParams<T> params{};
@@ -171,7 +160,7 @@ class LoraGroupedParams {
     params.m = static_cast<int>(o_.m), params.k = static_cast<int>(k);
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.terms = plan_.terms, params.steps_per_split = plan_.shrink.steps_per_split;
-    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.factors = factors();
+    params.tiles = tables_.tiles, params.factors = factors();
     params.rows = rows, params.mask_rows = places().mask;
     return params;
   }
@@ -182,7 +171,7 @@ class LoraGroupedParams {
             nullptr,
             {hi, plan_.terms == 2 ? hi + plan_.width : nullptr},
             1.f,
-            nullptr};
+            {}};
   }
   LoraGroupedReduceParams<T> reduce_of() const {
     LoraGroupedReduceParams<T> params{};
@@ -191,7 +180,7 @@ class LoraGroupedParams {
     params.splits = plan_.shrink.splits, params.terms = plan_.terms;
     params.z_pitch = plan_.z_columns, params.max_rank = o_.rows.max_rank;
     params.factors = factors();
-    params.tiles = at<LoraGroupedPiece>(tables_.tiles), params.rows = places().y;
+    params.tiles = tables_.tiles, params.rows = places().y;
     return params;
   }
   LoraGroupedGemmParams<T> gemm_of(const void* p, int64_t pitch, int64_t n, int64_t k,
@@ -203,9 +192,10 @@ class LoraGroupedParams {
     params.gemm.m = static_cast<int>(o_.m), params.gemm.n = static_cast<int>(n);
     params.gemm.k = plan_.base != plan::Base::kKernel ? 0 : static_cast<int>(k);
     params.gemm.whole_chunks = plan_.vector;
-    params.t = at<T>(plan_.t), params.gemm.t_pitch = plan_.columns, params.lo_column = plan_.width;
-    params.factors = factors(), params.segments = at<LoraGroupedSegment>(tables_.segments);
-    params.first = at<int>(tables_.first), params.order = at<int>(tables_.order);
+    params.t = o_.t != nullptr ? static_cast<const T*>(o_.t) : at<T>(plan_.t);
+    params.gemm.t_pitch = plan_.columns, params.lo_column = plan_.width;
+    params.factors = factors(), params.segments = tables_.segments;
+    params.first = tables_.first, params.order = tables_.order;
     return params;
   }
 
@@ -219,13 +209,13 @@ class LoraGroupedParams {
     params.q_stride = o_.weight_stride, params.y_rows = o_.places.y;
     params.q_rows = static_cast<int>(o_.weight_stride / std::max<int64_t>(1, o_.weight_pitch));
     params.first_expert = o_.first_weight, params.end_expert = o_.end_weight;
-    params.row_tiles = at<LoraGroupedPiece>(tables_.row_tiles);
+    params.row_tiles = tables_.row_tiles;
     params.row_tile_count = tables_.row_tile_count;
     return params;
   }
 
   const plan::Tiled& plan_;
-  const plan::Tables& tables_;
+  const LoraGroupedTables tables_;
   const LoraGroupedOperands& o_;
 };
 

@@ -6,9 +6,10 @@
 //     backward   entries -> count, scan, place -> shrink: Z -> reduce: T = dS, and s S -> gemm: dX
 //                -> wgrad: dA, dB, or partial sums -> reduce_wgrad: dA, dB
 //
-// Without a list there are no entries to write; without an index, count and place are left out. In
-// a hybrid plan gemm leaves out the base product, which the library then accumulates onto Y and dX.
-// Launches with own weights that go on with others are gemm alone.
+// Without a list there are no entries to write; without an index, count and place are left out, and
+// scan where tables are given. In a hybrid plan gemm leaves out the base product, which the library
+// then accumulates onto Y and dX. Launches with own weights that go on with others, or have T, are
+// gemm alone.
 // The interface of a launcher is that of sequence/linear_sequence.h.
 #pragma once
 #include "kernels/decode/launch.h"
@@ -41,7 +42,7 @@ class LoraGroupedSequence {
       : plan_(plan), o_(operands), params_(plan, operands), launch_(launch) {}
 
   void forward(const LoraGroupedForward& f) {
-    if (!o_.goes_on()) {
+    if (!o_.goes_on() && o_.t == nullptr) {
       write_entries<T>({o_.factors.list}, o_.rows.groups, params_.entries(), launch_);
       segments();
       shrink<false>(params_.shrink(), o_.dropout);
@@ -70,6 +71,7 @@ class LoraGroupedSequence {
   }
 
   void segments() {
+    if (o_.tables != nullptr) return;
     using Params = LoraGroupedSegmentsParams;
     const Params params = params_.segments();
     const dim3 chunks(blocks_of(o_.m, Params::kChunk));

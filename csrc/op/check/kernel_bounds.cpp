@@ -99,7 +99,7 @@ at::Tensor at_rows(const at::Tensor& tensor, const at::Tensor& rows,
 // Of x or S, in gradients of factors.
 at::Tensor weighted(const at::Tensor& own, const at::Tensor& rows, const ExpertRows& experts) {
   if (!experts.weights) return own;
-  return own.mul(experts.weights->index_select(0, rows).unsqueeze(1)).to(own.scalar_type());
+  return own.mul(experts.row_weights().index_select(0, rows).unsqueeze(1)).to(own.scalar_type());
 }
 
 // One adapter, for the bounds of a call with one adapter. They hold for any mask: what it drops

@@ -1,6 +1,7 @@
 #include "op/check/kernel_check.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -235,20 +236,32 @@ at::Tensor in_halves(const at::Tensor& pool, int64_t rank_dim, const Kernels& ke
   return out;
 }
 
+// Of experts' rows, as the op that sorts them writes them: those are checked, too.
+at::Tensor tables_of(const at::Tensor& index, int64_t experts) {
+  using Routes = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("lora_ext::experts_routes", "")
+                             .typed<Routes(const at::Tensor&, c10::SymInt)>();
+  return std::get<4>(op.call(index.unsqueeze(1), experts));
+}
+
 // The update of a projection of experts, of which one has no rows, and last come rows of none: as a
 // pool of the factors, and as one of halves. Rows of x, grad and the mask are elsewhere.
 InTwoForms experts_of(const Update& one, const Kernels& kernels, int64_t rows, int64_t tokens,
                       const at::TensorOptions& options) {
-  InTwoForms update{pool_of(one, rows, options).pool, {}};
+  const at::TensorOptions adapter = one.a().options();
+  const InTwoForms ranges = pool_of(one, rows, options);
+  InTwoForms update{ranges.pool, {}};
   const at::Tensor turns = at::arange(rows, options.dtype(at::kLong));
   const auto every = [&](int64_t step, int64_t count) {
     return turns.mul(step).remainder(count).to(at::kInt);
   };
   ExpertRows experts{rows, one.rank(), kernels.float_adapters, every(5, tokens)};
   experts.mask = every(7, rows);
+  experts.tables = tables_of(*ranges.list.grouping->index, update.list.adapters());
   if (kernels.backward) {
     experts.grad = every(11, tokens);
-    experts.weights = numbers({rows}, 12.17, 1, options.dtype(at::kFloat));
+    experts.weights = numbers({rows}, 12.17, 1, adapter), experts.slots = every(3, rows);
   }
   update.list.grouping->experts = experts;
   update.list.grouping->scaling = at::Tensor(), update.list.scaling = 1.5;

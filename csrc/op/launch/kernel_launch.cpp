@@ -52,17 +52,20 @@ kernel::Matrix matrix_of(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), pitch_of(tensor), tensor.stride(1)};
 }
 
+const int32_t* numbers(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<int32_t>() : nullptr;
+}
+
 // Operands of experts beside those of many adapters.
 void set_experts(kernel::LoraGroupedOperands& o, const Base& base, const Update& update) {
   const ExpertRows* rows = update.experts();
   if (rows == nullptr) return;
-  const auto numbers = [](const std::optional<at::Tensor>& tensor) {
-    return tensor ? tensor->const_data_ptr<int32_t>() : nullptr;
-  };
   o.weight_stride = base.weight.stride(0);
   o.bias_stride = base.bias ? base.bias->stride(0) : 0;
   o.first_weight = static_cast<int>(rows->first);
   o.end_weight = static_cast<int>(rows->first + base.weight.size(0));
+  o.tables = rows->tables ? rows->tables->mutable_data_ptr<uint8_t>() : nullptr;
+  o.t = rows->t ? rows->t->const_data_ptr() : nullptr;
   o.places = {numbers(rows->x), numbers(rows->grad), nullptr, numbers(rows->mask)};
 }
 
@@ -273,7 +276,11 @@ Backward run(const plan::Plan& plan, const BackwardArgs& args) {
     std::optional<GroupedMatrices> gradients;
     if (const ExpertRows* experts = update.experts()) {
       operands.gradients = gradients_of_experts(update, out);
-      if (experts->weights) operands.row_weights = experts->weights->const_data_ptr<float>();
+      if (experts->weights) {
+        operands.row_weights = {experts->weights->const_data_ptr(),
+                                experts->weights->scalar_type() == at::kFloat,
+                                numbers(experts->slots)};
+      }
     } else {
       operands.gradients = gradients.emplace(update, out.dlora_a, out.dlora_b).matrices();
     }

@@ -36,7 +36,8 @@ class Rows {
   }
   // `rows` times their weights, at least in float32, if they have some.
   at::Tensor weighted(const at::Tensor& rows) const {
-    return experts_ && experts_->weights ? rows.mul(of(*experts_->weights).unsqueeze(1)) : rows;
+    return experts_ && experts_->weights ? rows.mul(of(experts_->row_weights()).unsqueeze(1))
+                                         : rows;
   }
   void put(at::Tensor& tensor, const at::Tensor& rows) const {
     if (is_range()) {

@@ -285,6 +285,18 @@ for tokens, k, experts, dtype in ((5, 3, 7, torch.bfloat16), (90, 4, 40, torch.f
     by_expert = [(s * each).view(20, -1, experts).permute(2, 0, 1) for s, each in zip((1, 0.3), b)]
     check_pool(pool_a, torch.cat([each.view(experts, -1, 27) for each in a], 1), 1, dtype)
     check_pool(pool_b, torch.cat(by_expert, 2), 2, dtype)
+    few = torch.randn(tokens, 27).to(dtype)
+    words = [1.0, 0.3], 0.7, experts, 2, routes[3], routes[1]
+    _, of_b, s, t = ops.experts_low_rank(few.to(there), *given, *words)
+    found = [e for e in range(experts) if (ids == e).any()]
+    assert torch.equal(of_b.cpu()[found], pool_b.cpu()[found])
+    sorted_ids, own = ids[perm][: offs[-1]], few[perm // k][: offs[-1]].double()
+    by_rank = torch.cat([each.view(experts, -1, 27) for each in a], 1).double()[sorted_ids]
+    sums = (by_rank @ own[:, :, None])[:, :, 0]
+    torch.testing.assert_close(s.cpu()[: offs[-1]].double(), sums, rtol=1e-5, atol=1e-5)
+    hi, lo = t.cpu()[: offs[-1]].double().unflatten(1, (2, 16)).unbind(1)
+    total = (hi + lo / (2048 if dtype == torch.float16 else 1))[:, :11]
+    torch.testing.assert_close(total, 0.7 * sums, rtol=2e-5, atol=1e-5)
 
     n, count = 24, int(offs[-1])
     has_expert = (ids < experts)[perm]
@@ -295,7 +307,7 @@ for tokens, k, experts, dtype in ((5, 3, 7, torch.bfloat16), (90, 4, 40, torch.f
     summed = rows[perm.argsort()].view(tokens, k, n).sum(1)
     unread = x.clone()
     unread[count:] = float("nan")
-    given = unread.to(there)[:, :n], *routes[2:], weights.to(there), k
+    given = unread.to(there)[:, :n], *routes[2:4], weights.to(there), k
     torch.testing.assert_close(ops.experts_sum(*given).cpu().double(), summed, **close_to)
 
     grad, bias = torch.randn(tokens, 19).to(dtype), torch.randn(experts, 19).to(dtype)
@@ -312,7 +324,7 @@ for tokens, k, experts, dtype in ((5, 3, 7, torch.bfloat16), (90, 4, 40, torch.f
     torch.testing.assert_close(got.cpu().double(), dweights, **close_to)
     torch.testing.assert_close(found.cpu().double(), scaled, **close_to)
 
-empty = ops.experts_routes(torch.zeros(0, 4, dtype=torch.long).to(there), 3)
+empty = ops.experts_routes(torch.zeros(0, 4, dtype=torch.long).to(there), 3)[:4]
 assert [each.tolist() for each in (each.cpu() for each in empty)] == [[], [], [], [0, 0, 0]]
 """
 

@@ -1,6 +1,7 @@
 // One projection of experts, each with its own W, forward and backward, as the planner decides for
-// a card, in one workspace of exactly the planned size, twice. Rows are gathered where they are read,
-// and gradients are in PEFT's layout, in which the expert is B's fastest index.
+// a card, in one workspace of exactly the planned size, twice, then with tables and T of the first time.
+// Rows are gathered where they are read, and gradients are in PEFT's layout, in which the expert is
+// B's fastest index.
 #pragma once
 #include "emulated/kernels/float64_values.h"
 #include "emulated/kernels/grouped_factors.h"
@@ -194,7 +195,7 @@ class ExpertsTest {
     for (int l = 0; l < n_; ++l) sum.add({dy(at, l)}, b(e, l, r));
     return sum.sum();
   }
-  float weight_of(int at) const { return weighted_ ? row_weights_[at] : 1; }
+  float weight_of(int at) const { return weighted_ ? row_weights_[second_ ? slot_[at] : at] : 1; }
 
   template <class Got>
   void check(const char* name, int row, int column, const Got& got, const Value& expected) const {
@@ -206,11 +207,14 @@ class ExpertsTest {
     const bool with_bias = draw(2), float_bias = draw(2);
     GlobalBuffer<T> y(static_cast<size_t>(m_) * n_, "y");
     std::vector<T> before;
+    const auto size = static_cast<size_t>(plan.workspace);
+    GlobalBuffer<unsigned char> first(size, "first workspace"), second(size, "workspace");
     for (int calls = 2; calls > 0; --calls) {
-      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
       y.fill(from_double<T>(NAN));
       LoraGroupedForward f{};
-      static_cast<LoraGroupedOperands&>(f) = operands(workspace.data());
+      static_cast<LoraGroupedOperands&>(f) = operands((calls == 2 ? first : second).data());
+      if (calls == 1)  // as the first call has made them
+        f.tables = first.data(), f.t = first.data() + plan.tiled()->t;
       f.bias = with_bias ? bias_.data(float_bias) : nullptr, f.float_bias = float_bias;
       f.y = y.data(), f.s = s_.data();
       by_slices(f, true, [&](auto& stream) { grouped_forward<T>(stream, plan, f); });
@@ -262,16 +266,18 @@ class ExpertsTest {
     const plan::Plan plan = planned(p);
     GlobalBuffer<T> dx(static_cast<size_t>(p.need_dx ? m_ : 0) * k_, "dx");
     Gradients gradients(*this), again(*this);
+    const auto size = static_cast<size_t>(plan.workspace);
+    GlobalBuffer<unsigned char> first(size, "first workspace"), second(size, "workspace");
     for (Gradients* to : {&again, &gradients}) {
-      GlobalBuffer<unsigned char> workspace(static_cast<size_t>(plan.workspace), "workspace");
       dx.fill(from_double<T>(NAN));
       LoraGroupedBackward g{};
-      static_cast<LoraGroupedOperands&>(g) = operands(workspace.data());
+      static_cast<LoraGroupedOperands&>(g) = operands((to == &again ? first : second).data());
+      if (to == &gradients) g.tables = first.data();
       g.dy = dy_.data(), g.dy_pitch = dy_.row_stride, g.s = s_.data();
       g.dx = p.need_dx ? dx.data() : nullptr;
       g.gradients.pool = to->pool();
       g.need_da = p.need_dlora_a, g.need_db = p.need_dlora_b;
-      g.row_weights = weighted_ ? row_weights_.data() : nullptr;
+      if (weighted_) g.row_weights = {row_weights_.data(), true, second_ ? slot_.data() : nullptr};
       by_slices(g, p.need_dx, [&](auto& stream) { grouped_backward<T>(stream, plan, g); });
     }
     if (!gradients.same_bits(again)) differ("a second run gives other bits of the gradients");

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 #include <numeric>
 
 #include "emulated/kernels/driver.h"
@@ -80,6 +81,31 @@ void compare_table(const char* name, const GlobalBuffer<int>& got,
       differ("%s[%zu]: expected %d, but got %d", name, i, expected[i], got[i]);
 }
 
+// Pieces of at most so many rows: each expert's, rows of none if they have some, and empty ones.
+void compare_pieces(const char* name, const LoraGroupedPiece* got, int count, const Sorted& sorted,
+                    int rows, bool of_none, bool are_summed) {
+  std::vector<LoraGroupedPiece> expected;
+  const auto add = [&](int expert, int begin, int end, int slot) {
+    for (; begin < end; begin += rows)
+      expected.push_back({expert, begin, std::min(rows, end - begin), slot < 0 ? slot : slot++});
+    return slot;
+  };
+  int slot = 0;
+  for (int e = 0, begin = 0; e < sorted.experts; begin = sorted.offs[e++]) {
+    const bool several = are_summed && sorted.offs[e] - begin > rows;
+    const int next = add(e, begin, sorted.offs[e], several ? slot : -1);
+    if (several) slot = next;
+  }
+  if (of_none) add(-1, sorted.count(), sorted.rows, -1);
+  if (static_cast<int>(expected.size()) > count) differ("%s: more than %d pieces", name, count);
+  expected.resize(static_cast<size_t>(count), {0, 0, 0, -1});
+  for (int i = 0; i < count; ++i)
+    if (std::memcmp(got + i, &expected[i], sizeof *got) != 0)
+      differ("%s[%d]: expected expert %d from %d on, %d rows, slot %d, but got %d, %d, %d, %d",
+             name, i, expected[i].adapter, expected[i].begin, expected[i].count, expected[i].slot,
+             got[i].adapter, got[i].begin, got[i].count, got[i].slot);
+}
+
 template <class T>
 void check_routes(const Sorted& sorted) {
   const auto rows = static_cast<size_t>(sorted.rows), experts = static_cast<size_t>(sorted.experts);
@@ -93,7 +119,16 @@ void check_routes(const Sorted& sorted) {
   p.perm = perm.data(), p.token = token.data(), p.place = place.data(), p.offs = offs.data();
   p.counts = counts.data();
   p.rows = sorted.rows, p.slots = sorted.slots, p.experts = sorted.experts;
+  const auto made = lora_ext::plan::experts_tables(p.rows, p.experts);
+  GlobalBuffer<unsigned char> bytes(static_cast<size_t>(made.bytes), "tables");
+  const LoraGroupedTables tables = p.tables = tables_at(made.tables, bytes.data());
   launch<T>(p);
+  compare_pieces("tiles", tables.tiles, tables.tile_count, sorted, 64, false, false);
+  compare_pieces("row tiles", tables.row_tiles, tables.row_tile_count, sorted, 128, true, false);
+  compare_pieces("pieces", tables.pieces, tables.piece_count, sorted, tables.piece_rows, false,
+                 true);
+  for (int e = 0; e < p.experts; ++e)
+    if (tables.ranks[e] != 512) differ("ranks[%d]: %d", e, tables.ranks[e]);
   compare_table("perm", perm, sorted.perm), compare_table("place", place, sorted.place);
   compare_table("offs", offs, sorted.offs);
   std::vector<int> tokens = sorted.perm;
@@ -122,7 +157,56 @@ struct Factor {
   double operator[](size_t at) const { return numbers[offset + at]; }
 };
 
-template <class T>
+// S and T of few rows, and what the kernel leaves as it is.
+template <class T, Alignment kAlignment>
+struct FewRows {
+  const Sorted& sorted;
+  const int in, columns, pitch;
+  const bool gathered;
+  const Operand<T, kAlignment> x;
+  GlobalBuffer<int> x_rows{sorted.perm, "x_rows"};
+  GlobalBuffer<float> s{static_cast<size_t>(sorted.rows) * pitch, "s"};
+  GlobalBuffer<T> t{static_cast<size_t>(sorted.rows) * columns, "t"};
+
+  FewRows(const Sorted& sorted_, int in_, int columns_, int pitch_, Random& random)
+      : sorted(sorted_),
+        in(in_),
+        columns(columns_),
+        pitch(pitch_),
+        gathered(random() % 2),
+        x(gathered ? sorted.tokens : sorted.rows, in, Numbers::Reals, random, "x") {
+    for (int& row : x_rows) row /= sorted.slots;
+    emulator::race_host_write(x_rows.data(), x_rows.size() * sizeof(int));
+    s.fill(kUnwritten), t.fill(from_double<T>(kUnwritten));
+  }
+  void set(ExpertsFactorsParams& p) {
+    p.x = x.data(), p.x_pitch = x.pitch(), p.x_rows = gathered ? x_rows.data() : nullptr;
+    p.s = s.data(), p.t = t.data(), p.rows = sorted.rows, p.s_pitch = pitch, p.t_scale = 0.7f;
+  }
+  void check(const ExpertsFactorsParams& p, const Factor<T>& a) const {
+    for (int i = 0; i < sorted.rows; ++i) {
+      const int64_t expert = sorted.expert[sorted.perm[i]];
+      for (int column = 0; column < pitch; ++column) {
+        const int rank = column - p.first;
+        const float got = s[static_cast<size_t>(i) * pitch + column];
+        const T* of_t = &t[static_cast<size_t>(i) * columns + column];
+        if (expert == p.experts || rank < 0 || rank >= p.rank) {
+          compare("s", i, column, got, kUnwritten, 0);
+          compare("t", i, column, *of_t, to_double(from_double<T>(kUnwritten)), 0);
+          continue;
+        }
+        Bounded sum;
+        for (int c = 0; c < in; ++c)
+          sum.add(x.matrix(gathered ? x_rows[i] : i, c) * a[(expert * p.rank + rank) * in + c]);
+        compare_rounded("s", i, column, got, sum, false);
+        compare_halves("t", i, column, *of_t, of_t[(p.terms - 1) * p.width], p.terms == 2,
+                       p.t_scale * got, 0);
+      }
+    }
+  }
+};
+
+template <class T, Alignment kAlignment>
 void check_factors(const Sorted& sorted, int most_columns, Random& random) {
   const bool aligned = random() % 2, all = random() % 2;
   ExpertsFactorsParams p{};
@@ -143,12 +227,19 @@ void check_factors(const Sorted& sorted, int most_columns, Random& random) {
   p.lora_a = a.data(), p.a_in_float = a.numbers.in_float;
   p.lora_b = b.data(), p.b_in_float = b.numbers.in_float;
   p.pool_a = pool_a.data(), p.pool_b = pool_b.data(), p.offs = all ? nullptr : offs.data();
+  FewRows<T, kAlignment> few(sorted, p.in, columns, p.first + p.ranks, random);
+  const bool of_few = !all && random() % 2;
+  if (of_few) few.set(p);
   launch<T>(p);
+  if (of_few) few.check(p, a);
 
   // Compares a number of a pool, at a rank of the pool.
   const auto check = [&](const char* name, const GlobalBuffer<T>& pool, size_t at, size_t step,
                          int expert, int rank, double number) {
-    const bool has_rows = all || sorted.offs[expert] > (expert == 0 ? 0 : sorted.offs[expert - 1]);
+    const bool has_rows =
+        of_few && &pool == &pool_a
+            ? false
+            : all || sorted.offs[expert] > (expert == 0 ? 0 : sorted.offs[expert - 1]);
     const T hi = pool[at], lo = pool[at + (p.terms - 1) * step];
     if (has_rows && rank >= p.first && rank < p.first + p.ranks)
       return compare_halves(name, expert, rank, hi, lo, p.terms == 2,
@@ -255,10 +346,10 @@ void run_experts(const Case& run) {
   Random random(run.seed);
   const Sorted sorted(run.size, random);
   check_routes<T>(sorted);
-  check_factors<T>(sorted, run.size.k, random);
   const Numbers kind = random() % 2 ? Numbers::Integers : Numbers::Reals;
   const int n = random() % 3 ? draw_width(random, run.size.k) : run.size.k;
   with_alignment(random() % 2, [&](auto alignment) {
+    check_factors<T, alignment()>(sorted, run.size.k, random);
     check_sum<T, alignment()>(sorted, n, kind, random);
     check_dot<T, alignment()>(sorted, n, kind, random);
   });

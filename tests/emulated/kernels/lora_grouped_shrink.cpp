@@ -3,6 +3,9 @@
 // halves of both terms in a pool, and T with weights of rows.
 #include "emulated/kernels/lora_grouped_shrink.h"
 
+#include <algorithm>
+#include <numeric>
+
 #include "emulated/kernels/driver.h"
 #include "emulated/kernels/grouped_factors.h"
 
@@ -67,7 +70,16 @@ void run_shrink(const Case& run) {
   std::vector<float> weights;
   for (const int row : order)
     weights.push_back(rows.adapter_of[row] < 0 ? NAN : static_cast<float>(random() % 7) * 0.25f);
-  const GlobalBuffer<float> row_weights(weights, "weights of rows");
+  FloatOrHalf<T> row_weights(weights.size(), random() % 2, "weights of rows");
+  std::vector<int> slots(weights.size());  // of each position
+  std::iota(slots.begin(), slots.end(), 0);
+  const bool by_slot = random() % 2;
+  if (by_slot) std::shuffle(slots.begin(), slots.end(), random);
+  for (size_t at = 0; at < weights.size(); ++at) {
+    if (row_weights.in_float) row_weights.floats[slots[at]] = weights[at];
+    if (!row_weights.in_float) row_weights.halves[slots[at]] = from_double<T>(weights[at]);
+  }
+  const GlobalBuffer<int> slots_of(slots, "slots");
   const auto unwritten = from_double<T>(kUnwritten);
   const WrittenRows<float> s(m, max_rank, false, kUnwritten, "s");
   const WrittenRows<T> hi(m, t_pitch, false, unwritten, "hi"),
@@ -88,7 +100,7 @@ void run_shrink(const Case& run) {
                   nullptr,
                   {hi.data(), with_lo ? lo.data() : nullptr},
                   kMasked ? mask.keep_scale : 1.f,
-                  nullptr};
+                  {}};
   reduce.scaling = own ? nullptr : scaling.data(), reduce.one_scaling = one_scaling;
   reduce.t_pitch = t_pitch, reduce.m = m, reduce.splits = splits, reduce.terms = terms,
   reduce.z_pitch = z_pitch;
@@ -97,11 +109,12 @@ void run_shrink(const Case& run) {
   LoraGroupedReduceParams<T> from_saved = reduce;
   // In one launch: T from Z again, and T from the saved S, and if with weights of rows T from Z, too.
   from_saved.of[0].s = nullptr, from_saved.of[0].t[0] = beside.data();
-  from_saved.of[1] = {nullptr, nullptr, s.data(), {again.data(), nullptr}, 1.f, nullptr};
+  from_saved.of[1] = {nullptr, nullptr, s.data(), {again.data(), nullptr}, 1.f, {}};
   if (weighted) {
     from_saved.of[2] = from_saved.of[0];
     from_saved.of[2].t[0] = third.data(), from_saved.of[2].t[1] = nullptr;
-    from_saved.of[1].row_weights = from_saved.of[2].row_weights = row_weights.data();
+    from_saved.of[1].row_weights = from_saved.of[2].row_weights = {
+        row_weights.data(), row_weights.in_float, by_slot ? slots_of.data() : nullptr};
   }
 
   const auto tiles = static_cast<unsigned>(tables.tiles.size());

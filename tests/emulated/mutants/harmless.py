@@ -90,6 +90,7 @@ HARMLESS = {
     "experts/chunk.load.is_whole(from,left):never": EIGHT_LOADS,
     "experts/chunk.store.is_whole(to,left):never": EIGHT_STORES,
     "experts/factors.copy_a.column>=p.in:high": NOTHING_LEFT,
+    "experts/factors.multiply_a.column<p.in:high": NOTHING_LEFT,
     "experts/factors.store_chunk.rank>=p.ranks:high": NOTHING_LEFT,
     "experts/factors.turn_b.row0>=p.out:never": "blocks behind the last row load and store nothing",
     "experts/factors.turn_b.row0>=p.out:high": "a block behind the last row stores nothing",

@@ -270,8 +270,8 @@ EXPERTS = [
         "there are row tiles for all rows one below the other",
         "each expert begins a new one",
         (
-            "static_cast<int>(Tables::pieces_of(p.m, groups, kGroupedRowTileRows))",
-            "static_cast<int>(blocks_of(p.m, kGroupedRowTileRows))",
+            "static_cast<int>(Tables::pieces_of(m, groups, kGroupedRowTileRows))",
+            "static_cast<int>(blocks_of(m, kGroupedRowTileRows))",
         ),
     ),
     of_params(
@@ -279,7 +279,7 @@ EXPERTS = [
         "dA's sum has dS without the weights of rows",
         "they are part of the gradient",
         (
-            "g.row_weights != nullptr ? plan_.weighted_t : plan_.t",
+            "g.row_weights.of != nullptr ? plan_.weighted_t : plan_.t",
             "false ? plan_.weighted_t : plan_.t",
         ),
     ),
@@ -287,7 +287,10 @@ EXPERTS = [
         "experts_db_without_weights_of_rows",
         "dB's sum has s S without the weights of rows",
         "they are part of the gradient",
-        ("      next->row_weights = g.row_weights;", "      next->row_weights = nullptr;"),
+        (
+            "      next->row_weights = g.row_weights;",
+            "      next->row_weights = g.row_weights, next->row_weights.of = nullptr;",
+        ),
     ),
     of_params(
         "experts_ds_of_rows_of_x",
@@ -309,6 +312,18 @@ EXPERTS = [
         "dB is summed over the rows of dY that X has",
         "each has its own",
         ("g.dy_pitch, places().dy, plan_.s", "g.dy_pitch, places().x, plan_.s"),
+    ),
+    of_params(
+        "experts_tables_of_the_workspace",
+        "tables that are given are looked for in the workspace",
+        "nobody writes them there",
+        ("operands.tables != nullptr ? operands.tables : operands.workspace", "operands.workspace"),
+    ),
+    of_params(
+        "experts_t_of_the_workspace",
+        "a T that is given is looked for in the workspace",
+        "nobody writes it there",
+        ("o_.t != nullptr ? static_cast<const T*>(o_.t) : at<T>(plan_.t)", "at<T>(plan_.t)"),
     ),
     of_params(
         "experts_one_term_of_a_pool",

@@ -102,7 +102,7 @@ GROUPED = [
         "grouped_ranks_of_the_pool",
         "the kernels read the ranks that a pool was given",
         "it may have none, and then the tables' are the largest",
-        ("pool.entries = entries, pool.ranks = at<int>(tables_.ranks);", "pool.entries = entries;"),
+        ("pool.entries = entries, pool.ranks = tables_.ranks;", "pool.entries = entries;"),
     ),
     of_sequence(
         "grouped_place_before_scan",
@@ -127,8 +127,8 @@ GROUPED = [
         "there is a piece for each so many rows",
         "a piece has rows of one adapter, so that there may be one more for each",
         (
-            "static_cast<int>(Tables::pieces_of(p.m, groups, rows))",
-            "static_cast<int>(blocks_of(p.m, rows))",
+            "static_cast<int>(Tables::pieces_of(m, groups, rows))",
+            "static_cast<int>(blocks_of(m, rows))",
         ),
     ),
     of_plan(
@@ -136,8 +136,8 @@ GROUPED = [
         "partial sums have a slot for each whole piece of rows",
         "a segment a little longer than a piece has two",
         (
-            "static_cast<int>(Tables::slots_of(p.m, rows))",
-            "static_cast<int>(p.m / rows)",
+            "static_cast<int>(Tables::slots_of(m, rows))",
+            "static_cast<int>(m / rows)",
         ),
     ),
     of_gemm(
@@ -186,7 +186,7 @@ GROUPED = [
         "grouped_weights_by_row_of_s",
         "a row's weight is read where S has the row",
         "weights are by position",
-        ("reduced.row_weights[at]", "reduced.row_weights[row]"),
+        ("weights.slots[at] : at", "weights.slots[at] : row"),
     ),
     of_wgrad(
         "grouped_wgrad_masks_rows_of_x",

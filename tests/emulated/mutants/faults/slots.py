@@ -6,6 +6,7 @@ of_routes = faults_of("experts/routes.h")
 of_factors = faults_of("experts/factors.h")
 of_launch = faults_of("experts/launch.h")
 of_slots = faults_of("experts/slots.h")
+of_rows = faults_of("tile/expert_rows.h")
 
 
 def of_op(name: str, what: str, why: str, old: str, new: str) -> Fault:
@@ -54,6 +55,13 @@ SLOTS = [
             "  launch(lora_experts_begin<Index>, 1);\n  launch(lora_experts_place<Index>, chunks);\n",
             "  launch(lora_experts_place<Index>, chunks);\n  launch(lora_experts_begin<Index>, 1);\n",
         ),
+    ),
+    of_factors(
+        "experts_s_of_the_first_adapter",
+        "S and T of each adapter begin at rank 0",
+        "adapters are joined along the rank",
+        ("p.s_pitch + p.first + rank", "p.s_pitch + rank"),
+        ("p.width + p.first + rank;\n    t[0]", "p.width + rank;\n    t[0]"),
     ),
     of_factors(
         "experts_b_by_expert",
@@ -147,7 +155,7 @@ SLOTS = [
         "it has a row for each token",
         ("slot / p.slots, expert_of", "position / p.slots, expert_of"),
     ),
-    of_slots(
+    of_rows(
         "experts_without_xor",
         "lane 0 adds the lanes of the lower half",
         "a row is in all 32",
