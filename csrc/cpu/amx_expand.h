@@ -20,6 +20,21 @@ void pack_expand(const AdapterView& adapter, void* panel) {
   auto* out = static_cast<BFloat16*>(panel);
   for (int64_t c = 0; c < round_up(adapter.cols, kColBlock); c += kTileRows) {
     const int64_t cols = std::clamp<int64_t>(adapter.cols - c, 0, kTileRows);
+    if (is_half && adapter.rank_pitch == 1) {
+      // Both terms of U are the adapter's rows: pairs of ranks are transposed as they are.
+      alignas(64) BFloat16 rows[kTileRows][kMaxRank * 2] = {};
+      const auto* in = static_cast<const BFloat16*>(adapter.data) + c * adapter.col_pitch;
+      for (int64_t i = 0; i < cols; ++i, in += adapter.col_pitch) {
+        std::copy_n(in, adapter.rank, rows[i]);
+        std::copy_n(in, adapter.rank, rows[i] + adapter.rank);
+      }
+      for (int64_t k = 0; k < depth; k += kTileDepth, out += kTileElements) {
+        __m512i pairs[kTileRows];
+        for (int64_t i = 0; i < kTileRows; ++i) pairs[i] = _mm512_load_si512(rows[i] + k);
+        transpose_pairs(pairs, out);
+      }
+      continue;
+    }
     // Inner element k is rank index k % rank of term k / rank: hi, hi, lo.
     const auto inner_row = [&](int64_t k) {
       if (k >= inner || cols == 0) return _mm256_setzero_si256();
@@ -37,21 +52,27 @@ int64_t expand_t_bytes(int64_t rows, int64_t rank, bool u_is_half) {
   return round_up(rows, kRowBlock) * expand_depth(rank, u_is_half) * kHalfBytes;
 }
 
-// packed[m] = [T_hi T_lo (T_hi)], zero beyond the rows in the last block of 32: [rows_pad, depth].
-void pack_expand_t(const float* t, int64_t rank, bool u_is_half, Range rows, void* packed) {
+// packed[m] = scale [T_hi T_lo (T_hi)], zero beyond the rows in the last block of 32: [rows_pad, depth].
+void pack_scaled_t(const float* t, int64_t rank, bool u_is_half, Range rows, float scale,
+                   void* packed) {
   const int64_t depth = expand_depth(rank, u_is_half);
   auto* out = static_cast<BFloat16*>(packed) + rows.begin * depth;
   const int64_t rows_pad = round_up(rows.end - rows.begin, kRowBlock);
   std::memset(out, 0, static_cast<size_t>(rows_pad * depth) * sizeof(BFloat16));
+  const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t m = rows.begin; m < rows.end; ++m, out += depth) {
     for (int64_t j = 0; j < rank; j += 16) {
       const auto exists = static_cast<__mmask16>(rank - j >= 16 ? 0xFFFFu : (1u << (rank - j)) - 1);
-      const Split value(_mm512_maskz_loadu_ps(exists, t + m * rank + j));
+      const Split value(_mm512_mul_ps(_mm512_maskz_loadu_ps(exists, t + m * rank + j), factor));
       _mm256_mask_storeu_epi16(out + j, exists, value.hi);
       _mm256_mask_storeu_epi16(out + rank + j, exists, value.lo);
       if (!u_is_half) _mm256_mask_storeu_epi16(out + 2 * rank + j, exists, value.hi);
     }
   }
+}
+
+void pack_expand_t(const float* t, int64_t rank, bool u_is_half, Range rows, void* packed) {
+  pack_scaled_t(t, rank, u_is_half, rows, 1.0f, packed);
 }
 
 // y[m, c] += scale * keep(m, c) * sum[m, c] for 16 columns, of which `cols` exist.

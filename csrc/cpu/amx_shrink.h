@@ -34,6 +34,8 @@ void pack_shrink(const AdapterView& adapter, void* panel) {
 void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range, int64_t cols,
                 const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {
   const int64_t rows = range.end - range.begin;
+  // The next block's rows come from memory, and no hardware prefetches so many streams.
+  const int64_t ahead = index.at == nullptr ? kRowBlock * src_pitch : 0;
   for (int64_t m = 0; m < kRowBlock; ++m) {
     const BFloat16* in = src + (m < rows ? index[range.begin + m] : 0) * src_pitch;
     BFloat16* out = dst + m * kShrinkDepth;
@@ -41,6 +43,7 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
       uint32_t keep = m < rows ? 0xFFFFFFFFu : 0u;
       if (cols - c < kTileDepth) keep &= (1u << (cols - c)) - 1;
       if (bits != nullptr && m < rows) keep &= bits[m * bits_pitch + c / 32];
+      _mm_prefetch(reinterpret_cast<const char*>(in + ahead + c), _MM_HINT_T1);
       // Masked-off lanes are not read: no address past the row is accessed.
       const __m512i value = _mm512_maskz_loadu_epi16(keep, in + c);
       _mm512_storeu_si512(out + c, value);

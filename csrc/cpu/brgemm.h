@@ -11,14 +11,14 @@
 
 namespace lora_ext::cpu {
 
-// What the rules ask of a processor; the last two: of the library's microkernels there.
+// What the rules ask of a processor; the last two: of the library's microkernels there, and with AMX
+// of our tiles.
 struct Processor {
   bool is_intel, has_amx, has_float16, has_dot_bfloat16;
   bool float_products, bfloat16_products;
 };
 
-// Whether a product of x may go by panels of this dtype, fast or not. With AMX none is of bfloat16:
-// there the library's kernels read a row of an odd depth beyond its end, or are not for it at all.
+// Whether a product of x may go by panels of this dtype, fast or not.
 bool is_offered(const Processor& processor, Dtype panel, Dtype x);
 // The panels that are taken without a measurement, or nullopt: torch's product.
 std::optional<Dtype> faster_panels(const Processor& processor, Dtype x);

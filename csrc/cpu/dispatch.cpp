@@ -18,7 +18,7 @@ struct Choice {
 std::vector<Choice> choices() {
   std::vector<Choice> found;
   if (amx_kernels() != nullptr && avx512_kernels() != nullptr) {
-    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels(), avx512_fused_gemm(),
+    found.push_back({amx_kernels()->name, avx512_kernels(), amx_kernels(), amx_fused_gemm(),
                      avx512_dequantize()});
   }
   const auto add = [&](const SkinnyKernels* kernels, const FusedGemmKernels* fused_gemm,

@@ -45,6 +45,18 @@ struct MatrixView {
   int64_t col_pitch;
 };
 
+struct FusedProduct;  // cpu/fused_product.h
+struct ProductTask;
+
+// A walk of its own over a task, for products of bfloat16: on tiles of the processor.
+struct TileWalk {
+  int64_t (*cols)(int64_t depth);  // of a task at most
+  // What a thread needs for tasks of at most so many rows and columns.
+  int64_t (*bytes)(const FusedProduct& product, int64_t rows, int64_t cols);
+  void (*run)(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,
+              char* memory, int64_t rows, int64_t cols);
+};
+
 // One table of functions per instruction set, as in skinny.h.
 struct FusedGemmKernels {
   const SkinnyKernels* skinny;
@@ -60,10 +72,12 @@ struct FusedGemmKernels {
                         const void* u, float* out);
   // Rounds and stores at most 64 x 64 sums, which have a row pitch of 64.
   void (*store_tile)(const TileArgs& args, const float* sums, Range rows, Range cols);
+  const TileWalk* tiles = nullptr;  // instead of panels of bfloat16
 };
 
 // Null if this build or this processor lacks the instruction set.
 const FusedGemmKernels* avx2_fused_gemm();
 const FusedGemmKernels* avx512_fused_gemm();
+const FusedGemmKernels* amx_fused_gemm();
 
 }  // namespace lora_ext::cpu

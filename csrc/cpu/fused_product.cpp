@@ -27,7 +27,14 @@ constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 fl
 constexpr int64_t kPanels = 2;              // of a group, if each uses a tile of P that is copied
 constexpr int64_t kChunkRows = 1024;        // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
+constexpr int64_t kTileCols = 32, kMinTileCols = 256;  // of a group of a walk on tiles
+
 int64_t count_of(Range range) { return range.end - range.begin; }
+
+// The kernels' own walk, if the product is one for it.
+const TileWalk* tiles_of(const FusedProduct& product) {
+  return product.panel == Dtype::kBFloat16 ? product.kernels.tiles : nullptr;
+}
 
 // The rows of a tile of P are copied where they are converted or not consecutive.
 bool copies(const FusedProduct& product) {
@@ -41,37 +48,37 @@ int64_t block_depth(const FusedProduct& product) {
   return std::min(product.depth, round_up(even, kCacheLine));
 }
 
-struct Task {
-  const BasePart* part;
-  Range rows, cols;
-  int64_t work;
-};
-
 struct Tasks {
-  int64_t panels = 1;  // of a group
+  int64_t width = kPanelCols;  // of a group
   int64_t chunk_rows = kRowsOfTile;
-  std::vector<Task> each{};
+  std::vector<ProductTask> each{};
 };
 
 // About four tasks for each thread, by shorter chunks and then by smaller groups.
 Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   int64_t most_rows = 0;
   for (const BasePart& part : product.parts) most_rows = std::max(most_rows, count_of(part.rows));
-  Tasks tasks{copies(product) ? kPanels : 1,
+  Tasks tasks{copies(product) ? kPanels * kPanelCols : kPanelCols,
               std::min(kChunkRows, round_up(most_rows, kRowsOfTile))};
+  int64_t least_width = kPanelCols;
+  if (tiles_of(product) != nullptr) {
+    const int64_t most = tiles_of(product)->cols(product.depth);
+    tasks.width = round_up(divide_up(product.cols, divide_up(product.cols, most)), kTileCols);
+    least_width = std::min(tasks.width, kMinTileCols);
+  }
   const auto count = [&] {
     int64_t chunks = 0;
     for (const BasePart& part : product.parts) {
       chunks += divide_up(count_of(part.rows), tasks.chunk_rows);
     }
-    return chunks * divide_up(product.cols, tasks.panels * kPanelCols);
+    return chunks * divide_up(product.cols, tasks.width);
   };
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   while (count() < wanted && tasks.chunk_rows > kMinChunkRows) {
     tasks.chunk_rows = std::max(kMinChunkRows, round_up(tasks.chunk_rows / 2, kRowsOfTile));
   }
-  if (count() < wanted) tasks.panels = 1;
-  const int64_t width = tasks.panels * kPanelCols;
+  if (count() < wanted) tasks.width = least_width;
+  const int64_t width = tasks.width;
   for (const BasePart& part : product.parts) {
     for (int64_t col = 0; col < product.cols; col += width) {
       const Range cols{col, std::min(col + width, product.cols)};
@@ -101,7 +108,7 @@ struct Layout {
     int64_t rank = 0;
     for (const RowUpdate& update : product.updates) rank = std::max(rank, update.u.rank);
     const bool is_whole = block_depth(product) >= product.depth;
-    panels = tasks.panels;
+    panels = tasks.width / kPanelCols;
     panel = depth * kPanelCols * static_cast<int64_t>(element_size(product.panel));
     update = round_up(product.kernels.skinny->expand_panel_bytes(rank, kPanelCols), 64);
     sums = is_whole ? kTile : kTile / kRowsOfTile * panels * tasks.chunk_rows;
@@ -138,7 +145,7 @@ class Worker {
         copied_(reinterpret_cast<char*>(sums_) + layout.sums),
         low_rank_(reinterpret_cast<float*>(copied_ + layout.copied)) {}
 
-  void run(const Task& task) {
+  void run(const ProductTask& task) {
     const std::pair<const BasePart*, int64_t> group{task.part, task.cols.begin};
     const bool is_packed = block_depth_ >= product_.depth && group == packed_;
     for (int64_t d = 0; d < product_.depth; d += block_depth_) {
@@ -175,7 +182,7 @@ class Worker {
   }
 
   // The products of a tile's rows with each panel of the task.
-  void multiply(const Task& task, Range rows, Range depth) {
+  void multiply(const ProductTask& task, Range rows, Range depth) {
     const bool is_first = depth.begin == 0, is_last = depth.end == product_.depth;
     int64_t a_pitch = product_.p_pitch;
     const char* a = rows_of_p(rows, depth, a_pitch);
@@ -273,15 +280,24 @@ void multiply(const FusedProduct& product) {
   const int64_t used = std::min(threads, static_cast<int64_t>(tasks.each.size()));
   if (used == 0) return;
   const Layout layout(product, tasks);
-  const at::Tensor memory = at::empty({used * layout.bytes()}, at::kByte);
+  const TileWalk* tiles = tiles_of(product);
+  const int64_t bytes =
+      tiles == nullptr ? layout.bytes() : tiles->bytes(product, tasks.chunk_rows, tasks.width);
+  const at::Tensor memory = at::empty({used * bytes}, at::kByte);
   char* first = static_cast<char*>(memory.mutable_data_ptr());
   const std::vector<size_t> firsts = shares_of(tasks.each, used);
   at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
     const PanelProducts products(product.panel);
     for (int64_t thread = begin; thread < end; ++thread) {
-      Worker worker(product, tasks, layout, first + thread * layout.bytes());
-      const auto t = static_cast<size_t>(thread);
-      for (size_t i = firsts[t]; i < firsts[t + 1]; ++i) worker.run(tasks.each[i]);
+      char* own = first + thread * bytes;
+      const ProductTask* from = tasks.each.data() + firsts[static_cast<size_t>(thread)];
+      const ProductTask* to = tasks.each.data() + firsts[static_cast<size_t>(thread) + 1];
+      if (tiles != nullptr) {
+        tiles->run(product, from, to, own, tasks.chunk_rows, tasks.width);
+        continue;
+      }
+      Worker worker(product, tasks, layout, own);
+      for (; from != to; ++from) worker.run(*from);
     }
   });
 }

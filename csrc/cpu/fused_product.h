@@ -31,6 +31,13 @@ struct FusedProduct {
   const std::vector<RowUpdate>& updates;  // in the order of their rows; others have none
 };
 
+// A part's rows by columns of Y, for one thread.
+struct ProductTask {
+  const BasePart* part;
+  Range rows, cols;
+  int64_t work;
+};
+
 // On threads. The result does not depend on their number.
 void multiply(const FusedProduct& product);
 

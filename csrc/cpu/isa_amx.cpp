@@ -16,7 +16,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
+#include "cpu/fused_product.h"
 #include "cpu/skinny.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -45,6 +47,7 @@ namespace {
 #include "cpu/amx_shrink.h"
 #include "cpu/amx_expand.h"
 #include "cpu/amx_wgrad.h"
+#include "cpu/amx_product.h"
 // clang-format on
 
 constexpr SkinnyKernels kKernels = {"amx",
@@ -62,6 +65,8 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     nullptr,
                                     nullptr,
                                     dropout_bits<AmxDropout>};
+
+constexpr TileWalk kTileWalk = {product_cols, product_bytes, run_product};
 
 }  // namespace
 }  // namespace lora_ext::cpu
@@ -96,12 +101,22 @@ const SkinnyKernels* amx_kernels() {
   return supported ? &kKernels : nullptr;
 }
 
+const FusedGemmKernels* amx_fused_gemm() {
+  static const FusedGemmKernels kernels = [] {
+    FusedGemmKernels found = *avx512_fused_gemm();
+    found.tiles = &kTileWalk;
+    return found;
+  }();
+  return amx_kernels() == nullptr ? nullptr : &kernels;
+}
+
 }  // namespace lora_ext::cpu
 
 #else
 
 namespace lora_ext::cpu {
 const SkinnyKernels* amx_kernels() { return nullptr; }
+const FusedGemmKernels* amx_fused_gemm() { return nullptr; }
 }  // namespace lora_ext::cpu
 
 #endif

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cpu/brgemm.h"
+#include "cpu/dispatch.h"
 #include "cpu/fused_product.h"
 
 namespace lora_ext::cpu {
@@ -70,7 +71,9 @@ std::optional<Dtype> faster_panel(const ProductKind& kind, int64_t rows) {
   if (const auto measured = measured_panel(kind, rows)) return *measured;
   const std::optional<Dtype> panel = panel_dtype(kind.dtype);
   const bool is_copied = panel && *panel != kind.dtype && !kind.transposed;
-  return is_copied || rows >= kMinPanelRows ? panel : std::nullopt;
+  const bool on_tiles = panel == Dtype::kBFloat16 && fused_gemm_kernels()->tiles != nullptr;
+  const int64_t least = on_tiles && panels_are_auto() ? kMinTileRows : kMinPanelRows;
+  return is_copied || rows >= least ? panel : std::nullopt;
 }
 
 }  // namespace lora_ext::cpu

@@ -4,11 +4,15 @@
 //
 // Integers up to 300 have two bfloat16 terms, up to 100 one. Of two factors no more than one has
 // two: the product of both second terms is left out by design.
+//
+// The layer in one pass is compared with plain loops: tasks of two ranges of rows and columns, rows
+// with one update, with several in a block of rows, and with none.
 #include <algorithm>
 #include <cstdio>
 #include <random>
 #include <vector>
 
+#include "cpu/fused_product.h"
 #include "cpu/skinny.h"
 
 namespace {
@@ -146,6 +150,106 @@ bool equal(const Results& a, const Results& b) {
          bits(a.y) == a.y_of_wgrad;
 }
 
+struct ProductCase {
+  int64_t rows, depth, cols, rank;
+  bool float_adapter, scattered, drop, along_depth, has_bias, many;
+};
+
+bool product_is_right(const ProductCase& c) {
+  const FusedGemmKernels& kernels = *amx_fused_gemm();
+  const Operands o({c.rows, c.cols, c.rank, c.float_adapter, c.scattered, c.drop, false});
+  const int64_t all_rows = c.rows + kExtraRows, pitch = c.depth + 3;
+  const auto p = halves(all_rows * pitch, 2), q = halves(c.depth * c.cols, 2),
+             bias = halves(c.cols, 9);
+  std::vector<BFloat16> y(o.y);
+  const MatrixView view{q.data(), Dtype::kBFloat16, c.along_depth ? 1 : c.cols,
+                        c.along_depth ? c.depth : 1};
+  TileArgs tile{y.data(), Dtype::kBFloat16, c.cols, nullptr, nullptr, o.dropout(), o.index()};
+  const std::vector<BasePart> parts{{{0, c.rows}, q.data(), c.has_bias ? bias.data() : nullptr}};
+  std::vector<RowUpdate> updates;
+  const auto update = [&](int64_t begin, int64_t end, float scale) {
+    if (begin < end)
+      updates.push_back({{begin, end}, o.t.data() + begin * c.rank, o.view(), scale});
+  };
+  if (c.many) {
+    update(0, c.rows / 5, 0.5f), update(c.rows / 5, c.rows / 3, 2.0f);
+    update(c.rows / 2, c.rows - 1, 1.0f);
+  } else {
+    update(0, c.rows, 0.5f);
+  }
+  const FusedProduct product{kernels,  Dtype::kBFloat16,
+                             p.data(), Dtype::kBFloat16,
+                             pitch,    o.index(),
+                             c.depth,  c.cols,
+                             view,     tile,
+                             parts,    updates};
+  std::vector<ProductTask> tasks;
+  const int64_t cut = std::min<int64_t>(c.cols, 64), half = std::min<int64_t>(c.rows, 32);
+  for (const Range cols : {Range{0, cut}, Range{cut, c.cols}}) {
+    for (const Range rows : {Range{0, half}, Range{half, c.rows}}) {
+      if (rows.begin < rows.end && cols.begin < cols.end) {
+        tasks.push_back({parts.data(), rows, cols, 1});
+      }
+    }
+  }
+  Bytes memory(kernels.tiles->bytes(product, c.rows, c.cols));
+  kernels.tiles->run(product, tasks.data(), tasks.data() + tasks.size(),
+                     static_cast<char*>(memory.at()), c.rows, c.cols);
+
+  const int64_t words = (c.cols + 31) / 32;
+  std::vector<uint32_t> bits(static_cast<size_t>(c.rows * words), 0xFFFFFFFFu);
+  if (c.drop) {
+    portable_kernels()->dropout_bits(o.dropout(), o.index(), {0, c.rows}, {0, c.cols}, bits.data(),
+                                     words);
+  }
+  const AdapterView u = o.view();
+  const auto u_at = [&](int64_t j, int64_t col) {
+    const int64_t at = j * u.rank_pitch + col * u.col_pitch;
+    return c.float_adapter ? o.float_adapter[at] : to_float(o.half_adapter[at]);
+  };
+  std::vector<BFloat16> wanted(o.y);
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const int64_t row = o.index()[m];
+    for (int64_t col = 0; col < c.cols; ++col) {
+      float sum = c.has_bias ? to_float(bias[col]) : 0.0f;
+      for (int64_t d = 0; d < c.depth; ++d) {
+        sum +=
+            to_float(p[row * pitch + d]) * to_float(q[d * view.depth_pitch + col * view.col_pitch]);
+      }
+      const bool is_kept = (bits[m * words + col / 32] >> (col % 32) & 1u) != 0;
+      for (const RowUpdate& each : updates) {
+        for (int64_t j = 0; is_kept && each.rows.begin <= m && m < each.rows.end && j < c.rank;
+             ++j) {
+          sum += each.scale * o.t[m * c.rank + j] * u_at(j, col);
+        }
+      }
+      from_float(sum, &wanted[row * c.cols + col]);
+    }
+  }
+  return std::equal(y.begin(), y.end(), wanted.begin(), [](const BFloat16& a, const BFloat16& b) {
+    return to_float(a) == to_float(b);
+  });
+}
+
+void compare_products(int& cases, int& wrong) {
+  for (const int64_t rows : {1, 33, 70}) {
+    for (const int64_t depth : {1, 33, 700, 1300}) {
+      for (const int64_t cols : {1, 33, 130}) {
+        for (int flags = 0; flags < 64; ++flags) {
+          const auto is = [&](int flag) { return (flags >> flag & 1) != 0; };
+          const ProductCase c{rows,  depth, cols,  is(0) ? 17 : 5, is(1),
+                              is(2), is(3), is(4), is(5),          is(0) != is(3)};
+          ++cases;
+          if (product_is_right(c)) continue;
+          ++wrong;
+          std::printf("differs: product of %ld rows, depth %ld, %ld columns, flags %d\n", rows,
+                      depth, cols, flags);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -176,6 +280,7 @@ int main() {
       }
     }
   }
+  compare_products(cases, wrong);
   std::printf("%d cases, %d differ\n", cases, wrong);
   return wrong == 0 ? 0 : 1;
 }

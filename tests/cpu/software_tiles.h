@@ -84,12 +84,14 @@ inline void dot(int c, int a, int b) {
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(bytes) software_tiles::configure(bytes)
 #define _tile_release() (software_tiles::configured = false)
 #define _tile_zero(tile) software_tiles::zero(tile)
 #define _tile_loadd(tile, from, stride) software_tiles::load(tile, from, stride)
+#define _tile_stream_loadd(tile, from, stride) software_tiles::load(tile, from, stride)
 #define _tile_stored(tile, to, stride) software_tiles::store(tile, to, stride)
 #define _tile_dpbf16ps(c, a, b) software_tiles::dot(c, a, b)
 // The processor has AMX, and Linux grants it.

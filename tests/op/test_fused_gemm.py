@@ -240,6 +240,8 @@ CHILD = """
 import torch, lora_ext
 from lora_ext import _C
 from test_fused_gemm import BF16, F16, F32, make_problem, run_integers
+if _C.cpu_isa() == "amx":
+    _C.set_cpu_isa("avx512")  # tiles are no product of the library
 for name in ("auto", "float32", "bfloat16"):
     _C.set_cpu_panels(name)
     for dtype in (F32, BF16, F16):

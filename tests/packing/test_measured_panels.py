@@ -109,7 +109,7 @@ SOME = {"float32", "bfloat16"}
 @pytest.mark.parametrize(
     ("features", "of_float", "of_bfloat16", "of_float16"),
     [
-        (SOME | {"intel", "amx", "avx512_fp16", "avx512_bf16"}, None, None, None),
+        (SOME | {"intel", "amx", "avx512_fp16", "avx512_bf16"}, None, BF16, None),
         (SOME | {"intel", "avx512_fp16", "avx512_bf16"}, None, F32, None),
         (SOME | {"intel"}, None, F32, F32),
         (SOME | {"avx512_bf16"}, F32, BF16, F32),
@@ -124,17 +124,25 @@ def test_the_panels_of_a_processor(features, of_float, of_bfloat16, of_float16):
 
 
 def test_no_processor_is_offered_panels_that_fail_on_it():
-    """Of bfloat16 with AMX, or without the library's products; the rule takes what is offered."""
+    """The rule takes what is offered. With AMX own tiles: the library's products fail there."""
     for each in chain(*(combinations(FEATURES, n) for n in range(len(FEATURES) + 1))):
         features = set(each)
         of_halves = [F32] if "float32" in features else []
-        pairs = "bfloat16" in features and "amx" not in features
+        pairs = "bfloat16" in features
         offered = {F32: of_halves, F16: of_halves, BF16: of_halves + [BF16] * pairs, F64: []}
         for x, wanted in offered.items():
             rule, candidates = _C.cpu_panel_rule(x, features)
             assert candidates == wanted and rule in (None, *wanted), (features, x)
     if "amx" in _C.available_cpu_isas():
-        assert BF16 not in _C.cpu_panel_candidates(BF16)
+        assert BF16 in _C.cpu_panel_candidates(BF16)
+        by_rows = [_C.cpu_panels_of(BF16, 64, 40, True, rows) for rows in (31, 32)]
+        assert by_rows == [None, BF16]
+        _C.set_cpu_isa("avx512")
+        try:
+            assert BF16 not in _C.cpu_panel_candidates(BF16)
+            assert _C.cpu_panels(BF16) is None
+        finally:
+            _C.set_cpu_isa("auto")
 
 
 @pytest.fixture
