@@ -200,6 +200,7 @@ def state(package: Path, names: tuple[str, ...]) -> str:
 
 
 # Imports torch, which takes longer than most code that runs here, and forks for each piece of code.
+# Not for cuda/: a torch that has forked knows of no device that is registered later.
 FORKS = """
 import json, os, sys
 import pytest, torch
@@ -219,15 +220,15 @@ exec(code)
 
 
 @cache
-def forks(package: Path) -> subprocess.Popen:
+def forks() -> subprocess.Popen:
     command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
     there = {**os.environ, "PYTHONPATH": "tests"}
-    return subprocess.Popen(command, cwd=package, env=there, stdin=pipe, stdout=pipe, text=True)
+    return subprocess.Popen(command, cwd=PACKAGE, env=there, stdin=pipe, stdout=pipe, text=True)
 
 
-def fork(code: str, package: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+def fork(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs code as `python -c` would."""
-    server = forks(package)
+    server = forks()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         asked = json.dumps([code, environment, out.name, err.name])
@@ -251,8 +252,8 @@ def run(
     if found is not None:
         return subprocess.CompletedProcess(command, 0, *found)
     environment = {**os.environ, **environment}
-    if arguments[0] == "-c":
-        done = fork(arguments[1], package, environment)
+    if arguments[0] == "-c" and package == PACKAGE:
+        done = fork(arguments[1], environment)
     else:
         done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
     if alone and done.returncode == 0:
