@@ -115,6 +115,7 @@ struct OwnWeightsProducer {
       turn = then, row = next_row;
     }
     ptx::cp_async_wait_group<0>();
+#pragma unroll 1
     while (now.filled > 0) hand_over(now);
   }
 
