@@ -25,8 +25,8 @@ from emulated.package import build  # noqa: E402
 
 PAGE = ROOT / "docs" / "experts.md"
 HEAD = """\
-| layer | weights | card | forward | backward | host reads | bytes |
-|---|---|---|---|---|---|---|
+| layer | weights | card | forward | backward | host reads | bytes | predicted |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -44,28 +44,39 @@ def counted(layers: list[str]) -> list[dict]:
     return json.loads(done.stdout)
 
 
+def us_of(calls: list) -> float:
+    return sum(us for *_, us in calls)
+
+
 def table(rows: list[dict]) -> str:
     lines = []
-    for (layer, kind, major), both in groupby(
-        rows, lambda row: [row["layer"], row["kind"], row["major"]]
+    for (layer, kind, arch), both in groupby(
+        rows, lambda row: [row["layer"], row["kind"], row["arch"]]
     ):
         given = list(both)
         kinds = [Counter(kind for kind, *_ in row["calls"]) for row in given]
-        launches = [f"{each['kernel']} + {each['library']}" for each in kinds]
-        reads = ", ".join(str(each["host"]) for each in kinds)
-        moved = sum(size for row in given for *_, size in row["calls"])
+        launches = [f"{each['kernel']}+{each['library']}" for each in kinds]
+        reads = str(sum(each["host"] for each in kinds))
+        moved = sum(size for row in given for *_, size, _ in row["calls"])
         share = moved / sum(row["needed"] for row in given)
-        lines.append([layer, kind, f"{major}.0", *launches, reads, f"{share:.2f}"])
+        ours, frozen = (sum(map(us_of, (row[who] for row in given))) for who in ("calls", "frozen"))
+        over = f"{ours / frozen:.2f}" if frozen else ""
+        lines.append([layer, kind, f"{arch / 10:.1f}", *launches, reads, f"{share:.2f}", over])
     return HEAD + "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def one_by_one(rows: list[dict]) -> str:
     lines = []
     for row in rows:
-        lines.append(" ".join([row["layer"], row["kind"], f"{row['major']}.0", row["direction"]]))
-        for (kind, name), same in groupby(row["calls"], lambda call: call[:2]):
-            sizes = [size for *_, size in same]
-            lines.append(f"  {len(sizes):4} {kind:8} {name:24} {sum(sizes) / 1e6:10.2f} MB")
+        title = [row["layer"], row["kind"], f"{row['arch'] / 10:.1f}", row["direction"]]
+        for who in ("calls", "frozen") if row["frozen"] else ("calls",):
+            lines.append(" ".join([*title, *(["frozen"] if who == "frozen" else [])]))
+            for (kind, name), same in groupby(row[who], lambda call: call[:2]):
+                every = list(same)
+                moved = sum(size for *_, size, _ in every) / 1e6
+                words = f"{len(every):4} {kind:8} {name:24} {moved:10.2f} MB"
+                predicted = f" {us_of(every):9.1f} us" if row["frozen"] else ""
+                lines.append(f"  {words}{predicted}")
     return "\n".join(lines)
 
 

@@ -114,6 +114,10 @@ void bind_prediction(py::module& m) {
       .def_readonly("dram_gb_s", &plan::Sustained::dram_gb_s)
       .def_readonly("launch_us", &plan::Sustained::launch_us);
   py::class_<plan::Launch>(m, "Launch")
+      .def(py::init([](double bytes, double flop, double share, int64_t blocks) {
+             return plan::Launch{"", bytes, flop, share, blocks};
+           }),
+           py::arg("bytes"), py::arg("flop") = 0.0, py::arg("share") = 1.0, py::arg("blocks") = 1)
       .def_property_readonly("name", [](const plan::Launch& l) { return std::string(l.name); })
       .def_readonly("bytes", &plan::Launch::bytes)
       .def_readonly("flop", &plan::Launch::flop)

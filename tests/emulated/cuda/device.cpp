@@ -164,7 +164,7 @@ int64_t bytes_of(const at::Tensor& tensor) {
   return count;
 }
 
-// Of each tensor of the device its address, its bytes, and the number of its matrices.
+// Of each tensor of the device its address, its bytes, and its sizes.
 std::string json(const std::vector<at::Tensor>& tensors) {
   std::ostringstream text;
   const char* before = "";
@@ -172,7 +172,7 @@ std::string json(const std::vector<at::Tensor>& tensors) {
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined() || !tensor.is_cuda() || tensor.numel() == 0) continue;
     text << before << "[" << reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) << ", "
-         << bytes_of(tensor) << ", " << (tensor.dim() == 3 ? tensor.size(0) : 1) << "]";
+         << bytes_of(tensor) << ", " << tensor.sizes() << "]";
     before = ", ";
   }
   text << "]";
