@@ -11,7 +11,6 @@
 #include "emulated/kernels/lora_grouped_gemm.h"
 #include "emulated/kernels/lora_grouped_own_weights.h"
 #include "emulated/kernels/lora_grouped_own_weights_sm90a.h"
-#include "emulated/kernels/lora_grouped_own_weights_sm90a.h"
 #include "emulated/kernels/lora_grouped_segments.h"
 #include "emulated/kernels/lora_grouped_shrink.h"
 #include "emulated/kernels/lora_grouped_wgrad.h"
