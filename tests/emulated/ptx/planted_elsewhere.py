@@ -17,14 +17,16 @@ TRANSPOSED = ("transposed", r"x4\.shared", "x4.trans.shared", None)
 OTHER_WAY = ("a branch the other way", r"@(%p\d+) bra", r"@!\1 bra", 1)
 
 SHIFT = r"(shfl\.sync\.up\S+\s+[^,]*, [^,]*, )%r\d+"
-# A parameter of lora_grouped_gemm_own_weights, by its offset or from p_rows; a piece's adapter and
-# begin, then its count; and what a copy reads, or zero.
-FIELD = r"ld\.param\.u64\s+(%rd\d+), \[(?:%rd\d+\+{of_end}|\w+_param_0\+{offset})\];"
-PIECE = (
-    r"(ld\.global\.u32\s+%r\d+, \[(%rd\d+)\];\s+ld\.global\.u32\s+%r\d+, \[\2\+4\];\s+)"
-    r"ld\.global\.u32\s+(%r\d+), \[\2\+8\];"
-)
+P_ROWS = 248  # the offset of a field of lora_grouped_gemm_own_weights' parameters
+# A piece's count; and what a copy reads, or zero.
+COUNT = r"ld\.global\.u32\s+(%r\d+), \[%rd\d+\+8\];"
 ZERO_FILL = r"selp\.b32\s+(%r\d+), (%r\d+), 0, %p\d+;"
+
+
+def no_field(name: str, offset: int) -> tuple[str, str, str, None]:
+    """Zero for a field of lora_grouped_gemm_own_weights, which is addressed from P_ROWS, too."""
+    at = rf"(?:%rd\d+\+{offset - P_ROWS}|\w+_param_0\+{offset})"
+    return name, rf"ld\.param\.u64\s+(%rd\d+), \[{at}\];", r"mov.u64 \1, 0;", None
 
 
 def kernel(unit: str, arch: str, name: str, program: str, variant: str | None = None) -> Kernel:
@@ -214,13 +216,13 @@ KERNELS = {
             NO_WAIT,
             NO_COMMIT,
             SWAPPED_A,
-            ("the first W", FIELD.format(of_end=-48, offset=192), r"mov.u64 \1, 0;", None),
-            ("the first factors", FIELD.format(of_end=-40, offset=200), r"mov.u64 \1, 0;", None),
-            ("the first bias", FIELD.format(of_end=-32, offset=208), r"mov.u64 \1, 0;", None),
-            ("rows at the position", FIELD.format(of_end=0, offset=240), r"mov.u64 \1, 0;", None),
-            ("stored at the position", FIELD.format(of_end=8, offset=248), r"mov.u64 \1, 0;", None),
-            ("rows of the next expert", PIECE, r"\1mov.u32 \3, 128;", None),
-            ("a row less", PIECE, r"\g<0> sub.s32 \3, \3, 1;", None),
+            no_field("the first W", 192),
+            no_field("the first factors", 200),
+            no_field("the first bias", 208),
+            no_field("rows at the position", P_ROWS),
+            no_field("stored at the position", P_ROWS + 8),
+            ("rows of the next expert", COUNT, r"mov.u32 \1, 128;", None),
+            ("a row less", COUNT, r"\g<0> sub.s32 \1, \1, 1;", None),
             ("rows past the end not zeros", ZERO_FILL, r"mov.u32 \1, \2;", None),
         ],
     ),
