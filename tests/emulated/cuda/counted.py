@@ -7,6 +7,7 @@ emulated.cuda.counted` prints as JSON what scripts/count_launches.py makes a tab
 
 import ctypes
 import json
+import os
 import sys
 import sysconfig
 from bisect import bisect_right
@@ -388,7 +389,8 @@ def main(names: Sequence[str]) -> None:
                 cell = {"layer": name, "kind": kind, "arch": arch, "direction": direction}
                 cell |= {"calls": found, "needed": case.needed[direction]}
                 rows.append(cell | {"frozen": frozen.get(direction, [])})
-    print(json.dumps(rows))
+    print(json.dumps(rows), flush=True)
+    os._exit(0)  # a thread of autograd may still need Python when that ends
 
 
 if __name__ == "__main__":

@@ -29,9 +29,17 @@ from emulated.cuda.counted import *
 """
 
 
+# A thread of autograd for a device may still need Python when that ends, and then ends the process.
+END = """
+import os, sys
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)
+"""
+
+
 def python(code: str, begin: str = BEGIN) -> str:
     """What a child process says that runs the code; it must end well."""
-    done = build.run(["-c", begin + code], package=cuda_build.PACKAGE, PYTHONPATH="tests")
+    done = build.run(["-c", begin + code + END], package=cuda_build.PACKAGE, PYTHONPATH="tests")
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout + done.stderr
 
