@@ -296,7 +296,7 @@ KERNELS = {
     "experts-sum": (
         kernel("experts", "90a", "lora_experts_sumI6__half", "lora_experts", "fp16"),
         [
-            OTHER_WAY,
+            (*OTHER_WAY[:3], 3),
             ("a slot left out", r"(fma\.rn\.f32\s+(%f\d+), )%f\d+", r"\g<1>0f00000000", -1),
         ],
     ),
