@@ -51,9 +51,12 @@ def _slices(projection: Projection, x: Tensor) -> Iterable[tuple[int, Tensor]]:
     return [(0, weight)] if isinstance(weight, Tensor) else weight.slices(x, projection.routes.offs)
 
 
-def _are_refused(weight: Tensor, projection: Projection, workspace: Tensor) -> bool:
-    """Whether the first slice of several has taken no kernels."""
-    return len(weight) < len(projection.weight) and not len(workspace)
+def _are_refused(
+    weight: Tensor, projection: Projection, workspace: Tensor, t: Tensor | None = None
+) -> bool:
+    """Whether the first slice of several, or a call with t, has taken no kernels."""
+    has_one_route = t is not None or len(weight) < len(projection.weight)
+    return has_one_route and not len(workspace)
 
 
 class _Pools(NamedTuple):
@@ -148,8 +151,7 @@ def _forward(
             _ops.experts_product(*given)
             continue
         y, s, workspace = _ops.experts_product(*given)
-        has_one_route = t is not None or len(weight) < len(projection.weight)
-        if has_one_route and not len(workspace):
+        if _are_refused(weight, projection, workspace, t):
             return None
     assert y is not None and s is not None
     s = s if of_few is None else of_few
