@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .. import runner
@@ -33,12 +34,17 @@ def ceilings(run: Run, seconds: float) -> Result:
     return result_of("partial", "it did not begin")
 
 
+def _chosen(
+    run: Run, every: list[Any], on_cpu: Callable[[list[Any]], list[Any]], most_quick: int
+) -> list[Any]:
+    """Those of a run: small ones without a GPU, the first ones of a quick run."""
+    chosen = on_cpu(every) if run.device == "cpu" else every
+    return chosen[:most_quick] if run.quick else chosen
+
+
 def _cells(run: Run, chosen: list[Cell], seconds: float) -> Result:
     """Times beside what the planner predicts."""
-    if run.device == "cpu":
-        chosen = cells.on_cpu(chosen)
-    if run.quick:
-        chosen = chosen[:_QUICK_CELLS]
+    chosen = _chosen(run, chosen, cells.on_cpu, _QUICK_CELLS)
 
     def limit_s(cell: Cell) -> float:
         return _COMPILED_S if cell.compiled else _CELL_S
@@ -60,11 +66,7 @@ def wide(run: Run, seconds: float) -> Result:
 
 def adapters(run: Run, seconds: float) -> Result:
     """Batches of many adapters, beside one adapter and the ways of others."""
-    chosen = cases.many_cases()
-    if run.device == "cpu":
-        chosen = cases.on_cpu(chosen)
-    if run.quick:
-        chosen = chosen[:_QUICK_CASES]
+    chosen = _chosen(run, cases.many_cases(), cases.on_cpu, _QUICK_CASES)
     return measured(run, CASES, chosen, seconds, lambda case: _CASE_S)
 
 
@@ -72,11 +74,8 @@ def mixtures(run: Run, seconds: float) -> Result:
     """Layers of experts, over the frozen ones and beside the ways of others."""
     if importlib.util.find_spec("transformers") is None:
         return missing("the frozen layers are transformers'")
-    chosen = layers_of_experts.mixtures()
-    if run.device == "cpu":
-        chosen = layers_of_experts.on_cpu(chosen)
-    if run.quick:
-        chosen = chosen[:_QUICK_MIXTURES]
+    of_experts = layers_of_experts
+    chosen = _chosen(run, of_experts.mixtures(), of_experts.on_cpu, _QUICK_MIXTURES)
     return measured(run, MIXTURES, chosen, seconds, lambda mixture: _MIXTURE_S)
 
 
