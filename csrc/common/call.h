@@ -72,7 +72,8 @@ struct Base {
 };
 
 // A projection of experts: adapter g of a pool is expert g's, which has a weight of its own, g of
-// base.weight [G, N, K] and of base.bias [G, N]. Y and dX have the rows sorted by expert, those of
+// base.weight [G, N, K] and of base.bias [G, N]. Where an expert has several adapters, of which a
+// row has one, g is that of expert g / adapters. Y and dX have the rows sorted by adapter, those of
 // none, zeros, last; x, grad and the mask have them elsewhere. What a mask keeps is not scaled.
 struct ExpertRows {
   int64_t count;        // S, of sorted rows
@@ -89,8 +90,10 @@ struct ExpertRows {
   // call for the first slice computes all else; those for others write their rows into its y or dx,
   // `out`, in its workspace. Slices have no other route than the kernels.
   int64_t first = 0;
+  int64_t adapters = 1;  // of each expert
   at::Tensor out{}, workspace{};
   bool goes_on() const { return first > 0; }
+  int64_t expert_of(int64_t adapter) const { return adapter / adapters; }
   at::Tensor row_weights() const {
     return (slots ? weights->index_select(0, *slots) : *weights).to(at::kFloat);
   }

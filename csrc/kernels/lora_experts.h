@@ -26,25 +26,27 @@ struct ExpertsRoutesParams {
   int* offs;                  // [experts]
   int* counts;                // [experts + 1, chunks], for the kernels alone
   LoraGroupedTables tables;   // of plan::experts_tables
+  int adapters;               // numbers that share a W
   int rows, slots, experts;   // slots: k, of each token
 };
 
 // One adapter's factors, in PEFT's layout, as ranks [first, first + ranks) of two pools. With two
 // terms a pool has hi of its `width` ranks, then lo (tile/halves.h):
 //
-//     pool_a[e, first + j, :] = lora_a[e r + j, :]
-//     pool_b[e, c, first + j] = scale * lora_b[c, j experts + e]        zeros from j = r on
+//     pool_a[g, first + j, :] = lora_a[e r + j, :]                      g = e groups + group
+//     pool_b[g, c, first + j] = scale * lora_b[c, j experts + e]        zeros from j = r on
 //
-// For few rows A is read as it is, in the place of pool_a, for a row's expert e:
+// For few rows, with one g for each e, A is read as it is, in the place of pool_a:
 //
 //     S[:, first + j] = x lora_a[e r + j, :]        T = t_scale * S, as halves in its two terms
 struct ExpertsFactorsParams {
   const void *lora_a, *lora_b;  // [experts r, in] and [out, r experts]
   bool a_in_float, b_in_float;
-  void *pool_a, *pool_b;  // [experts, terms width, in] and [experts, out, terms width]
-  const int* offs;        // an expert without rows is left out; null: none is
+  void *pool_a, *pool_b;  // of each g [terms width, in] and [out, terms width]
+  const int* offs;        // a g without rows is left out; null: none is
   int experts, rank, in, out;
   int terms, width, first, ranks;  // ranks >= r
+  int groups, group;               // of an expert's g this one's: 1 and 0 if all rows have it
   float scale;
   const void* x;  // of few rows; null: pool_a is written
   int64_t x_pitch;

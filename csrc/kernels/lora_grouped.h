@@ -15,9 +15,10 @@
 // "position"; rows without an adapter come last, or, where ranges of rows are given, stay in place.
 //
 // With own weights (plan::Groups) the groups are the experts of a mixture: each has its own W and
-// bias, too. Positions are ranges of rows by `ends`, in which an expert may have none; tables say
-// where each operand has the row of a position. Positions past the last expert's belong to no
-// expert: Y and dX have zeros there.
+// bias, too. Where rows have adapters of their own, a group is an expert with one of them, and
+// neighbouring groups share a W. Positions are ranges of rows by `ends`, in which a group may have
+// none; tables say where each operand has the row of a position. Positions past the last group's
+// belong to no expert: Y and dX have zeros there.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -77,7 +78,8 @@ struct LoraGroupedSegment {
 // A piece: positions of one adapter that one block processes; it may be empty.
 struct LoraGroupedPiece {
   int adapter, begin, count;
-  int slot;  // of its partial sum, if its segment has several pieces; else -1
+  // Of its partial sum, if its segment has several pieces, else -1; of row_tiles the W's number.
+  int slot;
 };
 
 // How the sum over an adapter's rows is computed: from `pieces` partial sums, the first in `slot`,
@@ -137,17 +139,18 @@ struct LoraGroupedOperands : LoraOperands {
   // With own weights the factors are a pool without ranks, in X's type and in whole chunks of 16
   // bytes: A [groups, plan.columns, k] and B [groups, n, plan.columns], whose hi has plan.width ranks
   // and is followed by lo if float_adapters. Their gradients are in float then, of max_rank ranks.
-  // Elements from one group's W, [n, k] or as the plan says [k, n], to the next, and of the bias.
+  // Elements from one W, [n, k] or as the plan says [k, n], to the next, and of the bias.
   int64_t weight_stride;
   int64_t bias_stride;
   LoraGroupedPlaces places;
-  // The groups whose W there are; the others' rows of Y and dX are left as they are. A launch whose
+  // The W there are, by number; the others' rows of Y and dX are left as they are. A launch whose
   // first is not 0 goes on with one for those before, in its workspace: it writes Y or dX alone.
   int first_weight, end_weight;
   // Those of plan::experts_tables, or null, and they are made in the workspace. Beside them a forward
   // may have T, [m, plan.columns], so that Y alone is left.
   unsigned char* tables;
   const void* t;
+  int groups_per_weight = 1;  // group g has W g / groups_per_weight, and its bias
   bool goes_on() const { return first_weight > 0; }
 };
 struct LoraGroupedForward : LoraGroupedOperands, ForwardOperands {};

@@ -44,8 +44,10 @@ struct Product {
   int64_t first;
   const Optional &out, &workspace;
   const Optional &tables, &t;
+  int64_t adapters;  // of which a row has one, each with factors of its own for every expert
 
-  int64_t experts() const { return lora_a.size(0); }
+  int64_t groups() const { return lora_a.size(0); }
+  int64_t experts() const { return groups() / adapters; }
   bool is_whole() const { return weight.size(0) == experts(); }
   int64_t in_features() const { return weight.size(2); }
   int64_t out_features() const { return weight.size(1); }
@@ -81,16 +83,18 @@ void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out
       "expected a weight of shape [experts, out_features, in_features], not empty and with "
       "unit stride along one of the last two, but got ",
       weight.sizes(), " and strides ", weight.strides());
-  EXPECT(given.lora_a.dim() == 3 && given.first >= 0 &&
+  EXPECT(given.lora_a.dim() == 3 && given.first >= 0 && given.adapters > 0 &&
+             given.groups() % given.adapters == 0 &&
              given.first + weight.size(0) <= given.experts(),
          "expected pools of all experts, and of them the weight's ", weight.size(0), " from ",
-         given.first, " on, but got ", given.lora_a.sizes());
+         given.first, " on, but got ", given.lora_a.sizes(), " for ", given.adapters,
+         " groups of each expert");
   check_rows("x", x, given.in_features(), given);
   EXPECT(given.rank >= 1 && given.rank <= kMaxRank, "expected a rank from 1 to ", kMaxRank,
          ", but got ", given.rank);
   const int64_t columns = given.float_adapters() ? 2 * given.width() : given.width();
-  const std::array<int64_t, 3> a{given.experts(), columns, given.in_features()};
-  const std::array<int64_t, 3> b{given.experts(), given.out_features(), columns};
+  const std::array<int64_t, 3> a{given.groups(), columns, given.in_features()};
+  const std::array<int64_t, 3> b{given.groups(), given.out_features(), columns};
   for (const auto& [pool, sizes] : {std::pair(&given.lora_a, a), std::pair(&given.lora_b, b)}) {
     EXPECT(pool->sizes() == at::IntArrayRef(sizes) && pool->is_contiguous() &&
                pool->scalar_type() == weight.scalar_type() && pool->device() == x.device(),
@@ -98,13 +102,13 @@ void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out
            weight.scalar_type(), " for rank ", given.rank, ", but got ", pool->scalar_type(),
            " of ", pool->sizes());
   }
-  check_numbers("offs", given.offs, given.experts(), x);
+  check_numbers("offs", given.offs, given.groups(), x);
   check_numbers("x_rows", given.x_rows, count, x);
   check_numbers("mask_rows", given.mask_rows, count, x);
   const Optional& tables = given.tables;
   EXPECT(!tables || (tables->scalar_type() == at::kByte && tables->device() == x.device() &&
-                     tables->numel() >= plan::experts_tables(count, given.experts()).bytes),
-         "expected the tables of experts_routes for ", count, " rows and ", given.experts(),
+                     tables->numel() >= plan::experts_tables(count, given.groups()).bytes),
+         "expected the tables of experts_routes for ", count, " rows and ", given.groups(),
          " experts on ", x.device(), ", but got ", tables ? tables->scalar_type() : at::kByte,
          " of ", tables ? tables->sizes() : at::IntArrayRef());
   const std::array<int64_t, 2> of_t{count, columns};
@@ -133,6 +137,7 @@ Update update_of(const Product& given, int64_t count, const Optional& grad_rows 
       weights, slots,      given.tables,           given.t};
   if (given.first > 0)
     rows.first = given.first, rows.out = *given.out, rows.workspace = *given.workspace;
+  rows.adapters = given.adapters;
   return {{given.lora_a},
           {given.lora_b},
           given.scaling,
@@ -167,10 +172,10 @@ ThreeTensors experts_product(const at::Tensor& x, const at::Tensor& weight, cons
                              double scaling, const at::Tensor& offs, const Optional& x_rows,
                              const Optional& mask_rows, double dropout_p, const Optional& seed,
                              int64_t first, const Optional& y, const Optional& workspace,
-                             const Optional& tables, const Optional& t) {
+                             const Optional& tables, const Optional& t, int64_t adapters) {
   const Product given{
-      weight, lora_a, lora_b,    rank,   scaling, offs, x_rows, mask_rows, {dropout_p, seed},
-      first,  y,      workspace, tables, t};
+      weight, lora_a, lora_b,    rank,   scaling, offs,    x_rows, mask_rows, {dropout_p, seed},
+      first,  y,      workspace, tables, t,       adapters};
   const int64_t count = count_of(x, x_rows);
   check(given, x, count, given.out_features());
   const std::array<int64_t, 2> sizes{given.experts(), given.out_features()};
@@ -200,10 +205,10 @@ FourTensors experts_product_backward(
     const at::Tensor& lora_b, int64_t rank, double scaling, const at::Tensor& offs,
     const Optional& x_rows, const Optional& grad_rows, const Optional& mask_rows, double dropout_p,
     const Optional& seed, int64_t first, const Optional& dx, const Optional& workspace,
-    const Optional& tables, const Optional& slots) {
+    const Optional& tables, const Optional& slots, int64_t adapters) {
   const Product given{
-      weight, lora_a, lora_b,    rank,   scaling, offs, x_rows, mask_rows, {dropout_p, seed},
-      first,  dx,     workspace, tables, {}};
+      weight, lora_a, lora_b,    rank,   scaling, offs,    x_rows, mask_rows, {dropout_p, seed},
+      first,  dx,     workspace, tables, {},      adapters};
   const int64_t count = s.size(0);
   check(given, x, count, given.in_features());
   EXPECT(first == 0 || wanted[0], "expected a wanted dx, which further experts alone have");
@@ -238,7 +243,7 @@ FourTensors experts_product_backward(
     return wants ? at::zeros({rows, columns}, x.options().dtype(dtype)) : at::Tensor();
   };
   const at::ScalarType factors = given.float_adapters() ? at::kFloat : x.scalar_type();
-  const int64_t ranks = rank * given.experts();
+  const int64_t ranks = rank * given.groups();
   return {made(wanted[0], count, given.in_features(), x.scalar_type()),
           made(wanted[1], ranks, given.in_features(), factors),
           made(wanted[2], given.out_features(), ranks, factors), or_empty({}, x)};
@@ -258,12 +263,13 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   // experts_factors' pools, offs and rows those of experts_routes; a row of no expert is zero in y.
   // Tables are experts_routes', too, or made. The workspace is empty if no kernels ran, and of a slice
   // or with t, experts_low_rank's, nothing is computed then. A slice whose `first` is not 0 has empty
-  // results: it writes its rows into y.
+  // results: it writes its rows into y. Where a row has one of n adapters or none, `adapters` is
+  // n + 1: pools and offs have so many groups of each expert, side by side.
   m.def(
       "experts_product(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, "
       "int rank, float scaling, Tensor offs, Tensor? x_rows, Tensor? mask_rows, float dropout_p, "
       "Tensor? seed, int first=0, Tensor(a!)? y=None, Tensor(b!)? workspace=None, "
-      "Tensor? tables=None, Tensor? t=None) -> (Tensor, Tensor, Tensor)",
+      "Tensor? tables=None, Tensor? t=None, int adapters=1) -> (Tensor, Tensor, Tensor)",
       tags);
   // (dx [S, K], dA [E r, K], dB [N, r E], those that are wanted; the workspace). weights [S] are
   // of the rows in dA and dB; with slots, int32 [S], each row's is by its slot. Slices are as in
@@ -273,7 +279,7 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
       "Tensor weight, Tensor lora_a, Tensor lora_b, int rank, float scaling, Tensor offs, "
       "Tensor? x_rows, Tensor? grad_rows, Tensor? mask_rows, float dropout_p, Tensor? seed, "
       "int first=0, Tensor(a!)? dx=None, Tensor(b!)? workspace=None, Tensor? tables=None, "
-      "Tensor? slots=None) -> "
+      "Tensor? slots=None, int adapters=1) -> "
       "(Tensor, Tensor, Tensor, Tensor)",
       tags);
 }

@@ -82,11 +82,12 @@ bool in_float(const at::Tensor& tensor) { return tensor.scalar_type() == at::kFl
 
 // ---- experts_routes ----
 
-Routes experts_routes_meta(const at::Tensor& top_k_index, c10::SymInt experts) {
+Routes experts_routes_meta(const at::Tensor& top_k_index, c10::SymInt experts, int64_t adapters) {
   const char* op = "experts_routes";
   EXPECT(top_k_index.dim() == 2 && top_k_index.sym_size(1) > 0 && experts > 0,
          "expected top_k_index of shape [tokens, k] of at least one expert, but got ",
          top_k_index.sym_sizes(), " of ", experts);
+  EXPECT(adapters > 0, "expected at least one of adapters, but got ", adapters);
   const c10::SymInt rows = top_k_index.sym_numel();
   EXPECT(rows < int64_t{1} << 31, "expected fewer than 2^31 slots, but got ", rows);
   const Call call{op, top_k_index.device(), at::kBFloat16};
@@ -99,8 +100,8 @@ Routes experts_routes_meta(const at::Tensor& top_k_index, c10::SymInt experts) {
   return {made(rows), made(rows), made(rows), made(experts), tables};
 }
 
-Routes experts_routes(const at::Tensor& top_k_index, int64_t experts) {
-  Routes routes = experts_routes_meta(top_k_index, experts);
+Routes experts_routes(const at::Tensor& top_k_index, int64_t experts, int64_t adapters) {
+  Routes routes = experts_routes_meta(top_k_index, experts, adapters);
   auto& [perm, token, place, offs, tables] = routes;
   const at::Tensor index = top_k_index.contiguous();
   kernel::ExpertsRoutesParams params{};
@@ -108,6 +109,7 @@ Routes experts_routes(const at::Tensor& top_k_index, int64_t experts) {
   params.perm = perm.mutable_data_ptr<int>(), params.token = token.mutable_data_ptr<int>();
   params.place = place.mutable_data_ptr<int>(), params.offs = offs.mutable_data_ptr<int>();
   params.rows = size(perm, 0), params.slots = size(index, 1), params.experts = size(offs, 0);
+  params.adapters = static_cast<int>(adapters);
   if (params.rows == 0) return offs.zero_(), routes;
   const char* op = "experts_routes";
   const int64_t chunks = (index.numel() + params.kChunk - 1) / params.kChunk;
@@ -125,7 +127,7 @@ Routes experts_routes(const at::Tensor& top_k_index, int64_t experts) {
 
 Pools experts_factors_meta(at::TensorList lora_a, at::TensorList lora_b,
                            at::ArrayRef<double> scalings, c10::SymInt experts, at::ScalarType dtype,
-                           int64_t terms, const MaybeTensor& offs) {
+                           int64_t terms, const MaybeTensor& offs, bool by_row) {
   const char* op = "experts_factors";
   const size_t count = lora_a.size();
   EXPECT(count > 0 && lora_b.size() == count && scalings.size() == count && experts > 0,
@@ -143,9 +145,10 @@ Pools experts_factors_meta(at::TensorList lora_a, at::TensorList lora_b,
     const c10::SymInt rank = lora_a[i].sym_size(0) / experts;
     call.check("lora_a", lora_a[i], {experts * rank, in}, at::kFloat, dtype);
     call.check("lora_b", lora_b[i], {out, rank * experts}, at::kFloat, dtype);
-    all = all + rank;
+    all = by_row ? all.max(rank) : all + rank;
   }
   EXPECT(all > 0, "expected a rank above 0, but got ", all);
+  if (by_row) experts = experts * (static_cast<int64_t>(count) + 1);
   if (offs) call.check_numbers("offs", *offs, {experts});
   const c10::SymInt columns = (all + 7) / 8 * 8 * terms;
   const at::TensorOptions options = lora_a[0].options().dtype(dtype);
@@ -156,27 +159,35 @@ Pools experts_factors_meta(at::TensorList lora_a, at::TensorList lora_b,
 // Params have what is made beside the pools, or instead of the first.
 void launch_factors(kernel::ExpertsFactorsParams params, const at::Tensor& a, const at::Tensor& b,
                     at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef<double> scalings,
-                    int64_t terms, const MaybeTensor& offs) {
+                    int64_t experts, int64_t terms, const MaybeTensor& offs, bool by_row = false) {
   params.pool_a = a.mutable_data_ptr(), params.pool_b = b.mutable_data_ptr();
   params.offs = offs ? at(*offs) : nullptr;
-  params.experts = size(a, 0), params.in = size(a, 2), params.out = size(b, 1);
+  params.experts = static_cast<int>(experts), params.in = size(a, 2), params.out = size(b, 1);
   params.terms = static_cast<int>(terms), params.width = size(a, 1) / params.terms;
-  for (size_t i = 0; i < lora_a.size(); ++i, params.first += params.ranks) {
+  const Call call{"experts_factors", a.device(), a.scalar_type()};
+  params.groups = size(a, 0) / params.experts;
+  if (by_row) {  // rows without an adapter: zeros
+    params.ranks = params.width;
+    call.launch(params);
+  }
+  for (size_t i = 0; i < lora_a.size(); ++i, params.first += by_row ? 0 : params.ranks) {
+    if (by_row) ++params.group;
     params.lora_a = lora_a[i].const_data_ptr(), params.lora_b = lora_b[i].const_data_ptr();
     params.a_in_float = in_float(lora_a[i]), params.b_in_float = in_float(lora_b[i]);
     params.rank = size(lora_a[i], 0) / params.experts;
     // The last one writes the zeros, too.
-    params.ranks = i + 1 < lora_a.size() ? params.rank : params.width - params.first;
+    params.ranks = by_row || i + 1 == lora_a.size() ? params.width - params.first : params.rank;
     params.scale = static_cast<float>(scalings[i]);
-    if (params.ranks > 0) Call{"experts_factors", a.device(), a.scalar_type()}.launch(params);
+    if (params.ranks > 0) call.launch(params);
   }
 }
 
 Pools experts_factors(at::TensorList lora_a, at::TensorList lora_b, at::ArrayRef<double> scalings,
-                      int64_t experts, at::ScalarType dtype, int64_t terms,
-                      const MaybeTensor& offs) {
-  Pools pools = experts_factors_meta(lora_a, lora_b, scalings, experts, dtype, terms, offs);
-  launch_factors({}, std::get<0>(pools), std::get<1>(pools), lora_a, lora_b, scalings, terms, offs);
+                      int64_t experts, at::ScalarType dtype, int64_t terms, const MaybeTensor& offs,
+                      bool by_row) {
+  Pools pools = experts_factors_meta(lora_a, lora_b, scalings, experts, dtype, terms, offs, by_row);
+  launch_factors({}, std::get<0>(pools), std::get<1>(pools), lora_a, lora_b, scalings, experts,
+                 terms, offs, by_row);
   return pools;
 }
 
@@ -188,7 +199,7 @@ LowRank experts_low_rank_meta(const at::Tensor& x, at::TensorList lora_a, at::Te
                               const MaybeTensor& x_rows) {
   const Call call{"experts_low_rank", x.device(), x.scalar_type()};
   const auto [a, b] =
-      experts_factors_meta(lora_a, lora_b, scalings, experts, call.half, terms, offs);
+      experts_factors_meta(lora_a, lora_b, scalings, experts, call.half, terms, offs, false);
   call.check_rows("x", x, {x.sym_size(0), a.sym_size(2)});
   if (x_rows) call.check_numbers("x_rows", *x_rows, {x_rows->sym_numel()});
   c10::SymInt rank = 0, rows = x_rows ? x_rows->sym_size(0) : x.sym_size(0);
@@ -210,7 +221,7 @@ LowRank experts_low_rank(const at::Tensor& x, at::TensorList lora_a, at::TensorL
   params.s = s.mutable_data_ptr<float>(), params.t = t.mutable_data_ptr();
   params.rows = size(s, 0), params.s_pitch = size(s, 1);
   params.t_scale = static_cast<float>(scaling);
-  launch_factors(params, a, b, lora_a, lora_b, scalings, terms, offs);
+  launch_factors(params, a, b, lora_a, lora_b, scalings, experts, terms, offs);
   return made;
 }
 
@@ -296,17 +307,18 @@ void register_all(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   // perm, token, place and offs, all int32, of expert numbers [tokens, k], and bytes: the tables of
-  // experts_product.
+  // experts_product. Each expert has as many of the numbers, side by side, as there are adapters.
   m.def(
-      "experts_routes(Tensor top_k_index, SymInt experts) -> "
+      "experts_routes(Tensor top_k_index, SymInt experts, int adapters=1) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
   // Pools [experts, terms width, in] and [experts, out, terms width] of adapters of PEFT's layout,
   // joined along the rank; width is the sum of the ranks as a multiple of 8. With offs, experts
-  // without rows are left as they are in memory.
+  // without rows are left as they are in memory. by_row: rows have one of n adapters or none, pools
+  // are [experts (n + 1), ...], of none zeros, and width is of the largest rank.
   m.def(
       "experts_factors(Tensor[] lora_a, Tensor[] lora_b, float[] scalings, SymInt experts, "
-      "ScalarType dtype, int terms, Tensor? offs=None) -> (Tensor, Tensor)",
+      "ScalarType dtype, int terms, Tensor? offs=None, bool by_row=False) -> (Tensor, Tensor)",
       tags);
   // For few rows: the same pools, the first one not written, s [S, r] of sorted rows in float32 and
   // t = scaling * s [S, terms width] as experts_product reads it; rows of x are where x_rows says.

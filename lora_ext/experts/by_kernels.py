@@ -1,10 +1,12 @@
-"""A projection of experts by the kernels of a GPU, for adapters that all rows have.
+"""A projection of experts by the kernels of a GPU.
 
 Rows are read where they are, base and update are one sum that is rounded once, and nothing is read
 on the host, so that a CUDA graph can capture it. The factors of all experts are copied into pools
 of halves for each call: in PEFT's B the expert is the fastest index. For few rows A is read as it
 is. Quantised experts are dequantised and multiplied a slice after the other, each by one launch. Of
-experts without rows neither reads anything. The functions are those of `projection`.
+experts without rows neither reads anything. Where each row has one of several adapters, or none,
+those of an expert with the same one are a group, which has factors of its own and the expert's W.
+The functions are those of `projection`.
 """
 
 from __future__ import annotations
@@ -63,9 +65,10 @@ class _Pools(NamedTuple):
     """The factors of all adapters, as the kernels take them.
 
     Attributes:
-        lora_a, lora_b: ``[E, C, in]`` and ``[E, out, C]``; C is the rank in whole chunks, and twice
-            that if they are two halves of float32.
-        rank: the sum of the adapters'.
+        lora_a, lora_b: ``[G, C, in]`` and ``[G, out, C]``; C is the rank in whole chunks, and twice
+            that if they are two halves of float32. G is E, or where rows have adapters of their own
+            E (n + 1): of each expert zeros, for none, then those of each adapter.
+        rank: the sum of the adapters', or of those the largest.
         scaling: what the update is multiplied by.
         scalings: what each B was multiplied by.
     """
@@ -82,11 +85,11 @@ def _pools(
 ) -> tuple[_Pools, Tensor | None, Tensor | None]:
     """The pools; and for the few rows of an x, s ``[S, R]`` and s by scaling in two terms, beside
     which the pool of lora_a is not written."""
-    weight, offs = projection.weight, projection.routes.offs
+    weight, ends = projection.weight, _ends(projection)
     experts, out, within = weight.shape
     if projection.rank() == 0:
         pool_a, pool_b = (
-            torch.zeros(experts, *sizes, dtype=weight.dtype, device=weight.device)
+            torch.zeros(len(ends), *sizes, dtype=weight.dtype, device=weight.device)
             for sizes in ((8, within), (out, 8))
         )
         return _Pools(pool_a, pool_b, 1, 0.0, ()), None, None
@@ -103,12 +106,18 @@ def _pools(
     terms = 1 if is_half else 2
     s = t = None
     if x is None:
-        words = scalings, experts, weight.dtype, terms, offs
+        words = scalings, experts, weight.dtype, terms, ends, projection.routes.ends is not None
         pool_a, pool_b = _ops.experts_factors(lora_a, lora_b, *words)
     else:
-        words = scalings, scaling, experts, terms, offs, projection.token()
+        words = scalings, scaling, experts, terms, ends, projection.token()
         pool_a, pool_b, s, t = _ops.experts_low_rank(x, lora_a, lora_b, *words)
     return _Pools(pool_a, pool_b, projection.rank(), scaling, scalings), s, t
+
+
+def _ends(projection: Projection) -> Tensor:
+    """The end of the rows of each group."""
+    routes = projection.routes
+    return routes.offs if routes.ends is None else routes.ends
 
 
 def _in_rows(rows: Tensor) -> Tensor:
@@ -132,7 +141,8 @@ _TWO_LAUNCHES = 64
 def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
     """As `projection.forward`; None if quantised experts cannot take the kernels."""
     x, rows = _in_rows(x), len(projection.routes.perm)
-    if 0 < rows <= _TWO_LAUNCHES and projection.rank() and projection.seed is None:
+    are_few = 0 < rows <= _TWO_LAUNCHES and projection.routes.ends is None
+    if are_few and projection.rank() and projection.seed is None:
         done = _forward(x, projection, *_pools(projection, x))
         if done is not None:
             return done
@@ -143,10 +153,11 @@ def _forward(
     x: Tensor, projection: Projection, pools: _Pools, of_few: Tensor | None, t: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     routes = projection.routes
-    own = *pools[:4], routes.offs, projection.token(), *_mask(projection)
+    own = *pools[:4], _ends(projection), projection.token(), *_mask(projection)
+    kinds = len(pools.lora_a) // len(projection.weight)
     y = s = workspace = None
     for first, weight in _slices(projection, x):
-        given = x, weight, projection.bias, *own, first, y, workspace, routes.tables, t
+        given = x, weight, projection.bias, *own, first, y, workspace, routes.tables, t, kinds
         if first:
             _ops.experts_product(*given)
             continue
@@ -178,14 +189,15 @@ def backward(
     s = s if projection.rank() else s.new_empty(len(s), 1)
     wanted = [want_x, any(want_a), any(want_b)]
     grad_rows = None if weights is None else routes.token
-    own = *pools[:4], routes.offs, projection.token(), grad_rows, *_mask(projection)
+    own = *pools[:4], _ends(projection), projection.token(), grad_rows, *_mask(projection)
+    kinds = len(pools.lora_a) // len(projection.weight)
     slices = _slices(projection, x)
     if not want_x and isinstance(projection.weight, QuantizedStack):
         slices = [(0, x.new_empty(1, *projection.weight.shape[1:]))]  # which nothing reads
     dx = da = db = workspace = None
     for first, weight in slices:
         given = grad, x, s, row_weights, wanted, weight, *own, first, dx, workspace
-        given = *given, routes.tables, routes.perm
+        given = *given, routes.tables, routes.perm, kinds
         if first:
             _ops.experts_product_backward(*given)
             continue
@@ -195,12 +207,16 @@ def backward(
     dweights = None
     if dx is not None and weights is not None:
         dweights = dot(grad, x, dx, weights, projection)
-    experts = projection.weight.shape[0]
+    groups = projection.weight.shape[0], kinds
+    # In PEFT's layout, with the groups for experts.
+    of_a = () if da is None else da.view(*groups, pools.rank, -1).unbind(1)
+    of_b = () if db is None else db.view(-1, pools.rank, *groups).unbind(3)
+    ranks = projection.ranks()
     return Backward(
         dx,
         dweights,
-        _taken_apart(da, projection.lora_a, want_a, (experts, pools.rank, -1)),
-        _taken_apart(db, projection.lora_b, want_b, (-1, pools.rank, experts), pools.scalings),
+        _taken_apart(of_a, projection.lora_a, ranks, want_a),
+        _taken_apart(of_b, projection.lora_b, ranks, want_b, pools.scalings),
     )
 
 
@@ -217,28 +233,24 @@ def dot(grad: Tensor, x: Tensor, dx: Tensor, weights: Tensor, projection: Projec
 
 
 def _taken_apart(
-    gradient: Tensor | None,
+    kinds: Sequence[Tensor],
     factors: Sequence[Tensor],
+    ranks: Sequence[int],
     wanted: Sequence[bool],
-    sizes: tuple[int, ...],
     scalings: Sequence[float] = (),
 ) -> list[Tensor | None]:
-    """The gradient of each adapter of a gradient in PEFT's layout, whose ranks are joined in the
-    middle one of the sizes."""
-    if gradient is None:
-        return [None] * len(factors)
+    """The gradient of each adapter. Ranks are dimension 1 of `kinds`: of one kind those of all
+    adapters are joined, else kind i + 1 is adapter i's."""
     found: list[Tensor | None] = []
-    begin, per_rank = 0, gradient.numel() // sizes[1]
-    for place, (factor, wants) in enumerate(zip(factors, wanted, strict=True)):
-        end = begin + factor.numel() // per_rank
+    begin, is_one = 0, len(kinds) == 1
+    for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
         own = None
-        if wants:
-            own = gradient
-            if len(factors) > 1:
-                own = gradient.view(sizes)[:, begin:end].reshape(factor.shape)
+        if wanted[place]:
+            of_kind = kinds[0 if is_one else place + 1]
+            own = of_kind[:, begin : begin + rank].reshape(factor.shape)
             if scalings and scalings[place] != 1.0:
                 own = own * scalings[place]
             own = own.to(factor.dtype)
         found.append(own)
-        begin = end
+        begin += rank * is_one
     return found

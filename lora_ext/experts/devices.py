@@ -72,6 +72,10 @@ def _wrong(device: torch.device) -> str:
         padded = torch.nn.functional.pad(expected, (0, 0, 0, 8 - rank))
         if differs(hi + lo, padded, 1e-4):
             return "experts_factors"
+    for pool, same in zip(_ops.experts_factors(*given, None, True), pools, strict=True):
+        none, own = pool.unflatten(0, (experts, 2)).unbind(1)
+        if none.any() or not torch.equal(own, same):
+            return "experts_factors"
 
     # Of few rows, beside the same pool of B.
     x, with_expert = _wave(tokens, n).to(half), perm[:count]

@@ -55,8 +55,9 @@ def _is_by_kernels(projection: Projection, given: Tensor | None) -> bool:
     if not by_kernels.supports(projection):
         return False
     weight, rows = projection.weight, len(projection.routes.perm)
+    is_by_row = projection.routes.ends is not None  # others read these on the host
     are_faster = rows < _FEW_ROWS * len(weight) or by_kernels.have_wgmma(weight.device)
-    return are_faster or not products.are_grouped(weight, rows, given)
+    return is_by_row or are_faster or not products.are_grouped(weight, rows, given)
 
 
 def _groups(projection: Projection, bounds: list[int]) -> tuple[Any, list[ExpertGroup]]:

@@ -57,26 +57,28 @@ def routes_of(
         adapter_index: ``[T]`` integers, from 0 to adapters - 1; any other is the base alone. None:
             all rows have the same adapters.
     """
-    if adapter_index is None and has_kernels(top_k_index.device):
-        is_known = top_k_index.dtype in (torch.int32, torch.int64)
-        given = top_k_index if is_known else top_k_index.long()
-        perm, token, place, offs, tables = _ops.experts_routes(given, experts)
-        return Routes(perm, token, offs, None, place, tables)
-    ids, kinds = top_k_index.long(), 1
-    ids = ids.masked_fill(ids < 0, experts)  # which would be sorted to the first expert
+    is_known = top_k_index.dtype in (torch.int32, torch.int64)
+    ids, kinds = top_k_index if is_known else top_k_index.long(), 1
     if adapter_index is not None:
         kinds = adapters + 1
         own = adapter_index.long() + 1
         own = own.masked_fill((own < 0) | (own >= kinds), 0)[:, None]
         # Clamped, so that the product cannot overflow: a number that is no expert may be any.
-        ids = ids.clamp(max=experts) * kinds + own
-    ids, perm = torch.sort(ids.reshape(-1), stable=True)
-    numbers = torch.arange(experts * kinds, device=ids.device, dtype=ids.dtype)
-    ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
-    token = perm // top_k_index.shape[-1]
+        ids = ids.clamp(-1, experts).long() * kinds + own
+    place = tables = None
+    if has_kernels(top_k_index.device):
+        perm, token, place, ends, tables = _ops.experts_routes(ids, experts * kinds, kinds)
+    else:
+        ids = ids.long()
+        ids = ids.masked_fill(ids < 0, experts * kinds)  # which would be sorted to the first expert
+        ids, perm = torch.sort(ids.reshape(-1), stable=True)
+        numbers = torch.arange(experts * kinds, device=ids.device, dtype=ids.dtype)
+        ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
+        token = perm // top_k_index.shape[-1]
     if adapter_index is None:
-        return Routes(perm, token, ends)
-    return Routes(perm, token, ends.view(experts, kinds)[:, -1].contiguous(), ends)
+        return Routes(perm, token, ends, None, place, tables)
+    offs = ends.view(experts, kinds)[:, -1].contiguous()
+    return Routes(perm, token, offs, ends, place, tables)
 
 
 def for_kernels(numbers: Tensor, dtype: torch.dtype) -> Tensor:

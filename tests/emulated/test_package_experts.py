@@ -7,11 +7,12 @@ from emulated.package.child import python
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("package")]
 
-# A layer of experts with adapters of float32: Y and every gradient.
+# A layer of experts with an adapter of float32, or by row with one of two or none: Y and every
+# gradient.
 LAYER_OF_EXPERTS = """
 from lora_ext.experts import Experts, ExpertsAdapter, lora_experts
 
-def layer(stored=torch.Tensor.bfloat16, dropout=0.0, is_transposed=False):
+def layer(stored=torch.Tensor.bfloat16, dropout=0.0, is_transposed=False, is_by_row=False):
     torch.manual_seed(0)
     up, down = 0.1 * torch.randn(5, 48, 32), 0.1 * torch.randn(5, 32, 24)
     if is_transposed:
@@ -19,12 +20,16 @@ def layer(stored=torch.Tensor.bfloat16, dropout=0.0, is_transposed=False):
     gate = lambda z: z[:, :24] * z[:, 24:].sigmoid()
     experts = Experts(stored(up), stored(down), gate, is_transposed=is_transposed)
     leaves = [torch.randn(9, 32).to(experts.up.dtype), torch.rand(9, 2)]
-    leaves += [0.1 * torch.randn(n) for n in ((20, 32), (48, 20), (20, 24), (32, 20))]
+    ranks = (20, 10) if is_by_row else (20,)
+    leaves += [0.1 * torch.randn(n) for r in ranks for n in ((r, 32), (48, r), (r, 24), (32, r))]
     x, weights, *factors = (leaf.requires_grad_() for leaf in leaves)
-    pairs = factors[:2], factors[2:]
-    first, second = ([ExpertsAdapter(*pair, 2.0, dropout)] for pair in pairs)
+    first, second = (
+        [ExpertsAdapter(*factors[i : i + 2], 2.0, dropout) for i in range(begin, len(factors), 4)]
+        for begin in (0, 2)
+    )
     index = torch.arange(18).view(9, 2) % 6  # 5 is no expert
-    y = lora_experts(experts, x, index, weights, first, second)
+    rows = torch.arange(9) % 4 % 3 - 1 if is_by_row else None
+    y = lora_experts(experts, x, index, weights, first, second, rows)
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), (x, weights, *factors))]
 """
 
@@ -40,14 +45,15 @@ emulate("CAPTURE", "0")
 results = layer()
 assert {name.split(" ")[0] for name in check_results("cpu")} == {"forward", "backward"}
 assert all("experts" in name for name in check_results("cpu"))
+by_row = layer(is_by_row=True)
 emulate("CAPTURE", "1")
-assert same(layer(), results)
+assert same(layer(), results) and same(layer(is_by_row=True), by_row)
 _C.set_cuda_route("library")
 with pytest.raises(RuntimeError, match="library route .* call the layer outside of the capture"):
     layer()
 emulate("CAPTURE", "0")
-expected = layer()
-assert not same(results, expected) and close(results, expected)
+for found, expected in ((results, layer()), (by_row, layer(is_by_row=True))):
+    assert not same(found, expected) and close(found, expected)
 """,
         LORA_EXT_EMULATED_CAPTURE="1",
     )
@@ -99,7 +105,7 @@ def of_matrix(weight):
 
 monkeypatch = pytest.MonkeyPatch()
 for codes in (four_bits, second_scales, eight_bits, shared, of_matrix):
-    for words in ({}, {"dropout": 0.4}, {"is_transposed": True}):
+    for words in ({"is_by_row": True}, {"dropout": 0.4}, {"is_transposed": True}):
         dense = layer(lambda weight: codes(weight).dequantize(dtype), **words)
         for most in (1, 2, 3, 5):
             stack.SLICE_BYTES = most * 48 * 32 * 2
@@ -154,6 +160,7 @@ def test_what_surrounds_the_products_of_experts_is_right():
 calls = (
     (ops.experts_routes, (index, experts)),
     (ops.experts_factors, (a, b, [1.0, 0.3], experts, dtype, 2)),
+    (ops.experts_factors, (a, b, [1.0, 0.3], experts, dtype, 2, None, True)),
     (ops.experts_low_rank, (few, a, b, [1.0, 0.3], 0.7, experts, 2, routes[3], routes[1])),
     (ops.experts_sum, (x[:, :n], *routes[2:4], weights, k)),
     (ops.experts_dot, given),

@@ -201,8 +201,10 @@ def test_every_way_has_the_bits_of_a_call(device, pair, forget_graphs, monkeypat
 
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32)], ids=pair_id)
-def test_tokens_with_adapters_of_their_own(device, pair, tokens):
-    """One on both projections, one on the first alone, and none."""
+def test_tokens_with_adapters_of_their_own(device, pair, tokens, monkeypatch):
+    """One on both projections, one on the first alone, and none; by the kernels where they are."""
+    if EMULATED or device != "cpu":
+        take_kernels(device, monkeypatch)
     case = make_case(pair, device, tokens, with_bias=True)
     adapters = torch.arange(tokens, device=device) % 3 - 1
 
@@ -291,22 +293,26 @@ class OnCard(list):
 
 
 @pytest.mark.parametrize(
-    ("arch", "sm90a_code", "rows", "takes"),
+    ("arch", "sm90a_code", "rows", "ends", "takes"),
     [
-        (90, True, 9999, True),
-        (90, False, 9999, False),
-        (100, True, 9999, False),
-        (100, True, 9, True),
+        (90, True, 9999, None, True),
+        (90, False, 9999, None, False),
+        (100, True, 9999, None, False),
+        (100, True, 9, None, True),
+        (100, True, 9999, torch.ones(1), True),
     ],
 )
-def test_kernels_take_the_place_of_the_grouped_product(arch, sm90a_code, rows, takes, monkeypatch):
-    """With wgmma, or for few rows."""
+def test_kernels_take_the_place_of_the_grouped_product(
+    arch, sm90a_code, rows, ends, takes, monkeypatch
+):
+    """With wgmma, for few rows, or for rows with adapters of their own."""
     card = _C.Card(arch, 132, 233472, 232448, sm90a_code=sm90a_code)
     monkeypatch.setattr(_C, "cuda_card", lambda device: card)
     monkeypatch.setattr(by_kernels, "have_wgmma", by_kernels.have_wgmma.__wrapped__)
     monkeypatch.setattr(by_kernels, "supports", lambda projection: True)
     monkeypatch.setattr(products, "are_grouped", lambda *call: True)
-    case = SimpleNamespace(weight=OnCard(range(EXPERTS)), routes=SimpleNamespace(perm=range(rows)))
+    routes = SimpleNamespace(perm=range(rows), ends=ends)
+    case = SimpleNamespace(weight=OnCard(range(EXPERTS)), routes=routes)
     assert projection._is_by_kernels(case, None) == takes
 
 

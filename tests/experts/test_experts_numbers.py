@@ -278,6 +278,7 @@ def product_and_gradients(**changes):
         "seed": None,
         "first": 0,
         "workspace": None,
+        "adapters": 1,
         "tables": None,
     }
     forward = call | {"x": ones(2, 40), "bias": None, "y": None, "t": None}
@@ -322,6 +323,7 @@ LAST_EXPERT |= {"y": torch.ones(3, 24, dtype=BF16), "dx": torch.ones(3, 40, dtyp
         ),
         ({"weight": torch.ones(7, 24, 40, dtype=BF16)}, "pools of all experts, .* 7 from 0 on"),
         ({"weight": ONE_EXPERT, "first": 6}, "pools of all experts, .* 1 from 6 on"),
+        ({"adapters": 4}, "pools of all experts, .* for 4 groups of each expert"),
         ({"weight": ONE_EXPERT, "first": 1}, "contiguous result .3, 24. and the workspace"),
         (LAST_EXPERT | {"y": torch.ones(2, 24, dtype=BF16)}, "contiguous result .3, 24. and"),
         (LAST_EXPERT | {"workspace": torch.ones(0)}, "contiguous result .3, 24. and the workspace"),

@@ -30,6 +30,8 @@ struct ExpertsFactors {
     return (static_cast<unsigned>(count) + size - 1) / size;
   }
 
+  __device__ __forceinline__ int in_pool(int expert) const { return expert * p.groups + p.group; }
+
   using Numbers = float[kChunk];
 
   template <class F>
@@ -64,12 +66,12 @@ struct ExpertsFactors {
     const auto row = static_cast<int>(part / segments), expert = row / p.ranks;
     const int rank = row % p.ranks;
     const int column = static_cast<int>(part % segments) * kColumns + lane * kChunk;
-    if (expert >= p.experts || column >= p.in || !has_rows(p.offs, expert)) return;
+    if (expert >= p.experts || column >= p.in || !has_rows(p.offs, in_pool(expert))) return;
     const int left = p.in - column;
     const int64_t at = (int64_t{expert} * p.rank + rank) * p.in + column;
     Numbers numbers{};
     if (rank < p.rank) load_a(at, left, numbers);
-    const int64_t rows = int64_t{expert} * p.terms * p.width + p.first + rank;
+    const int64_t rows = int64_t{in_pool(expert)} * p.terms * p.width + p.first + rank;
     store(numbers, static_cast<T*>(p.pool_a) + rows * p.in + column, int64_t{p.width} * p.in, left);
   }
 
@@ -118,7 +120,7 @@ struct ExpertsFactors {
   }
 
   __device__ __forceinline__ void load_tile(float* to, int expert, int row, int rank) const {
-    const bool inside = expert < p.experts && row < p.out && has_rows(p.offs, expert);
+    const bool inside = expert < p.experts && row < p.out && has_rows(p.offs, in_pool(expert));
     const int64_t first = (int64_t{row} * p.rank + rank) * p.experts + expert;
     float numbers[kRanks];  // all loads before the first store
 #pragma unroll
@@ -135,11 +137,14 @@ struct ExpertsFactors {
 
   __device__ __forceinline__ void store_chunk(const float* tile, int expert, int row,
                                               int rank) const {
-    if (expert >= p.experts || row >= p.out || rank >= p.ranks || !has_rows(p.offs, expert)) return;
+    if (expert >= p.experts || row >= p.out || rank >= p.ranks ||
+        !has_rows(p.offs, in_pool(expert)))
+      return;
     Numbers numbers;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) numbers[i] = tile[i * kRankStep];
-    T* pool = static_cast<T*>(p.pool_b) + (int64_t{expert} * p.out + row) * p.terms * p.width;
+    T* pool =
+        static_cast<T*>(p.pool_b) + (int64_t{in_pool(expert)} * p.out + row) * p.terms * p.width;
     store(numbers, pool + p.first + rank, p.width, p.ranks - rank);
   }
 };

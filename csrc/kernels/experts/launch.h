@@ -28,6 +28,7 @@ void enqueue(Launch& run, const ExpertsRoutesParams& routes) {
   p.rows.m = routes.rows, p.rows.groups = routes.experts;
   p.rows.ends = routes.offs, p.rows.max_rank = static_cast<int>(kMaxRank);
   p.tables = routes.tables, p.tables.counts = routes.counts, p.routes = routes;
+  p.groups_per_weight = routes.adapters;
   routes.is_long ? sort_by_expert<int64_t>(run, p) : sort_by_expert<int>(run, p);
 }
 

@@ -3,10 +3,10 @@
 //     Y = P Q_e + mask * (T U_e) + bias_e      forward: Q_e = W_e^T, U_e = B_e^T
 //                                              dX:      Q_e = W_e,   U_e = A_e
 //
-// A tile has rows of one expert, a piece of LoraGroupedTables::row_tiles. Rows past its end are zeros
-// in shared memory, and are not stored. Where no expert has rows, W is not read. Tiles without an
-// expert store zeros; empty ones, behind them, are passed over, and those of experts whose W is not
-// there.
+// A tile has rows of one expert and one of its U, a piece of LoraGroupedTables::row_tiles. Rows
+// past its end are zeros in shared memory, and are not stored. Where no expert has rows, W is not
+// read. Tiles without an expert store zeros; empty ones, behind them, are passed over, and those of
+// experts whose W is not there.
 //
 // U is in T's type: a pool that has the halves of a factor in floats, hi and then lo. The three terms
 // of T U are then one product, along a depth of three widths:
@@ -26,7 +26,7 @@ namespace lora_ext::kernel {
 template <class T>
 struct LoraOwnWeightsParams {
   LoraGemmParams<T> gemm;
-  int64_t q_stride, u_stride, bias_stride;  // elements from one expert's to the next
+  int64_t q_stride, u_stride, bias_stride;  // elements from one to the next
   int first_expert, end_expert;             // whose W q has; rows of no expert are with the first's
   int width;                                // of T's and of U's hi, whole chunks
   const LoraGroupedPiece* row_tiles;
@@ -48,13 +48,13 @@ struct OwnWeights {
 
   // The rows of a tile.
   struct Span {
-    int adapter, begin, count;  // adapter -1: no expert's
+    int weight, begin, count;  // weight: the expert's number; -1: no expert's
     template <class Params>
     __device__ __forceinline__ int end(const Params&) const {
       return begin + count;
     }
     __device__ __forceinline__ bool is_empty() const { return count == 0; }
-    __device__ __forceinline__ bool has_products() const { return adapter >= 0 && count > 0; }
+    __device__ __forceinline__ bool has_products() const { return weight >= 0 && count > 0; }
   };
   // The tile that is loaded: its number, as the span itself would take three registers throughout.
   struct Cursor {
@@ -68,10 +68,10 @@ struct OwnWeights {
   // Empty where the expert's W is not there.
   __device__ __forceinline__ Span span_of(const Cursor& cursor, int /*row*/ = 0) const {
     const LoraGroupedPiece piece = o.row_tiles[cursor.tile];
-    const int expert = max(piece.adapter, 0);
+    const int expert = max(piece.slot, 0);
     const auto from_first = static_cast<unsigned>(expert - o.first_expert);
     const bool is_here = from_first < static_cast<unsigned>(o.end_expert - o.first_expert);
-    return {piece.adapter, piece.begin, is_here ? piece.count : 0};
+    return {piece.slot, piece.begin, is_here ? piece.count : 0};
   }
   __device__ __forceinline__ Span span_at(int row) const {
     return span_of({row / LoraGroupedTables::kRowTileRows});
@@ -85,7 +85,7 @@ struct OwnWeights {
   }
   template <class Params>
   __device__ __forceinline__ const T* q(const Params&, const Span& span) const {
-    return p.q + (span.adapter - o.first_expert) * o.q_stride;
+    return p.q + (span.weight - o.first_expert) * o.q_stride;
   }
   template <class Epilogue, class Params>
   __device__ __forceinline__ Epilogue epilogue(const Params&, const Span& span, const Rows&) const {
@@ -94,7 +94,7 @@ struct OwnWeights {
   __device__ __forceinline__ const void* bias_of(const Span& span) const {
     if (p.bias == nullptr || !span.has_products()) return nullptr;
     const int64_t bytes = p.float_bias ? sizeof(float) : sizeof(T);
-    return static_cast<const unsigned char*>(p.bias) + span.adapter * o.bias_stride * bytes;
+    return static_cast<const unsigned char*>(p.bias) + span.weight * o.bias_stride * bytes;
   }
 
   // The low-rank product: its depth, whose last term has no zeros up to the width, and in steps.
@@ -127,12 +127,14 @@ struct OwnWeights {
   template <class Loads>
   __device__ __forceinline__ void copy_step(Loads& loads) const {
     if (!copies_apart(loads)) return loads.copy_step();
-    if (loads.steps == INT_MAX) return;  // past the last tile
+    // Past the last tile: zeros, as the last step loads fragments of the stage behind it, too.
+    if (loads.steps == INT_MAX) return load_elements(loads, {0, 0}, p.k, p.q);
     const LoraGemmPlace at = loads.raster.place_of(loads.tile);
     if (loads.low_rank) {
       load(loads, at, (steps(p, loads.cursor) - loads.steps) * 64);
     } else {
-      load_elements(loads, at, (main_steps(p, span_of(loads.cursor)) - loads.steps) * 64);
+      const Span span = span_of(loads.cursor);
+      load_elements(loads, at, (main_steps(p, span) - loads.steps) * 64, q(p, span));
     }
     --loads.steps;
   }
@@ -158,7 +160,7 @@ struct OwnWeights {
     const TileCopy<T, Tile::kThreads, Alignment::kVector> copy{loads.shared};
     const Span span = span_of(loads.cursor);
     const T* t = p.low_rank[0].t;
-    const T* u = p.low_rank[0].u + span.adapter * o.u_stride;
+    const T* u = p.low_rank[0].u + o.row_tiles[loads.cursor.tile].adapter * o.u_stride;
     const uint32_t right = loads.stage + Tile::kLeftBytes;
     const int thread = static_cast<int>(threadIdx.x), chunk = thread % 8;
     const Ranks ranks = ranks_at(k0 + chunk * 8);
@@ -187,10 +189,10 @@ struct OwnWeights {
     }
   }
 
-  // Loads 64 along k of P and Q, element by element.
+  // Loads 64 along k of P and of an expert's Q, element by element.
   template <class Loads>
-  __device__ __forceinline__ void load_elements(Loads& loads, const LoraGemmPlace& at,
-                                                int k0) const {
+  __device__ __forceinline__ void load_elements(Loads& loads, const LoraGemmPlace& at, int k0,
+                                                const T* of_expert) const {
     using Tile = typename Loads::TileOf;
     const TileCopy<T, Tile::kThreads, Alignment::kElement> copy{loads.shared};
     const Span span = span_of(loads.cursor);
@@ -199,11 +201,9 @@ struct OwnWeights {
         loads.stage, {p.p, p.p_pitch, INT_MAX, p.k}, k0,
         [&](int row) { return row < span.count ? rows(span.begin + row) : INT_MAX; });
     if constexpr (kMNMajor) {
-      copy.template copy_tile<64, Tile::kN>(right, {q(p, span), p.q_pitch, p.k, p.n}, k0,
-                                            at.column);
+      copy.template copy_tile<64, Tile::kN>(right, {of_expert, p.q_pitch, p.k, p.n}, k0, at.column);
     } else {
-      copy.template copy_tile<Tile::kN, 64>(right, {q(p, span), p.q_pitch, p.n, p.k}, at.column,
-                                            k0);
+      copy.template copy_tile<Tile::kN, 64>(right, {of_expert, p.q_pitch, p.n, p.k}, at.column, k0);
     }
   }
 

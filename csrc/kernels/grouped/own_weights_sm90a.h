@@ -185,7 +185,7 @@ struct OwnWeightsProducer {
   __device__ __forceinline__ void copy_right(const Progress& now, uint32_t full, const Turn& turn,
                                              int k0) const {
     const auto& o = shared.adapters.o;
-    const int expert = (turn.span.adapter - o.first_expert) * o.q_rows;
+    const int expert = (turn.span.weight - o.first_expert) * o.q_rows;
     const uint32_t right = shared.block.right(now.ring.slot);
     const CUtensorMap* q = &shared.block.maps.q;
     ptx::mbarrier_arrive_expect_tx(full, Tile::kRightBytes);
@@ -270,7 +270,7 @@ struct OwnWeightsConsumer {
       consumer.multiply_main(acc, now);
       then = shared.after(turn);
     }
-    const int64_t biases = turn.span.adapter * shared.adapters.o.bias_stride;
+    const int64_t biases = turn.span.weight * shared.adapters.o.bias_stride;
     const auto bias = consumer.epilogue.bias.load(turn.at.column, biases);
     const YRows rows = y_rows(turn);
     if constexpr (!kMasked) multiply_low_rank(acc, now);

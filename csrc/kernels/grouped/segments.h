@@ -45,6 +45,7 @@ struct LoraGroupedSegmentsParams {
   LoraGroupedRows rows;
   LoraGroupedFactors factors;
   LoraGroupedTables tables;
+  int groups_per_weight = 1;  // used with row_tiles
 
   __device__ __forceinline__ int chunks() const { return (rows.m + kChunk - 1) / kChunk; }
   // In a pool without ranks every adapter has the largest. Only these kernels read a pool's own
@@ -200,10 +201,11 @@ struct LoraGroupedScan {
 
   // Writes pieces of at most `rows` positions each, from `to` on.
   __device__ __forceinline__ static void write_pieces(LoraGroupedPiece* to, int adapter,
-                                                      const Range& range, int rows, int slot) {
+                                                      const Range& range, int rows, int slot,
+                                                      int step) {
     for (int begin = range.begin; begin < range.end; begin += rows) {
       *to++ = {adapter, begin, min(rows, range.end - begin), slot};
-      slot += static_cast<int>(slot >= 0);
+      slot += step;
     }
   }
 
@@ -229,9 +231,10 @@ struct LoraGroupedScan {
     if (key < groups && t.ranks != nullptr) t.ranks[key] = rank;
     if (count == 0) return;
     t.segments[segment] = {key, range.begin, range.end, rank, steps_before};
-    write_pieces(t.tiles + tile, key, range, LoraGroupedTables::kTileRows, -1);
-    if (t.row_tiles != nullptr) write_pieces(t.row_tiles + row_tile, key, range, kRows, -1);
-    write_pieces(t.pieces + piece, key, range, t.piece_rows, slots > 0 ? slot : -1);
+    write_pieces(t.tiles + tile, key, range, LoraGroupedTables::kTileRows, -1, 0);
+    if (t.row_tiles != nullptr)
+      write_pieces(t.row_tiles + row_tile, key, range, kRows, key / p.groups_per_weight, 0);
+    write_pieces(t.pieces + piece, key, range, t.piece_rows, slots > 0 ? slot : -1, 1);
     for (int i = blocks_of(end_before, kRows); i < blocks_of(range.end, kRows); ++i)
       t.first[i] = segment;
   }

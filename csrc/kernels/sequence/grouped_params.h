@@ -36,7 +36,7 @@ class LoraGroupedParams {
   LoraGroupedSegmentsParams segments() const {
     LoraGroupedFactors factors = o_.factors.pool;
     factors.entries = entries();
-    return {o_.rows, factors, tables_};
+    return {o_.rows, factors, tables_, o_.groups_per_weight};
   }
 
   // Z = drop(X) A_g^T

@@ -120,8 +120,8 @@ Update no_update(const Update& update) {
                      at::zeros({update.out_features(), 1}, update.lora_b[0].options()), 1.0);
 }
 
-Base base_of(const Base& base, int64_t g, const at::Tensor& rows) {
-  if (base.of_experts()) return base.of(g);
+Base base_of(const Base& base, const ExpertRows& experts, int64_t g, const at::Tensor& rows) {
+  if (base.of_experts()) return base.of(experts.expert_of(g));
   Base own = base;
   if (base.y.defined()) own.y = base.y.index_select(0, rows);
   return own;
@@ -139,10 +139,11 @@ Forward allowed_grouped(const ForwardArgs& args, const ForwardArgs& exact, const
     if (rows.numel() == 0) continue;
     const Update own = g < 0 ? no_update(args.update) : update_of(args.update, g);
     const Update own_exact = g < 0 ? no_update(exact.update) : update_of(exact.update, g);
-    const Forward part = allowed(
-        {at_rows(args.x, rows, experts.x), base_of(args.base, g, rows), own},
-        ForwardArgs{at_rows(exact.x, rows, experts.x), base_of(exact.base, g, rows), own_exact},
-        {expected.y.index_select(0, rows), expected.s}, hybrid);
+    const Forward part =
+        allowed({at_rows(args.x, rows, experts.x), base_of(args.base, experts, g, rows), own},
+                ForwardArgs{at_rows(exact.x, rows, experts.x),
+                            base_of(exact.base, experts, g, rows), own_exact},
+                {expected.y.index_select(0, rows), expected.s}, hybrid);
     out.y.index_copy_(0, rows, part.y);
     if (g >= 0) out.s.narrow(1, 0, own.rank()).index_copy_(0, rows, part.s);
   }
@@ -161,7 +162,7 @@ Backward allowed_grouped(const BackwardArgs& args, const BackwardArgs& exact,
       BackwardArgs part = like;
       part.grad = at_rows(from.grad, rows, experts.grad);
       part.x = weighted(at_rows(from.x, rows, experts.x), rows, experts);
-      part.base = base_of(from.base, g, rows), part.update = update;
+      part.base = base_of(from.base, experts, g, rows), part.update = update;
       part.s = weighted(from.s.index_select(0, rows), rows, experts).narrow(1, 0, update.rank());
       part.wanted = Wanted::one(true, g >= 0, g >= 0);
       return part;

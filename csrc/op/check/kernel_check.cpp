@@ -216,8 +216,8 @@ InTwoForms pool_of(const Update& one, int64_t rows, const at::TensorOptions& opt
 at::Tensor weight_of(const Kernels& kernels, int64_t n, int64_t k,
                      const at::TensorOptions& options) {
   if (!kernels.experts) return numbers({n, k}, 12.37, 0.1, options);
-  return kernels.transposed ? numbers({4, k, n}, 12.37, 0.1, options).transpose(1, 2)
-                            : numbers({4, n, k}, 12.37, 0.1, options);
+  return kernels.transposed ? numbers({2, k, n}, 12.37, 0.1, options).transpose(1, 2)
+                            : numbers({2, n, k}, 12.37, 0.1, options);
 }
 
 // A pool as halves in whole chunks along the rank.
@@ -237,16 +237,17 @@ at::Tensor in_halves(const at::Tensor& pool, int64_t rank_dim, const Kernels& ke
 }
 
 // Of experts' rows, as the op that sorts them writes them: those are checked, too.
-at::Tensor tables_of(const at::Tensor& index, int64_t experts) {
+at::Tensor tables_of(const at::Tensor& index, int64_t groups, int64_t adapters) {
   using Routes = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("lora_ext::experts_routes", "")
-                             .typed<Routes(const at::Tensor&, c10::SymInt)>();
-  return std::get<4>(op.call(index.unsqueeze(1), experts));
+                             .typed<Routes(const at::Tensor&, c10::SymInt, int64_t)>();
+  return std::get<4>(op.call(index.unsqueeze(1), groups, adapters));
 }
 
-// The update of a projection of experts, of which one has no rows, and last come rows of none: as a
-// pool of the factors, and as one of halves. Rows of x, grad and the mask are elsewhere.
+// The update of a projection of two experts with two adapters each, of which one has no rows, and
+// last come rows of none: as a pool of the factors, and as one of halves. Rows of x, grad and the
+// mask are elsewhere.
 InTwoForms experts_of(const Update& one, const Kernels& kernels, int64_t rows, int64_t tokens,
                       const at::TensorOptions& options) {
   const at::TensorOptions adapter = one.a().options();
@@ -257,8 +258,9 @@ InTwoForms experts_of(const Update& one, const Kernels& kernels, int64_t rows, i
     return turns.mul(step).remainder(count).to(at::kInt);
   };
   ExpertRows experts{rows, one.rank(), kernels.float_adapters, every(5, tokens)};
-  experts.mask = every(7, rows);
-  experts.tables = tables_of(*ranges.list.grouping->index, update.list.adapters());
+  experts.mask = every(7, rows), experts.adapters = 2;
+  experts.tables =
+      tables_of(*ranges.list.grouping->index, update.list.adapters(), experts.adapters);
   if (kernels.backward) {
     experts.grad = every(11, tokens);
     experts.weights = numbers({rows}, 12.17, 1, adapter), experts.slots = every(3, rows);

@@ -66,6 +66,7 @@ void set_experts(kernel::LoraGroupedOperands& o, const Base& base, const Update&
   o.end_weight = static_cast<int>(rows->first + base.weight.size(0));
   o.tables = rows->tables ? rows->tables->mutable_data_ptr<uint8_t>() : nullptr;
   o.t = rows->t ? rows->t->const_data_ptr() : nullptr;
+  o.groups_per_weight = static_cast<int>(rows->adapters);
   o.places = {numbers(rows->x), numbers(rows->grad), nullptr, numbers(rows->mask)};
 }
 

@@ -110,6 +110,12 @@ at::Tensor inputs_of(const at::Tensor& x, const Update& update, at::ScalarType y
   return own;
 }
 
+// That of the segment's expert.
+template <class Args>
+Base base_of(const Args& args, const Segment& segment) {
+  return args.base.of(args.update.experts()->expert_of(segment.adapter));
+}
+
 at::Tensor scaling_on_host(const Update& update) {
   const auto options = at::TensorOptions(at::kCPU).dtype(at::kDouble);
   const at::Tensor& scaling = update.grouping->scaling;
@@ -148,7 +154,7 @@ Forward forward_grouped(const ForwardArgs& args) {
   for (const Segment& segment : segments.list) {
     const Rows rows(segments, segment, update, args.x.device());
     const at::Tensor y =
-        own_bases ? base_forward(rows.of_x(args.x), args.base.of(segment.adapter)) : rows.of(out.y);
+        own_bases ? base_forward(rows.of_x(args.x), base_of(args, segment)) : rows.of(out.y);
     const Forward own =
         forward({inputs_of(args.x, update, out.y.scalar_type(), rows), Base::given(y),
                  update_of(update, segment, scaling.const_data_ptr<double>())});
@@ -186,7 +192,7 @@ Backward backward_grouped(const BackwardArgs& args) {
     at::Tensor delta = own.dx;
     if (update.dropout.enabled()) rows.drop(delta, update.dropout);
     const at::Tensor base =
-        own_bases ? base_backward(grad, x, args.base.of(segment.adapter)) : rows.of(dx);
+        own_bases ? base_backward(grad, x, base_of(args, segment)) : rows.of(dx);
     rows.put(dx, base.add(delta.to(dx.scalar_type())));
   }
   if (update.experts()) {  // in PEFT's layout, [G r, K] and [N, r G]

@@ -18,7 +18,10 @@ class ExpertsTest {
 
   Random random_;
   const int m_, n_, k_;
-  const int experts_ = 1 + draw(draw(2) ? 4 : 12), rank_ = draw_rank(), width_ = padded(rank_);
+  // Of each expert one group of rows, or one for each of several adapters.
+  const int each_ = 1 + (draw(3) == 0 ? draw(3) : 0);
+  const int weights_ = 1 + draw(draw(2) ? 4 : 12 / each_), experts_ = weights_ * each_,
+            rank_ = draw_rank(), width_ = padded(rank_);
   const int columns_ = width_ * (kSplit ? 2 : 1);
   const GroupedRows rows_{m_, experts_, rank_, random_, true, true};
   const Numbers numbers_ = draw(2) ? Numbers::Integers : Numbers::Reals;
@@ -34,7 +37,7 @@ class ExpertsTest {
   const Stored<T> dy_{second_ ? tokens_ : m_, n_, false, false, !odd_, numbers_, 1, random_, "dy"};
   // A line of NaN after each W.
   const int lines_ = row_major_ ? n_ : k_;
-  Stored<T> w_{experts_ * (lines_ + 1),
+  Stored<T> w_{weights_ * (lines_ + 1),
                row_major_ ? k_ : n_,
                false,
                false,
@@ -43,7 +46,7 @@ class ExpertsTest {
                1,
                random_,
                "weight"};
-  const Bias<T> bias_{experts_ * n_, numbers_, random_};
+  const Bias<T> bias_{weights_ * n_, numbers_, random_};
   const RandomMask mask_{numbers_, random_, true};
   Matrix<F> a_of_ = random_matrix<F>(experts_ * rank_, k_, k_, numbers_, random_);
   Matrix<F> b_of_ = random_matrix<F>(n_, experts_* rank_, experts_* rank_, numbers_, random_);
@@ -52,7 +55,7 @@ class ExpertsTest {
   std::vector<float> scalings_;
   std::unique_ptr<GlobalBuffer<float>> scaling_;
   const WrittenRows<float> s_{m_, rank_, false, NAN, "s"};
-  int slice_ = experts_;  // experts of a launch
+  int slice_ = weights_;  // experts of a launch
 
  public:
   explicit ExpertsTest(const Case& run)
@@ -67,7 +70,7 @@ class ExpertsTest {
     }
     std::shuffle(slot_.begin(), slot_.end(), random_);
     fill_pool();
-    if (run.seed % 3 == 0) slice_ = 1 + static_cast<int>(run.seed / 3) % experts_;
+    if (run.seed % 3 == 0) slice_ = 1 + static_cast<int>(run.seed / 3) % weights_;
   }
 
   void run() {
@@ -91,11 +94,15 @@ class ExpertsTest {
   void fill_pool() {
     a_.fill(from_double<T>(0)), b_.fill(from_double<T>(0));
     const std::vector<int>& taken = rows_.adapter_of;
-    for (int e = 0; e < experts_; ++e) {
-      const bool idle = std::find(taken.begin(), taken.end(), e) == taken.end();
+    for (int w = 0; w < weights_; ++w) {
+      const auto has_it = [&](int e) { return e >= 0 && e / each_ == w; };
+      const bool idle = std::none_of(taken.begin(), taken.end(), has_it);
       for (int line = idle ? 0 : lines_; line <= lines_; ++line)
         for (int i = 0; i < (row_major_ ? k_ : n_); ++i)
-          w_.numbers.halves[w_.at(e * (lines_ + 1) + line, i)] = from_double<T>(NAN);
+          w_.numbers.halves[w_.at(w * (lines_ + 1) + line, i)] = from_double<T>(NAN);
+    }
+    for (int e = 0; e < experts_; ++e) {
+      const bool idle = std::find(taken.begin(), taken.end(), e) == taken.end();
       for (int r = 0; r < rank_; ++r) {
         const auto put = [&](T& hi, T& lo, F& factor) {
           if (!exact()) factor = from_double<F>(0.3 * to_double(factor));
@@ -146,7 +153,8 @@ class ExpertsTest {
     o.float_adapters = kSplit;
     o.x = x_.data(), o.x_pitch = x_.row_stride, o.weight = w_.data(),
     o.weight_pitch = w_.row_stride;
-    o.weight_stride = (lines_ + 1) * w_.row_stride, o.bias_stride = n_, o.end_weight = experts_;
+    o.weight_stride = (lines_ + 1) * w_.row_stride, o.bias_stride = n_, o.end_weight = weights_;
+    o.groups_per_weight = each_;
     o.places = second_ ? LoraGroupedPlaces{nullptr, token_.data(), nullptr, slot_.data()}
                        : LoraGroupedPlaces{token_.data(), nullptr, nullptr, token_.data()};
     o.dropout = dropout_, o.mask = mask_.parameters(), o.workspace = workspace;
@@ -158,8 +166,8 @@ class ExpertsTest {
   // others compute is not wanted.
   template <class Operands, class Launch>
   void by_slices(Operands& o, bool wanted, const Launch& launch) const {
-    for (int first = 0; first < (wanted ? experts_ : 1); first += slice_) {
-      o.first_weight = first, o.end_weight = std::min(first + slice_, experts_);
+    for (int first = 0; first < (wanted ? weights_ : 1); first += slice_) {
+      o.first_weight = first, o.end_weight = std::min(first + slice_, weights_);
       o.weight = static_cast<const T*>(w_.data()) + first * o.weight_stride;
       emulator::Stream stream;
       launch(stream);
@@ -174,7 +182,7 @@ class ExpertsTest {
     return dropout_ ? mask_.factor(second_ ? slot_[at] : token_[at], column) : 1;
   }
   double w(int e, int row, int column) const {
-    const int line = e * (lines_ + 1);
+    const int line = e / each_ * (lines_ + 1);
     return row_major_ ? w_.exact(line + row, column) : w_.exact(line + column, row);
   }
   Value factor(double value) const {
@@ -234,7 +242,7 @@ class ExpertsTest {
         Value sum;
         for (int l = 0; e >= 0 && l < k_; ++l) sum.add({x(at, l)}, {w(e, j, l)});
         for (int r = 0; e >= 0 && r < rank_; ++r) sum.add(t[r], b(e, j, r));
-        if (e >= 0 && with_bias) sum.add({bias_.matrix(0, e * n_ + j)}, {1});
+        if (e >= 0 && with_bias) sum.add({bias_.matrix(0, e / each_ * n_ + j)}, {1});
         check("y", at, j, y[static_cast<size_t>(at) * n_ + j], sum.sum());
       }
     }

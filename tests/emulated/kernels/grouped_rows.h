@@ -107,7 +107,7 @@ struct GroupedRows {
 struct GroupedTables {
   static size_t size(int64_t count) { return static_cast<size_t>(count); }
 
-  const int m, groups, piece_rows;
+  const int m, groups, piece_rows, groups_per_weight;
   const bool indexed, own_weights;
   GlobalBuffer<int> order{size(indexed ? m : 0), "order"};
   GlobalBuffer<int> first{size((m + 127) / 128 + 1), "first"};
@@ -122,10 +122,11 @@ struct GroupedTables {
   GlobalBuffer<LoraGroupedSum> sums{size(groups), "sums"};
   GlobalBuffer<int> ranks{size(groups), "ranks of the tables"};
 
-  GroupedTables(const GroupedRows& rows, int piece_rows_)
+  GroupedTables(const GroupedRows& rows, int piece_rows_, int groups_per_weight_ = 1)
       : m(rows.m),
         groups(rows.groups),
         piece_rows(piece_rows_),
+        groups_per_weight(groups_per_weight_),
         indexed(rows.indexed),
         own_weights(rows.own_weights) {}
 
@@ -154,7 +155,7 @@ struct GroupedTables {
     int count = 0, tile = 0, row_tile = 0, piece = 0, slot = 0, steps = 0, last = 0;
     const auto add_row_tiles = [&](int g, int begin, int end) {
       for (int i = begin; own_weights && i < end; i += 128)
-        row_tiles[row_tile++] = {g, i, std::min(128, end - i), -1};
+        row_tiles[row_tile++] = {g, i, std::min(128, end - i), g < 0 ? -1 : g / groups_per_weight};
     };
     for (int g = 0; g < groups; ++g) {
       int begin = m, end = 0;

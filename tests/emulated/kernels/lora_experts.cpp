@@ -83,20 +83,22 @@ void compare_table(const char* name, const GlobalBuffer<int>& got,
 
 // Pieces of at most so many rows: each expert's, rows of none if they have some, and empty ones.
 void compare_pieces(const char* name, const LoraGroupedPiece* got, int count, const Sorted& sorted,
-                    int rows, bool of_none, bool are_summed) {
+                    int rows, int per_weight, bool are_summed) {
   std::vector<LoraGroupedPiece> expected;
   const auto add = [&](int expert, int begin, int end, int slot) {
-    for (; begin < end; begin += rows)
-      expected.push_back({expert, begin, std::min(rows, end - begin), slot < 0 ? slot : slot++});
+    const int step = slot >= 0 && per_weight == 0;
+    for (; begin < end; begin += rows, slot += step)
+      expected.push_back({expert, begin, std::min(rows, end - begin), slot});
     return slot;
   };
   int slot = 0;
   for (int e = 0, begin = 0; e < sorted.experts; begin = sorted.offs[e++]) {
     const bool several = are_summed && sorted.offs[e] - begin > rows;
-    const int next = add(e, begin, sorted.offs[e], several ? slot : -1);
+    const int weight = per_weight > 0 ? e / per_weight : -1;
+    const int next = add(e, begin, sorted.offs[e], several ? slot : weight);
     if (several) slot = next;
   }
-  if (of_none) add(-1, sorted.count(), sorted.rows, -1);
+  if (per_weight > 0) add(-1, sorted.count(), sorted.rows, -1);
   if (static_cast<int>(expected.size()) > count) differ("%s: more than %d pieces", name, count);
   expected.resize(static_cast<size_t>(count), {0, 0, 0, -1});
   for (int i = 0; i < count; ++i)
@@ -119,14 +121,15 @@ void check_routes(const Sorted& sorted) {
   p.perm = perm.data(), p.token = token.data(), p.place = place.data(), p.offs = offs.data();
   p.counts = counts.data();
   p.rows = sorted.rows, p.slots = sorted.slots, p.experts = sorted.experts;
+  p.adapters = 1 + sorted.experts % 3;
   const auto made = lora_ext::plan::experts_tables(p.rows, p.experts);
   GlobalBuffer<unsigned char> bytes(static_cast<size_t>(made.bytes), "tables");
   const LoraGroupedTables tables = p.tables = tables_at(made.tables, bytes.data());
   launch<T>(p);
-  compare_pieces("tiles", tables.tiles, tables.tile_count, sorted, 64, false, false);
-  compare_pieces("row tiles", tables.row_tiles, tables.row_tile_count, sorted, 128, true, false);
-  compare_pieces("pieces", tables.pieces, tables.piece_count, sorted, tables.piece_rows, false,
-                 true);
+  compare_pieces("tiles", tables.tiles, tables.tile_count, sorted, 64, 0, false);
+  compare_pieces("row tiles", tables.row_tiles, tables.row_tile_count, sorted, 128, p.adapters,
+                 false);
+  compare_pieces("pieces", tables.pieces, tables.piece_count, sorted, tables.piece_rows, 0, true);
   for (int e = 0; e < p.experts; ++e)
     if (tables.ranks[e] != 512) differ("ranks[%d]: %d", e, tables.ranks[e]);
   compare_table("perm", perm, sorted.perm), compare_table("place", place, sorted.place);
@@ -210,7 +213,10 @@ template <class T, Alignment kAlignment>
 void check_factors(const Sorted& sorted, int most_columns, Random& random) {
   const bool aligned = random() % 2, all = random() % 2;
   ExpertsFactorsParams p{};
-  p.experts = sorted.experts, p.rank = draw(random, 1, 20), p.out = draw_width(random, 60);
+  p.groups = sorted.experts % 2 == 0 ? draw(random, 1, 2) : 1;
+  p.group = draw(random, 0, p.groups - 1);
+  p.experts = sorted.experts / p.groups, p.rank = draw(random, 1, 20),
+  p.out = draw_width(random, 60);
   p.in = aligned ? padded(draw(random, 1, most_columns)) : draw_width(random, most_columns);
   p.terms = draw(random, 1, 2), p.first = aligned ? 8 * draw(random, 0, 2) : draw(random, 0, 9);
   p.ranks = std::max(p.rank, draw_width(random, p.rank + 8));
@@ -220,15 +226,15 @@ void check_factors(const Sorted& sorted, int most_columns, Random& random) {
   Factor<T> a(size(p.experts, p.rank, p.in), aligned, random, "lora_a");
   Factor<T> b(size(p.out, p.rank, p.experts), aligned, random, "lora_b");
   const int columns = p.terms * p.width;
-  GlobalBuffer<T> pool_a(size(p.experts, columns, p.in), "pool of lora_a"),
-      pool_b(size(p.experts, p.out, columns), "pool of lora_b");
+  GlobalBuffer<T> pool_a(size(sorted.experts, columns, p.in), "pool of lora_a"),
+      pool_b(size(sorted.experts, p.out, columns), "pool of lora_b");
   pool_a.fill(from_double<T>(kUnwritten)), pool_b.fill(from_double<T>(kUnwritten));
   const GlobalBuffer<int> offs(sorted.offs, "offs");
   p.lora_a = a.data(), p.a_in_float = a.numbers.in_float;
   p.lora_b = b.data(), p.b_in_float = b.numbers.in_float;
   p.pool_a = pool_a.data(), p.pool_b = pool_b.data(), p.offs = all ? nullptr : offs.data();
   FewRows<T, kAlignment> few(sorted, p.in, columns, p.first + p.ranks, random);
-  const bool of_few = !all && random() % 2;
+  const bool of_few = !all && p.groups == 1 && random() % 2;
   if (of_few) few.set(p);
   launch<T>(p);
   if (of_few) few.check(p, a);
@@ -237,7 +243,7 @@ void check_factors(const Sorted& sorted, int most_columns, Random& random) {
   const auto check = [&](const char* name, const GlobalBuffer<T>& pool, size_t at, size_t step,
                          int expert, int rank, double number) {
     const bool has_rows =
-        of_few && &pool == &pool_a
+        (of_few && &pool == &pool_a) || expert % p.groups != p.group
             ? false
             : all || sorted.offs[expert] > (expert == 0 ? 0 : sorted.offs[expert - 1]);
     const T hi = pool[at], lo = pool[at + (p.terms - 1) * step];
@@ -247,14 +253,15 @@ void check_factors(const Sorted& sorted, int most_columns, Random& random) {
     compare(name, expert, rank, hi, to_double(from_double<T>(kUnwritten)), 0);
     compare(name, expert, rank, lo, to_double(from_double<T>(kUnwritten)), 0);
   };
-  for (int e = 0; e < p.experts; ++e) {
+  for (int g = 0; g < sorted.experts; ++g) {
+    const int e = g / p.groups;
     for (int rank = 0; rank < p.width; ++rank) {
       const int j = std::clamp(rank - p.first, 0, p.rank - 1);
       for (int c = 0; c < p.in; ++c)
-        check("pool of lora_a", pool_a, size(e * columns + rank, p.in, 1) + c,
-              size(p.width, p.in, 1), e, rank, a[size(e * p.rank + j, p.in, 1) + c]);
+        check("pool of lora_a", pool_a, size(g * columns + rank, p.in, 1) + c,
+              size(p.width, p.in, 1), g, rank, a[size(e * p.rank + j, p.in, 1) + c]);
       for (int c = 0; c < p.out; ++c)
-        check("pool of lora_b", pool_b, size(e * p.out + c, columns, 1) + rank, p.width, e, rank,
+        check("pool of lora_b", pool_b, size(g * p.out + c, columns, 1) + rank, p.width, g, rank,
               p.scale * b[size(c * p.rank + j, p.experts, 1) + e]);
     }
   }

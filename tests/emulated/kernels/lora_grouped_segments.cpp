@@ -38,14 +38,15 @@ void run_segments(const Case& run) {
   const bool alike = kOwnWeights || random() % 4 == 0;
   const GroupedRows rows(m, groups, max_rank, random, alike, kOwnWeights);
   const int piece_rows = 64 * (1 + static_cast<int>(random() % 4));
-  GroupedTables got(rows, piece_rows), expected(rows, piece_rows);
+  const int groups_per_weight = 1 + static_cast<int>(random() % 3);
+  GroupedTables got(rows, piece_rows), expected(rows, piece_rows, groups_per_weight);
   expected.fill(rows);
 
   GlobalBuffer<int> ranks(rows.ranks, "ranks");
   std::vector<LoraGroupedEntry> list;
   for (const int rank : rows.ranks) list.push_back({nullptr, nullptr, 0, 0, rank});
   GlobalBuffer<LoraGroupedEntry> entries(list.size(), "entries");
-  LoraGroupedSegmentsParams p{rows.parameters(), {}, got.parameters()};
+  LoraGroupedSegmentsParams p{rows.parameters(), {}, got.parameters(), groups_per_weight};
   using Params = LoraGroupedSegmentsParams;
   emulator::Stream stream;
   if (!kOwnWeights && random() % 2) {

@@ -1,7 +1,7 @@
 // A product of lora_grouped_gemm_own_weights, on mma.sync or on wgmma, with the rows of experts, of
 // which some have none, and rows past the last expert's: gathered, of which a token has several,
-// masked and stored by other tables, with biases, and factors in one half or two. W and U of experts
-// without rows are NaN. In some runs only a range of experts has a W.
+// masked and stored by other tables, with biases, and factors in one half or two. Up to three groups,
+// each with a U, share a W. W and U without rows are NaN. In some runs only a range of W is there.
 #pragma once
 #include "emulated/kernels/driver.h"
 #include "emulated/kernels/grouped_rows.h"
@@ -62,16 +62,18 @@ class OwnWeightsGemm {
   const int experts_ = 1 + static_cast<int>(random_() % (random_() % 2 ? 3 : 12));
   const GroupedRows rows_{m_, experts_, rank_, random_, true, true};
   const Numbers numbers_ = random_() % 2 ? Numbers::Integers : Numbers::Reals;
-  GroupedTables tables_{rows_, 64};
+  const int groups_per_weight_ = 1 + static_cast<int>(random_() % 3);
+  const int weights_ = weight_of(experts_ - 1) + 1;
+  GroupedTables tables_{rows_, 64, groups_per_weight_};
   const Table p_rows_{m_, 1 + m_ / 2, false, random_, "rows of p"};
   const Table y_rows_{m_, m_, true, random_, "rows of y"};
   const Table mask_rows_{m_, m_, true, random_, "rows of the mask"};
   const Operand<T, kAlignment> p_{m_, depth_, numbers_, random_, "p"};
   OfExperts<T, kAlignment> q_{
-      experts_, kMNMajor ? depth_ : n_, kMNMajor ? n_ : depth_, numbers_, random_, "q"};
+      weights_, kMNMajor ? depth_ : n_, kMNMajor ? n_ : depth_, numbers_, random_, "q"};
   OfExperts<T, Alignment::kVector> u_{
       experts_, kUMNMajor ? columns_ : n_, kUMNMajor ? n_ : columns_, numbers_, random_, "u"};
-  const Bias<T> bias_{experts_ * (n_ + 1), numbers_, random_};
+  const Bias<T> bias_{weights_ * (n_ + 1), numbers_, random_};
   const RandomMask mask_{numbers_, random_};
   const WrittenRows<T> t_{m_, columns_ + 8, false, from_double<T>(NAN), "t"};
   const WrittenRows<T> y_{m_,    n_ + 8 - n_ % 8 * (kAlignment == Alignment::kVector),
@@ -79,7 +81,7 @@ class OwnWeightsGemm {
                           "y",   Layout<kAlignment>::kOffset};
   const bool with_bias_ = !kMasked && random_() % 2, float_bias_ = random_() % 2;
   int spoiled_ = -1;                // an expert whose U is NaN, which must not reach rows of others
-  int first_ = 0, end_ = experts_;  // the experts that have a W
+  int first_ = 0, end_ = weights_;  // the experts that have a W
 
  public:
   explicit OwnWeightsGemm(const Case& run)
@@ -89,15 +91,16 @@ class OwnWeightsGemm {
         depth_(kWgmma && kMNMajor ? std::max(64, padded(run.size.k)) : run.size.k) {
     tables_.fill(rows_);
     if (run.seed % 3 == 0) {
-      first_ = static_cast<int>(run.seed / 3) % experts_;
-      end_ = first_ + 1 + static_cast<int>(run.seed / 3) % (experts_ - first_);
+      first_ = static_cast<int>(run.seed / 3) % weights_;
+      end_ = first_ + 1 + static_cast<int>(run.seed / 3) % (weights_ - first_);
     }
     if (random_() % 2) spoiled_ = rows_.adapter_of[random_() % static_cast<uint64_t>(m_)];
     const std::vector<int>& taken = rows_.adapter_of;
-    for (int e = 0; e < experts_; ++e) {
-      const bool idle = std::find(taken.begin(), taken.end(), e) == taken.end();
-      if (idle || !is_here(e)) q_.spoil(e);
-      if (idle || e == spoiled_) u_.spoil(e);
+    for (int e = 0; e < experts_; ++e)
+      if (e == spoiled_ || std::find(taken.begin(), taken.end(), e) == taken.end()) u_.spoil(e);
+    for (int w = 0; w < weights_; ++w) {
+      const auto has_it = [&](int e) { return e >= 0 && weight_of(e) == w; };
+      if (!is_here(w) || std::none_of(taken.begin(), taken.end(), has_it)) q_.spoil(w);
     }
     for (int i = 0; i < m_; ++i)
       for (int half = 0; taken[i] >= 0 && half < columns_ / width_; ++half)
@@ -152,10 +155,10 @@ class OwnWeightsGemm {
     return kRanks[random_() % std::size(kRanks)];
   }
 
+  int weight_of(int group) const { return group / groups_per_weight_; }
+  bool is_here(int weight) const { return weight >= first_ && weight < end_; }
   // Rows of no expert are with the first's.
-  bool is_here(int expert) const {
-    return std::max(expert, 0) >= first_ && std::max(expert, 0) < end_;
-  }
+  bool has_weight(int group) const { return is_here(weight_of(std::max(group, 0))); }
 
   // Each tile of an expert multiplies all of P Q and of T U, and reads its rows of P and T and its
   // columns of Q and U once. Rows without an expert, empty tiles and others' read nothing.
@@ -165,11 +168,11 @@ class OwnWeightsGemm {
     const int64_t of_base = kAlignment == Alignment::kVector ? k_ : 0;
     int64_t tiles = 0, elements = 0, of_maps = 0;
     for (const LoraGroupedPiece& piece : tables_.row_tiles) {
-      if (piece.adapter < 0 || piece.count == 0 || !is_here(piece.adapter)) continue;
+      if (piece.adapter < 0 || piece.count == 0 || !has_weight(piece.adapter)) continue;
       ++tiles;
       const int64_t of_q = kWgmma ? 0 : of_base, of_t = int64_t{terms_} * rank_;
       elements += column_tiles * piece.count * (of_base + of_t) + n_ * (of_q + of_t);
-      of_maps += elements_of_q(piece.adapter);
+      of_maps += elements_of_q(weight_of(piece.adapter));
     }
     const int64_t k16 =
         (k_ + 63) / 64 * 4 + (all_ranks - 1) / 64 * 4 + (kWgmma && last > 1 ? 4 : last);
@@ -201,18 +204,19 @@ class OwnWeightsGemm {
       for (int j = 0; j < y_.width(); ++j) {
         if (j < n_ && spoiled_ >= 0 && expert == spoiled_) continue;
         compare_rounded("y", row, j, y_(row, j), expected(position, expert, j),
-                        numbers_ == Numbers::Integers || j >= n_ || !is_here(expert));
+                        numbers_ == Numbers::Integers || j >= n_ || !has_weight(expert));
       }
     }
   }
 
   Bounded expected(int position, int expert, int j) const {
     Bounded sum;
-    const bool written = j < n_ && is_here(expert);
+    const bool written = j < n_ && has_weight(expert);
     if (!written) sum.value = kUnwritten;
     if (!written || expert < 0) return sum;
+    const int w = weight_of(expert);
     for (int l = 0; l < k_; ++l)
-      sum.add(p_.matrix(p_rows_(position), l) * (kMNMajor ? q_(expert, l, j) : q_(expert, j, l)));
+      sum.add(p_.matrix(p_rows_(position), l) * (kMNMajor ? q_(w, l, j) : q_(w, j, l)));
     const double factor = kMasked ? mask_.factor(mask_rows_(position), j) : 1;
     const auto add = [&](int of_t, int of_u, double scale) {
       const double u = kUMNMajor ? u_(expert, of_u, j) : u_(expert, j, of_u);
@@ -222,7 +226,7 @@ class OwnWeightsGemm {
       add(r, r, 1);
       if (terms_ == 3) add(width_ + r, r, 1.0 / kLoScale<T>), add(r, width_ + r, 1.0 / kLoScale<T>);
     }
-    if (with_bias_) sum.add(bias_.matrix(0, expert * (n_ + 1) + j));
+    if (with_bias_) sum.add(bias_.matrix(0, w * (n_ + 1) + j));
     return sum;
   }
 };

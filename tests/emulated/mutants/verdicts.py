@@ -42,6 +42,7 @@ STEPS_OF = {
     "lora_grouped_own_weights": [*STEPS, ("plain", "29:90")],
     "lora_grouped_own_weights_sm90a": [*STEPS, ("plain", "29:90")],
     "lora_grouped_segments": [*STEPS, ("plain", "29:170")],
+    "lora_grouped_sequence": [*STEPS, ("plain", "29:91")],
     "lora_experts": [*STEPS, ("plain", "29:80")],
 }
 PROGRAMS = list(dict.fromkeys([*mutants.PROGRAMS, *STEPS_OF]))

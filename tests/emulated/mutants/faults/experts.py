@@ -14,13 +14,13 @@ EXPERTS = [
         "experts_first_weight",
         "every tile takes the first expert's W",
         "its rows have another expert",
-        ("p.q + (span.adapter - o.first_expert) * o.q_stride", "p.q"),
+        ("p.q + (span.weight - o.first_expert) * o.q_stride", "p.q"),
     ),
     of_gemm(
         "experts_slice_from_the_first",
         "the W of a slice are taken for those of the first experts",
         "its first has another number",
-        ("(span.adapter - o.first_expert) * o.q_stride", "span.adapter * o.q_stride"),
+        ("(span.weight - o.first_expert) * o.q_stride", "span.weight * o.q_stride"),
     ),
     of_gemm(
         "experts_slice_and_one",
@@ -42,21 +42,30 @@ EXPERTS = [
         "each slice writes the rows of no expert",
         "they are the first one's to write",
         (
-            "const int expert = max(piece.adapter, 0);",
-            "const int expert = piece.adapter < 0 ? o.first_expert : piece.adapter;",
+            "const int expert = max(piece.slot, 0);",
+            "const int expert = piece.slot < 0 ? o.first_expert : piece.slot;",
         ),
+    ),
+    of_gemm(
+        "experts_weight_of_group",
+        "a tile's W is that of its group's number",
+        "an expert with several adapters has several groups",
+        ("return {piece.slot, piece.begin,", "return {piece.adapter, piece.begin,"),
     ),
     of_gemm(
         "experts_first_factors",
         "every tile takes the first expert's U",
         "its rows have another expert",
-        ("p.low_rank[0].u + span.adapter * o.u_stride", "p.low_rank[0].u"),
+        (
+            "p.low_rank[0].u + o.row_tiles[loads.cursor.tile].adapter * o.u_stride",
+            "p.low_rank[0].u",
+        ),
     ),
     of_gemm(
         "experts_first_bias",
         "every tile adds the first expert's bias",
         "its rows have another expert",
-        ("span.adapter * o.bias_stride * bytes", "0 * bytes"),
+        ("span.weight * o.bias_stride * bytes", "0 * bytes"),
     ),
     of_gemm(
         "experts_bias_in_halves",
@@ -69,8 +78,8 @@ EXPERTS = [
         "a tile's number is taken for its expert's",
         "an expert has several tiles, and another none",
         (
-            "return {piece.adapter, piece.begin, is_here ? piece.count : 0};",
-            "return {piece.adapter < 0 ? -1 : cursor.tile, piece.begin, is_here ? piece.count : 0};",
+            "return {piece.slot, piece.begin, is_here ? piece.count : 0};",
+            "return {piece.slot < 0 ? -1 : cursor.tile, piece.begin, is_here ? piece.count : 0};",
         ),
     ),
     of_gemm(
@@ -140,19 +149,19 @@ EXPERTS = [
         "experts_wgmma_first_weight",
         "Q's box is that of the first expert",
         "the tile's rows have another one",
-        ("(turn.span.adapter - o.first_expert) * o.q_rows", "0 * o.q_rows"),
+        ("(turn.span.weight - o.first_expert) * o.q_rows", "0 * o.q_rows"),
     ),
     of_wgmma(
         "experts_wgmma_slice_from_the_first",
         "the W of a slice are taken for those of the first experts",
         "its first has another number",
-        ("(turn.span.adapter - o.first_expert) * o.q_rows", "turn.span.adapter * o.q_rows"),
+        ("(turn.span.weight - o.first_expert) * o.q_rows", "turn.span.weight * o.q_rows"),
     ),
     of_wgmma(
         "experts_wgmma_first_bias",
         "every tile adds the first expert's bias",
         "its rows have another expert",
-        ("turn.span.adapter * shared.adapters.o.bias_stride", "0 * shared.adapters.o.bias_stride"),
+        ("turn.span.weight * shared.adapters.o.bias_stride", "0 * shared.adapters.o.bias_stride"),
     ),
     of_wgmma(
         "experts_wgmma_row_of_another_lane",

@@ -207,6 +207,12 @@ GROUPED = [
         ("c * to.b_pitch + column * p.gradients.b_step\n", "c * to.b_pitch + column\n"),
     ),
     of_scan(
+        "grouped_weight_of_group",
+        "a row tile names its group for the W",
+        "several groups share one",
+        ("key / p.groups_per_weight", "key"),
+    ),
+    of_scan(
         "grouped_carry_of_warps_read_early",
         "a warp reads what the others had without waiting for them",
         "they may not have written it",

@@ -14,6 +14,12 @@ def of_op(name: str, what: str, why: str, old: str, new: str) -> Fault:
 
 
 SLOTS = [
+    of_factors(
+        "experts_first_adapter",
+        "the factors of each adapter are written as the first one's",
+        "an expert may have a group for each of several",
+        ("expert * p.groups + p.group", "expert * p.groups"),
+    ),
     of_routes(
         "experts_index_cut_first",
         "an expert's number is cut to 32 bits before it is looked at",
@@ -179,7 +185,7 @@ SLOTS = [
         "experts_all_factors_as_the_first",
         "every adapter begins at rank 0",
         "it begins behind the one before",
-        "++i, params.first += params.ranks",
+        "++i, params.first += by_row ? 0 : params.ranks",
         "++i",
     ),
     of_op(
