@@ -127,16 +127,19 @@ struct OwnWeights {
   template <class Loads>
   __device__ __forceinline__ void copy_step(Loads& loads) const {
     if (!copies_apart(loads)) return loads.copy_step();
+    if (loads.low_rank)
+      return load(loads, loads.raster.place_of(loads.tile),
+                  (steps(p, loads.cursor) - loads.steps--) * 64);
     // Past the last tile: zeros, as the last step loads fragments of the stage behind it, too.
-    if (loads.steps == INT_MAX) return load_elements(loads, {0, 0}, p.k, p.q);
-    const LoraGemmPlace at = loads.raster.place_of(loads.tile);
-    if (loads.low_rank) {
-      load(loads, at, (steps(p, loads.cursor) - loads.steps) * 64);
-    } else {
+    LoraGemmPlace at{};
+    int k0 = p.k;
+    const T* of_expert = p.q;
+    if (loads.steps != INT_MAX) {
       const Span span = span_of(loads.cursor);
-      load_elements(loads, at, (main_steps(p, span) - loads.steps) * 64, q(p, span));
+      at = loads.raster.place_of(loads.tile), of_expert = q(p, span);
+      k0 = (main_steps(p, span) - loads.steps--) * 64;
     }
-    --loads.steps;
+    load_elements(loads, at, k0, of_expert);
   }
 
   // Where T and U have a row or column of the depth.
