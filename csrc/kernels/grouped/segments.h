@@ -262,7 +262,6 @@ struct LoraGroupedScan {
   }
 
   __device__ __forceinline__ void run() const {
-    if (p.rows.index != nullptr) begin_chunks();
     Carry carry{};
     for (int first = 0; first < groups; first += kThreads) batch(first + thread, carry);
     finish(carry);
@@ -273,7 +272,9 @@ struct LoraGroupedScan {
 template <class T>
 __global__ void __launch_bounds__(LoraGroupedSegmentsParams::kThreads)
     lora_grouped_scan(const __grid_constant__ LoraGroupedSegmentsParams p) {
-  LoraGroupedScan{p}.run();
+  const LoraGroupedScan scan{p};
+  if (p.rows.index != nullptr) scan.begin_chunks();
+  scan.run();
 }
 
 }  // namespace lora_ext::kernel
