@@ -9,6 +9,11 @@ namespace kernels {
   {#name, [](const Case& run) { return OwnWeightsGemm<alignment, __VA_ARGS__>(run).run(); }},
 #define VARIANT(name, ...) RUN(name, Alignment::kVector, __VA_ARGS__)
 #define ELEMENT_VARIANT(name, ...) RUN(name, Alignment::kElement, __VA_ARGS__)
+#ifdef EVERY_INSTANCE  // more steps than stages, by elements in the main loop and behind it
+#define SIZE_OF_STEPS {"deep", 300, 24, 330},
+#else
+#define SIZE_OF_STEPS
+#endif
 const Program program{"lora_grouped_own_weights",
                       {LORA_GROUPED_OWN_WEIGHTS_VARIANTS(VARIANT)
                            LORA_GROUPED_OWN_WEIGHTS_ELEMENT_VARIANTS(ELEMENT_VARIANT)},
@@ -16,6 +21,6 @@ const Program program{"lora_grouped_own_weights",
                        {"odd", 131, 77, 99},
                        {"tall", 600, 65, 24},
                        {"wide", 70, 300, 200},
-                       SIZES_OF_SLABS{"tiny", 1, 1, 5}}};
+                       SIZES_OF_SLABS SIZE_OF_STEPS{"tiny", 1, 1, 5}}};
 
 }  // namespace kernels

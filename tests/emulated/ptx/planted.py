@@ -16,9 +16,10 @@ SEEDS = {
     "lora_decode": (576, 576),
     "lora_grouped_shrink": (720, 720),
     "lora_grouped_gemm": (468, 468),
-    "lora_grouped_own_weights": (864, 864),
+    "lora_grouped_own_weights": (936, 1872),
     "lora_grouped_own_weights_sm90a": (144, 144),
     "lora_grouped_wgrad": (640, 640),
+    "lora_experts": (144, 288),
     "dequantize": (300, 300),
     "dropout": (600, 600),
 }
@@ -118,5 +119,6 @@ FAULTS = [
 # What the clean runs execute of the kernels of both architectures that have code.
 LEAST_OF_EACH = 0.8
 # Operations that copy, meet, multiply or store. The others are unrolled copies of these, of which
-# the sizes take few, and in lora_gemm_fused_shrink whole steps along a rank that has one.
-MOST_MISSING = 1500
+# the sizes take few, and in lora_gemm_fused_shrink whole steps along a rank that has one. 400 are
+# in lora_experts_routes, whose 256 rows never need all of its loops.
+MOST_MISSING = 1800

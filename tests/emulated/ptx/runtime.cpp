@@ -73,7 +73,7 @@ emulator::ptx::Program& program_of(const std::string& kernel, bool programmatic)
 }
 
 void run(const std::string& name, const emulator::LaunchConfig& launch, void** arguments,
-         bool programmatic) {
+         bool programmatic) try {
   const auto start = std::chrono::steady_clock::now();
   const auto& [grid, block, cluster] = std::tie(launch.grid, launch.block, launch.cluster);
   emulator::ptx::Program& program = program_of(name, programmatic);
@@ -93,6 +93,9 @@ void run(const std::string& name, const emulator::LaunchConfig& launch, void** a
                        name.c_str(), static_cast<unsigned long long>(instructions), seconds.count(),
                        lines == told ? "" : (", lines " + lines).c_str()));
   told = std::move(lines);
+} catch (...) {  // which end() throws: a CUDA call returns only that it failed
+  state().failure = std::current_exception();
+  throw;
 }
 
 // Host programs that launch a kernel on a stream of the layer.
@@ -168,12 +171,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   state().programmatic += programmatic;
   return emulator::cuda::launch(*config, kernel, name.c_str(), {},
                                 [&](emulator::Stream&, const emulator::LaunchConfig& launch) {
-                                  try {
-                                    run(name, launch, arguments, programmatic);
-                                  } catch (...) {
-                                    state().failure = std::current_exception();
-                                    throw;
-                                  }
+                                  run(name, launch, arguments, programmatic);
                                 });
 }
 
