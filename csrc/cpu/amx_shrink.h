@@ -54,7 +54,7 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
 // Adds the products of two row tiles with up to two rank tiles to sums [32, rank_pad].
 template <int kRankTiles>
 void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
-                  int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch) {
+                  int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch, int64_t ahead) {
   const int64_t stride = sums_pitch * kFloatBytes;
   const int64_t a_stride = a_pitch * kHalfBytes;
   _tile_loadd(0, sums, stride);
@@ -66,6 +66,9 @@ void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloa
   for (int64_t k = 0; k < depth; k += kTileDepth, b += b_step) {
     _tile_loadd(4, a + k, a_stride);
     _tile_loadd(5, a + kTileRows * a_pitch + k, a_stride);
+    for (int64_t i = ahead; i < 2 * ahead; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(a + i * a_pitch + k), _MM_HINT_T1);
+    }
     for (int64_t term = 0; term < terms; ++term) {
       _tile_loadd(6, b + term * kTileElements, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -118,11 +121,11 @@ void shrink(const ShrinkArgs& args, Range rows) {
       int64_t j = 0;
       for (; j + 2 * kTileRows <= rank_pad; j += 2 * kTileRows) {
         shrink_tiles<2>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
-                        sums + j, rank_pad);
+                        sums + j, rank_pad, a == staged ? 0 : kRowBlock);
       }
       if (j < rank_pad) {
         shrink_tiles<1>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
-                        sums + j, rank_pad);
+                        sums + j, rank_pad, a == staged ? 0 : kRowBlock);
       }
     }
     for (int64_t i = 0; i < block_rows; ++i) {

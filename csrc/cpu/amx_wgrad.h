@@ -8,6 +8,8 @@ void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range r
                  int64_t rows_pad, int64_t cols, const uint32_t* bits, int64_t bits_pitch,
                  BFloat16* dst) {
   const int64_t rows = range.end - range.begin;
+  // The next block's rows come from memory, and no hardware prefetches so many streams.
+  const int64_t ahead = index.at == nullptr ? kWgradRows * src_pitch : 0;
   // A row that does not exist is not read: its lanes are masked off.
   const auto row_at = [&](int64_t m) {
     return src + (m < rows ? index[range.begin + m] : 0) * src_pitch;
@@ -21,6 +23,8 @@ void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range r
     for (int64_t c = 0; c < kColBlock; c += kTileDepth) {
       const int64_t exist = std::clamp<int64_t>(cols - c, 0, kTileDepth);
       const uint32_t inside = exist == kTileDepth ? 0xFFFFFFFFu : (1u << exist) - 1;
+      _mm_prefetch(reinterpret_cast<const char*>(even + ahead + c), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(odd + ahead + c), _MM_HINT_T1);
       uint32_t keep0 = m < rows ? inside : 0u;
       uint32_t keep1 = m + 1 < rows ? inside : 0u;
       if (bits != nullptr && m < rows) keep0 &= bits[m * bits_pitch + c / 32];
