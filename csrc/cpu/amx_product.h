@@ -109,7 +109,7 @@ inline void multiply_tiles() {
 
 // The memory of a thread, from its start in bytes; all multiples of 64.
 struct ProductMemory {
-  int64_t q, u, t, p, sums, last, bits;
+  int64_t q, u, t, p, sums, last;
 
   ProductMemory(const FusedProduct& product, int64_t rows, int64_t cols) {
     const Depths depths(product.depth);
@@ -123,9 +123,8 @@ struct ProductMemory {
     const int64_t row_blocks = depths.is_whole() ? 1 : round_up(rows, kRowBlock) / kRowBlock;
     sums = row_blocks * blocks * kSumTiles * kFloatBytes;
     last = 4 * kSumTiles * kFloatBytes;
-    bits = round_up(kRowBlock * blocks * kFloatBytes, 64);
   }
-  int64_t bytes() const { return q + u + t + p + sums + last + bits; }
+  int64_t bytes() const { return q + u + t + p + sums + last; }
 };
 
 int64_t product_bytes(const FusedProduct& product, int64_t rows, int64_t cols) {
@@ -144,7 +143,6 @@ class TileWorker {
     p_ = reinterpret_cast<BFloat16*>(take(sizes.p));
     sums_ = reinterpret_cast<float*>(take(sizes.sums));
     last_ = reinterpret_cast<float*>(take(sizes.last));
-    bits_ = reinterpret_cast<uint32_t*>(take(sizes.bits));
   }
 
   void run(const ProductTask& task) {
@@ -296,7 +294,8 @@ class TileWorker {
   void round_next(int64_t m, Range rows, int64_t block, const float* sums, const float* added) {
     const int64_t col = task_->cols.begin + block * kRowBlock;
     rounding_.sums = sums, rounding_.added = added;
-    if (added != nullptr) rounding_.keep = bits_ + block, rounding_.keep_pitch = blocks_;
+    const MaskBits mask = tile_.mask.at(m, col);
+    rounding_.keep = mask.words, rounding_.keep_pitch = mask.pitch;
     rounding_.tile = &tile_, rounding_.y = static_cast<BFloat16*>(tile_.y) + col;
     rounding_.exists = first_halves(task_->cols.end - col);
     rounding_.bias =
@@ -318,9 +317,9 @@ class TileWorker {
         if (num_spans == 1 && spans[0].update != nullptr)
           pack_update(*spans[0].update, m, spans[0].rows);
         if (drop && !product_.updates.empty()) {
-          rounding_.finish();
-          dropout_bits<AmxDropout>(tile_.dropout, tile_.rows, {m, m + count}, task_->cols, bits_,
-                                   blocks_);
+          const MaskBits mask = tile_.mask.at(m, task_->cols.begin);
+          dropout_bits<AmxDropout>(tile_.dropout, tile_.rows, {m, m + count}, task_->cols,
+                                   mask.words, mask.pitch);
         }
       }
       for (int64_t block = 0; block < blocks_; ++block) {
@@ -409,7 +408,6 @@ class TileWorker {
   int64_t blocks_ = 0;
   BFloat16 *q_, *u_, *t_, *p_;
   float *sums_, *last_;
-  uint32_t* bits_;
   const BFloat16 *rows_[kRowBlock], *next_[kRowBlock];
   const RowUpdate* packed_ = nullptr;
   bool u_is_half_ = false;

@@ -118,14 +118,16 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
       const int64_t rows_pad = round_up(block_rows, kTileDepth);
       const Range block{m, m + block_rows};
       const auto* t = static_cast<const BFloat16*>(args.t) + m * rank_pad * 2;
-      if (drop) {
+      MaskBits mask = args.mask.at(m, c0);
+      if (drop && mask.words == nullptr) {
+        mask = {bits, kBitsPitch};
         dropout_bits<AmxDropout>(args.dropout, args.row_index, block, {c0, c1}, bits, kBitsPitch);
       }
       for (int64_t c = c0; c < c1; c += kColBlock) {
         const int64_t block_cols = std::min(kColBlock, c1 - c);
-        const uint32_t* keep = drop ? bits + (c - c0) / 32 : nullptr;
+        const uint32_t* keep = mask.at(0, c - c0).words;
         stage_pairs(static_cast<const BFloat16*>(args.p) + c, args.p_pitch, args.row_index, block,
-                    rows_pad, block_cols, keep, kBitsPitch, staged);
+                    rows_pad, block_cols, keep, mask.pitch, staged);
         float* block_sums = sums + (c - c0) * rank_pad;
         for (int64_t j = 0; j < rank_pad; j += kTileRows) {
           wgrad_tiles(t + j * kWgradRows, t + (rank_pad + j) * kWgradRows, staged, rows_pad,
@@ -134,7 +136,7 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
         if (expand.y == nullptr) continue;
         for (int64_t i = 0; i < block_rows; i += kRowBlock) {
           expand_block(expand, m + i, std::min(kRowBlock, block_rows - i), c,
-                       drop ? keep + i * kBitsPitch : nullptr, kBitsPitch);
+                       drop ? keep + i * mask.pitch : nullptr, mask.pitch);
         }
       }
     }

@@ -100,7 +100,15 @@ class BackwardPass {
   // dX in one pass.
   void make_dx(Dtype panel) {
     const std::vector<int32_t> order = groups_.order_of_all(args_.grad.size(0));
-    const LowRank low_rank = low_rank_of(groups_, order, ds_, false);
+    LowRank low_rank = low_rank_of(groups_, order, ds_, false);
+    if (groups_.dropout().enabled() && walks_on_tiles(panel)) {
+      // Drawn once, for dX and dA, which reads whole blocks of 64 columns.
+      const int64_t words = 2 * divide_up(args_.x.size(1), 64);
+      kept_ = at::empty({args_.grad.size(0), words}, at::kInt);
+      mask_ = {reinterpret_cast<uint32_t*>(kept_.mutable_data_ptr<int32_t>()), words};
+      low_rank.mask = mask_;
+      is_sorted_ = !order.empty();
+    }
     dx_ = fused_product(args_.grad, args_.base, experts_, panel, low_rank, false);
   }
 
@@ -202,6 +210,8 @@ class BackwardPass {
     WgradArgs args =
         wgrad_args(groups_, piece, args_.x, wgrad_ds_->of(groups_, segment), groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
+    args.mask =
+        mask_.at(is_sorted_ ? segment.begin : groups_.first_row(segment), piece.columns.begin);
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
   }
 
@@ -212,6 +222,9 @@ class BackwardPass {
   const float* weights_;              // of the rows, or null
   bool expands_;                      // whether dX += is a pass of its own
   at::Tensor dx_, ds_, weighted_ds_;  // weighted: by the rows' weights, if there are any
+  at::Tensor kept_;
+  MaskBits mask_;           // of dX in the order of its product, or none
+  bool is_sorted_ = false;  // whether that is the order of the segments
   std::optional<ColumnT> wgrad_s_, wgrad_ds_, expand_ds_;
 };
 

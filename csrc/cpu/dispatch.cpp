@@ -76,6 +76,10 @@ const SkinnyKernels* kernels_for_few_rows() { return current().load()->general; 
 
 const FusedGemmKernels* fused_gemm_kernels() { return current().load()->fused_gemm; }
 
+bool walks_on_tiles(Dtype panel) {
+  return panel == Dtype::kBFloat16 && fused_gemm_kernels()->tiles != nullptr;
+}
+
 const DequantizeKernels& dequantize_kernels() { return *current().load()->dequantize; }
 
 }  // namespace lora_ext::cpu

@@ -39,6 +39,7 @@ struct LowRank {
   std::vector<RowUpdate> updates{};  // in the order of their rows
   Dropout dropout{};
   RowIndex rows{};  // the order in which rows are multiplied
+  MaskBits mask{};  // where a walk on tiles draws the mask
 };
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in

@@ -35,6 +35,7 @@ struct TileArgs {
   const float* low_rank;  // of the tile, row pitch 64; or null
   Dropout dropout;        // of the low-rank part
   RowIndex rows;
+  MaskBits mask{};  // of all rows of the product, where a walk on tiles draws it
 };
 
 // A strided matrix: element (d, c) of Q.

@@ -73,7 +73,7 @@ void multiply_parts(const at::Tensor& any_p, const at::Tensor& q,
   const at::Tensor p = panel == dtype && rows.at == nullptr ? with_own_pitch(any_p) : any_p;
   TileArgs tile{};
   tile.y = out.mutable_data_ptr(), tile.dtype = dtype, tile.y_pitch = out.stride(0);
-  tile.dropout = low_rank.dropout, tile.rows = rows;
+  tile.dropout = low_rank.dropout, tile.rows = rows, tile.mask = low_rank.mask;
   multiply({*fused_gemm_kernels(), panel, p.const_data_ptr(), dtype, p.stride(0), rows, p.size(1),
             out.size(1), MatrixView{nullptr, dtype, q.stride(0), q.stride(1)}, tile, parts,
             low_rank.updates});

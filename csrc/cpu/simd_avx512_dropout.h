@@ -24,11 +24,9 @@ inline void avx512_dropout_words(const uint64_t* products, const DropoutRow& row
   for (int round = 2; round < philox::kRounds; ++round) {
     const __m512i p0 = _mm512_mul_epu32(c0, mul0);
     const __m512i p1 = _mm512_mul_epu32(c2, mul1);
-    c0 = _mm512_ternarylogic_epi64(high_of(p1), c1, _mm512_set1_epi64(keys.k0[round]),
-                                   kXor3);
+    c0 = _mm512_ternarylogic_epi64(high_of(p1), c1, _mm512_set1_epi64(keys.k0[round]), kXor3);
     c1 = p1;
-    c2 = _mm512_ternarylogic_epi64(high_of(p0), c3, _mm512_set1_epi64(keys.k1[round]),
-                                   kXor3);
+    c2 = _mm512_ternarylogic_epi64(high_of(p0), c3, _mm512_set1_epi64(keys.k1[round]), kXor3);
     c3 = p0;
   }
   const __m512i last = _mm512_set1_epi16(static_cast<short>(keep_count - 1));

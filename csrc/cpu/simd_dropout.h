@@ -87,11 +87,14 @@ void dropout_bits(const Dropout& dropout, RowIndex index, Range rows, Range cols
     }
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       const DropoutRow row(static_cast<uint64_t>(dropout.mask_row(index[m])), keys);
+      uint32_t* out = bits + (m - rows.begin) * pitch + word0;
+      const bool fits = shift == 0 && rounded * Isa::kDropoutWords == out_words;
+      uint32_t* drawn = fits ? out : words;
       for (int64_t i = 0; i < rounded; ++i) {
         Isa::dropout_words(products + i * Isa::kDropoutWords * 4, row, keys, dropout.keep_count,
-                           words + i * Isa::kDropoutWords);
+                           drawn + i * Isa::kDropoutWords);
       }
-      uint32_t* out = bits + (m - rows.begin) * pitch + word0;
+      if (fits) continue;
       if (shift == 0) {
         for (int64_t i = 0; i < out_words; ++i) out[i] = words[i];
       } else {

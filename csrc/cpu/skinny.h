@@ -44,6 +44,16 @@ struct RowIndex {
   int64_t operator[](int64_t m) const { return at == nullptr ? m : at[m]; }
 };
 
+// A mask as dropout_bits draws it, from row 0 of a product or of a pass and its column 0 on.
+struct MaskBits {
+  uint32_t* words = nullptr;  // null: it is drawn where it is used
+  int64_t pitch = 0;
+
+  MaskBits at(int64_t row, int64_t column) const {
+    return words == nullptr ? MaskBits{} : MaskBits{words + row * pitch + column / 32, pitch};
+  }
+};
+
 // A strided view of an adapter: element (j, c) for rank index j and column c.
 struct AdapterView {
   const void* data;
@@ -96,6 +106,7 @@ struct WgradArgs {
   int64_t g_col_pitch;
   Dropout dropout;
   RowIndex row_index{};
+  MaskBits mask{};  // drawn before
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) {

@@ -132,9 +132,17 @@ Results run(const SkinnyKernels& k, const Operands& o) {
   ExpandArgs beside = expand;
   beside.y = both.data();
   out.g.resize(static_cast<size_t>(c.rank * c.cols));
-  const WgradArgs wgrad{o.p.data(), Dtype::kBFloat16, c.cols,          c.rows, c.rank, wgrad_t.data,
-                        1.0f,       out.g.data(),     Dtype::kFloat32, c.cols, 1,      o.dropout(),
-                        o.index()};
+  // Drawn before in some cases.
+  const int64_t words = round_up(c.cols, 64) / 32;
+  std::vector<uint32_t> drawn(static_cast<size_t>(c.rows * words));
+  MaskBits mask;
+  if (c.drop && c.along_rank) {
+    mask = {drawn.data(), words};
+    k.dropout_bits(o.dropout(), o.index(), {0, c.rows}, {0, c.cols}, mask.words, mask.pitch);
+  }
+  const WgradArgs wgrad{
+      o.p.data(),   Dtype::kBFloat16, c.cols, c.rows, c.rank,      wgrad_t.data, 1.0f,
+      out.g.data(), Dtype::kFloat32,  c.cols, 1,      o.dropout(), o.index(),    mask};
   k.wgrad(wgrad, beside, {0, c.cols});
   for (const BFloat16& value : both) out.y_of_wgrad.push_back(to_float(value));
   return out;
@@ -164,7 +172,10 @@ bool product_is_right(const ProductCase& c) {
   std::vector<BFloat16> y(o.y);
   const MatrixView view{q.data(), Dtype::kBFloat16, c.along_depth ? 1 : c.cols,
                         c.along_depth ? c.depth : 1};
-  TileArgs tile{y.data(), Dtype::kBFloat16, c.cols, nullptr, nullptr, o.dropout(), o.index()};
+  const int64_t words = (c.cols + 31) / 32;
+  std::vector<uint32_t> mask(static_cast<size_t>(c.rows * words));
+  TileArgs tile{y.data(), Dtype::kBFloat16, c.cols,    nullptr,
+                nullptr,  o.dropout(),      o.index(), {mask.data(), words}};
   const std::vector<BasePart> parts{{{0, c.rows}, q.data(), c.has_bias ? bias.data() : nullptr}};
   std::vector<RowUpdate> updates;
   const auto update = [&](int64_t begin, int64_t end, float scale) {
@@ -196,7 +207,6 @@ bool product_is_right(const ProductCase& c) {
   kernels.tiles->run(product, tasks.data(), tasks.data() + tasks.size(),
                      static_cast<char*>(memory.at()), c.rows, c.cols);
 
-  const int64_t words = (c.cols + 31) / 32;
   std::vector<uint32_t> bits(static_cast<size_t>(c.rows * words), 0xFFFFFFFFu);
   if (c.drop) {
     portable_kernels()->dropout_bits(o.dropout(), o.index(), {0, c.rows}, {0, c.cols}, bits.data(),
