@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import real_model, results, runner
-from .shapes import Cell, few_rows_cells, full_cells, headline_cells, target_cells
+from .shapes import (
+    Cell,
+    few_rows_cells,
+    full_cells,
+    headline_cells,
+    many_rows_cells,
+    target_cells,
+)
 from .suite import NO_PLOTS, ONLY, Suite, wrong
 from .targets import evaluate
 from .timing import Plan
@@ -19,7 +26,9 @@ _PLANS = {
     "headline": (Plan(min_rounds=4, max_rounds=11, seconds=1.2, patience=2.0), 110.0),
     "full": (Plan(min_rounds=5, max_rounds=11, seconds=2.0, patience=1.7), 1110.0),
     "few-rows": (Plan(min_rounds=7, max_rounds=21, seconds=2.0, patience=2.0), 600.0),
+    "many-rows": (Plan(min_rounds=7, max_rounds=41, seconds=3.0, patience=2.0), 75.0),
 }
+_ALONE = {"few-rows": few_rows_cells, "many-rows": many_rows_cells}
 _REAL_HEADLINES = ("query step bf16", "query forward fp32", "intermediate step fp32")
 
 
@@ -48,8 +57,8 @@ def chosen_cells(kind: str, only: str) -> list[Cell]:
 
     The short run times in a target's cell what the target takes, and the other peers elsewhere.
     """
-    if kind == "few-rows":
-        return [cell for cell in few_rows_cells() if only in cell.id]
+    if kind in _ALONE:
+        return [cell for cell in _ALONE[kind]() if only in cell.id]
     full = kind == "full"
     real = real_model.real_cells()
     if not full:
@@ -84,6 +93,7 @@ SUITE = Suite(
     {
         "--full": _kind("full", "the whole grid, at most 20 minutes"),
         "--few-rows": _kind("few-rows", "forward of 1 to 16 rows alone"),
+        "--many-rows": _kind("many-rows", "bfloat16 with 1024 and 2048 rows alone, 75 seconds"),
         **ONLY,
         **NO_PLOTS,
     },

@@ -18,7 +18,7 @@ from .markdown import (
     table,
     table_of,
 )
-from .results import Document, Row, is_disturbed, peak_ratio, ratio
+from .results import Document, Row, is_disturbed, least_ratio, peak_ratio, ratio
 from .shapes import BACKWARD, FORWARD, STEP, reading_order
 from .variants import LABELS, ROUTES, floor_of
 
@@ -92,6 +92,8 @@ def latency(document: Document, mode: str, real: bool = False, key: str = "timin
     columns += [floor_column(floor, key)]
     columns += ratio_columns(present(cells, _COLUMNS, key), floor, key, ("ours",))
     columns.append(("ours / PEFT", lambda cell: quotient(ratio(cell, "ours", "peft", key))))
+    if document["kind"] == "many-rows":
+        columns.append(("ours, least", lambda cell: quotient(least_ratio(cell, "ours", floor))))
     columns.append(("n (dropped)", dropped))
     return table_of([cell for cell in cells if floor in cell.get(key, {})], columns)
 

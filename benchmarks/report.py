@@ -23,6 +23,7 @@ _MODULES = {
     "headline": "layer",
     "full": "layer",
     "few-rows": "layer",
+    "many-rows": "layer",
     "gpu": "gpu.gpu",
     "models": "whole_models.models",
     "adapters": "adapters.adapters",

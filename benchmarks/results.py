@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, type]] = {
     "headline": _LAYERS,
     "full": _LAYERS,
     "few-rows": _LAYERS,
+    "many-rows": _LAYERS,
     "gpu": _LAYERS,
     "models": {"cases": list},
     "adapters": {"cases": list},
@@ -192,6 +193,13 @@ def median_ratio(row: Row, over: str, under: str, key: str = "timing") -> float 
     """The median of `ratio`."""
     found = ratio(row, over, under, key)
     return found and found.median
+
+
+def least_ratio(row: Row, over: str, under: str, key: str = "timing") -> float | None:
+    """The least time of variant `over` by that of `under`: others only ever slow a call down."""
+    timing = row.get(key, {})
+    least = [[s for s in timing.get(name, {}).get("samples", ()) if s] for name in (over, under)]
+    return min(least[0]) / min(least[1]) if all(least) else None
 
 
 def worst_ratio(row: Row, over: str, unders: Sequence[str]) -> Ratio | None:

@@ -1,4 +1,4 @@
-"""What is measured: the cells of the headline run, of few rows and of the full grid."""
+"""What is measured: the cells of the headline run, of few and many rows and of the full grid."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ GRID_RANKS = (8, 16, 64)
 DTYPES = ("float32", "bfloat16")
 DROPOUT = 0.05
 FEW_ROWS = (1, 2, 4, 8, 16)  # of decoding
+# Rows, in and out features -> what a forward may take of merged, and a step of frozen.
+MANY_ROWS = {
+    (2048, 576, 576): (1.05, 1.15),
+    (2048, 1024, 1024): (0.95, 1.05),
+    (2048, 1024, 4096): (1.0, 1.04),
+    (1024, 4096, 4096): (1.02, 1.03),
+}
 TARGET_EFFORT = 2.0
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -126,6 +133,15 @@ def few_rows_cells() -> list[Cell]:
     return [
         square(FORWARD, dtype, width, rows, rank=rank, all_peers=False, memory=False)
         for dtype, width, rank, rows in product(DTYPES, GRID_WIDTHS, GRID_RANKS, FEW_ROWS)
+    ]
+
+
+def many_rows_cells() -> list[Cell]:
+    """Forward, and a step with dropout, where products take most of the time."""
+    return [
+        Cell(mode, "bfloat16", *size, dropout_p=p, bias=False, all_peers=False, memory=False)
+        for size in MANY_ROWS
+        for mode, p in ((FORWARD, 0.0), (STEP, DROPOUT))
     ]
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from . import results
 from .results import Document, Ratio, Row, is_disturbed, worst_ratio
-from .shapes import DROPOUT, FEW_ROWS, FORWARD, GRID_RANKS, GRID_ROWS, GRID_WIDTHS, SHORT, STEP
+from .shapes import (
+    DROPOUT,
+    FEW_ROWS,
+    FORWARD,
+    GRID_RANKS,
+    GRID_ROWS,
+    GRID_WIDTHS,
+    MANY_ROWS,
+    SHORT,
+    STEP,
+)
 
 PASS, MISS, UNKNOWN = "pass", "miss", "not measured"
 
@@ -70,8 +80,10 @@ def workspace_mib(name: str, adapter_dtype: str | None = None) -> Measure:
     return measure
 
 
-def _single(mode: str, dtype: str, width: int, rows: int, dropout_p: float = 0.0) -> dict[str, Any]:
-    size = {"in_features": width, "out_features": width, "rows": rows, "rank": 16}
+def _single(
+    mode: str, dtype: str, width: int, rows: int, dropout_p: float = 0.0, out: int = 0
+) -> dict[str, Any]:
+    size = {"in_features": width, "out_features": out or width, "rows": rows, "rank": 16}
     return {"mode": mode, "dtype": dtype, "dropout_p": dropout_p, "group": "grid", **size}
 
 
@@ -149,8 +161,18 @@ def _few_rows() -> list[Target]:
     return found
 
 
+def _many_rows() -> list[Target]:
+    found = []
+    for (rows, width, out), (forward, step) in MANY_ROWS.items():
+        where = _single(FORWARD, "bfloat16", width, rows, 0.0, out)
+        found.append(Target("ours / merged", forward, time_ratio("ours", "merged"), where))
+        where = _single(STEP, "bfloat16", width, rows, DROPOUT, out)
+        found.append(Target("ours / frozen", step, time_ratio("ours", "frozen"), where))
+    return found
+
+
 TARGETS = _targets()
-FEW_ROWS_TARGETS = _few_rows()
+_ALONE = {"few-rows": _few_rows(), "many-rows": _many_rows()}
 
 
 def _matches(cell: dict[str, Any], where: dict[str, Any]) -> bool:
@@ -173,7 +195,9 @@ def _describe(where: dict[str, Any]) -> str:
     if isinstance(where["rows"], tuple):
         return f"{where['mode']}, {short}, the grid"
     dropout = f", dropout {where['dropout_p']:g}" if where["dropout_p"] else ""
-    size = f"K=N={where['in_features']}, M={where['rows']}, r={where['rank']}"
+    width, out = where["in_features"], where["out_features"]
+    wide = f"K=N={width}" if width == out else f"K={width}, N={out}"
+    size = f"{wide}, M={where['rows']}, r={where['rank']}"
     return f"{where['mode']}, {short}, {size}{dropout}"
 
 
@@ -218,5 +242,5 @@ def evaluate(document: Document) -> list[dict[str, Any]]:
                 if result["status"] == "ok" and _matches(result["cell"], target.where)
             ],
         )
-        for target in (FEW_ROWS_TARGETS if document["kind"] == "few-rows" else TARGETS)
+        for target in _ALONE.get(document["kind"], TARGETS)
     ]

@@ -191,7 +191,7 @@ def test_disturbed_cells_give_bytes_but_no_verdict_on_time():
     assert rows["peak memory, ours / frozen"]["verdict"] == PASS
 
 
-@pytest.mark.parametrize("kind", ["headline", "full", "few-rows"])
+@pytest.mark.parametrize("kind", ["headline", "full", "few-rows", "many-rows"])
 def test_cells_are_unique_and_serve_all_targets(kind):
     cells = chosen_cells(kind, "")
     assert len({c.id for c in cells}) == len(cells)
