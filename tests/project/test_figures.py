@@ -1,9 +1,11 @@
-"""The figures of README.md, docs/does-it-help.md and docs/experts.md are those of the results."""
+"""The figures of README.md and of docs/{cpu,does-it-help,experts}.md are those of the results."""
 
 import re
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.results import least_ratio, median_ratio
+from benchmarks.shapes import MANY_ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks/results/xeon-avx512-2-cores/experts/report.md"
@@ -79,6 +81,23 @@ def test_the_tokens_of_a_whole_run_are_those_measured():
         assert row[5] == ", ".join(f"{found['losses'][each][-1]:.3f}" for each in (PEFT, OURS))
     said = f"**{shown[-1][2]} tokens a second instead of {shown[-1][1]}**"
     assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_layers_of_many_rows_take_what_was_measured():
+    heads = "rows | in -> out | merged, packed | forward | target | step | target | step, PEFT"
+    cells = document("xeon-amx-2-cores/many_rows")["cells"]
+    shown = cells_of(ROOT / "docs" / "cpu.md", heads)
+    assert len(shown) == len(MANY_ROWS)
+    for row, (size, limits) in zip(shown, MANY_ROWS.items(), strict=True):
+        assert f"{row[0]} {row[1]}" == "{} {} -> {}".format(*size)
+        fields = dict(zip(("rows", "in_features", "out_features"), size, strict=True))
+        forward, step = (one for one in cells if fields.items() <= one["cell"].items())
+        pairs = [(forward, "merged_packed", "merged"), (step, "peft", "frozen")]
+        assert [row[2], row[7]] == [f"{results.median_ratio(*pair):.2f}" for pair in pairs]
+        for at, one, floor, limit in ((3, forward, "merged", 0), (5, step, "frozen", 1)):
+            found = (ratio(one, "ours", floor) for ratio in (median_ratio, least_ratio))
+            assert row[at] == "{:.2f} ({:.2f})".format(*found)
+            assert row[at + 1] == f"{limits[limit]:.2f}"
 
 
 def gain(name: str, **cell: object) -> str:
