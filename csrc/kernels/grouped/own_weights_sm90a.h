@@ -41,13 +41,14 @@ struct OwnWeightsSm90a {
   const Block& block;
   const Adapters& adapters;
 
-  struct Turn {
+  // A tile that the block computes.
+  struct Work {
     int tile;
     LoraGemmPlace at;  // at.row counts row tiles, as if each had all of its rows
     typename Adapters::Span span;
   };
   // The first tile from one on that is not passed over, or one past the last.
-  __device__ __forceinline__ Turn next(int tile) const {
+  __device__ __forceinline__ Work next(int tile) const {
     for (; tile < block.tiles; tile += block.tile_stride) {
       const auto at = block.place_of(tile);
       const auto span = adapters.span_at(at.row);
@@ -55,10 +56,10 @@ struct OwnWeightsSm90a {
     }
     return {tile, {}, {-1, 0, 0}};
   }
-  __device__ __forceinline__ Turn after(const Turn& turn) const {
-    return next(turn.tile + block.tile_stride);
+  __device__ __forceinline__ Work after(const Work& work) const {
+    return next(work.tile + block.tile_stride);
   }
-  __device__ __forceinline__ bool ends(const Turn& turn) const { return turn.tile >= block.tiles; }
+  __device__ __forceinline__ bool ends(const Work& work) const { return work.tile >= block.tiles; }
 };
 
 template <class T, bool kMNMajor, bool kUMNMajor, bool kMasked>
@@ -66,7 +67,7 @@ struct OwnWeightsProducer {
   using Shared = OwnWeightsSm90a<T, kMNMajor, kUMNMajor>;
   using Tile = typename Shared::Tile;
   using Ring = typename Shared::Ring;
-  using Turn = typename Shared::Turn;
+  using Work = typename Shared::Work;
   static constexpr int kRows = Tile::kM * 8 / Tile::kWarpgroup;  // of which a thread has a chunk
   static constexpr int kRowsApart = Tile::kM / kRows;
   // Stages that are filled before the first of them is handed over: one more, and its filling would
@@ -101,44 +102,44 @@ struct OwnWeightsProducer {
   // A tile's rows are looked up while the tile before is loaded: each lane has one of its warp's.
   __device__ __forceinline__ void produce() const {
     Progress now;
-    Turn turn = shared.next(shared.block.first_tile);
-    int row = row_of(turn);
-    while (!shared.ends(turn)) {
-      const Turn then = shared.after(turn);
+    Work work = shared.next(shared.block.first_tile);
+    int row = row_of(work);
+    while (!shared.ends(work)) {
+      const Work then = shared.after(work);
       const int next_row = row_of(then);
-      if (turn.span.has_products()) {
-        const Rows rows = rows_of(turn, row);
-        if constexpr (!kMasked) load_main_product(now, turn, rows);
-        load_low_rank_product(now, turn);
-        if constexpr (kMasked) load_main_product(now, turn, rows);
+      if (work.span.has_products()) {
+        const Rows rows = rows_of(work, row);
+        if constexpr (!kMasked) load_main_product(now, work, rows);
+        load_low_rank_product(now, work);
+        if constexpr (kMasked) load_main_product(now, work, rows);
       }
-      turn = then, row = next_row;
+      work = then, row = next_row;
     }
     ptx::cp_async_wait_group<0>();
 #pragma unroll 1
     while (now.filled > 0) hand_over(now);
   }
 
-  __device__ __forceinline__ int row_of(const Turn& turn) const {
+  __device__ __forceinline__ int row_of(const Work& work) const {
     const int in_tile = warp * 4 + lane % 4 + lane / 4 * kRowsApart;
-    return in_tile < turn.span.count ? shared.adapters.rows(turn.span.begin + in_tile) : 0;
+    return in_tile < work.span.count ? shared.adapters.rows(work.span.begin + in_tile) : 0;
   }
-  __device__ __forceinline__ Rows rows_of(const Turn& turn, int row) const {
+  __device__ __forceinline__ Rows rows_of(const Work& work, int row) const {
     Rows rows;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       rows.at[i] = p.p + __shfl_sync(0xFFFFFFFFu, row, i * 4 + lane / 8) * p.p_pitch;
-    rows.count = turn.span.count - row0;
+    rows.count = work.span.count - row0;
     return rows;
   }
 
-  __device__ __forceinline__ void load_main_product(Progress& now, const Turn& turn,
+  __device__ __forceinline__ void load_main_product(Progress& now, const Work& work,
                                                     const Rows& rows) const {
 #pragma unroll 1
     for (int k0 = 0; k0 < p.k; k0 += Tile::kK) {
       const int first = kMNMajor ? min(k0, p.k - Tile::kK) : k0, column = first + chunk * 8;
       const int inside = column < k0 ? 0 : min(max(p.k - column, 0), 8);
-      begin(now, [&](uint32_t full) { copy_right(now, full, turn, first); });
+      begin(now, [&](uint32_t full) { copy_right(now, full, work, first); });
       const uint32_t to = shared.block.left(now.ring.slot) + row_chunk_offset(row0, chunk);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -150,13 +151,13 @@ struct OwnWeightsProducer {
     }
   }
 
-  __device__ __forceinline__ void load_low_rank_product(Progress& now, const Turn& turn) const {
+  __device__ __forceinline__ void load_low_rank_product(Progress& now, const Work& work) const {
 #pragma unroll 1
     for (int k0 = 0; k0 < shared.adapters.depth(); k0 += Tile::kK) {
       begin(now, [](uint32_t full) { ptx::mbarrier_arrive_expect_tx(full, 0); });
       Loads loads{shared.block.shared, now.ring.slot * Tile::kStageBytes, {}};
-      shared.adapters.begin(loads.cursor, turn.at.row);
-      shared.adapters.load(loads, turn.at, k0);
+      shared.adapters.begin(loads.cursor, work.at.row);
+      shared.adapters.load(loads, work.at, k0);
       end(now);
     }
   }
@@ -182,20 +183,20 @@ struct OwnWeightsProducer {
     if (lane == 0) ptx::mbarrier_arrive_remote(shared.block.full(slot), 0);
   }
 
-  __device__ __forceinline__ void copy_right(const Progress& now, uint32_t full, const Turn& turn,
+  __device__ __forceinline__ void copy_right(const Progress& now, uint32_t full, const Work& work,
                                              int k0) const {
     const auto& o = shared.adapters.o;
-    const int expert = (turn.span.weight - o.first_expert) * o.q_rows;
+    const int expert = (work.span.weight - o.first_expert) * o.q_rows;
     const uint32_t right = shared.block.right(now.ring.slot);
     const CUtensorMap* q = &shared.block.maps.q;
     ptx::mbarrier_arrive_expect_tx(full, Tile::kRightBytes);
     if constexpr (kMNMajor) {
 #pragma unroll
       for (int panel = 0; panel < Tile::kN / 64; ++panel)
-        ptx::tma_load_2d(right + panel * Tile::kPanelBytes, q, full, turn.at.column + panel * 64,
+        ptx::tma_load_2d(right + panel * Tile::kPanelBytes, q, full, work.at.column + panel * 64,
                          expert + k0);
     } else {
-      ptx::tma_load_2d(right, q, full, k0, expert + turn.at.column);
+      ptx::tma_load_2d(right, q, full, k0, expert + work.at.column);
     }
   }
 };
@@ -205,7 +206,7 @@ struct OwnWeightsConsumer {
   using Shared = OwnWeightsSm90a<T, kMNMajor, kUMNMajor>;
   using Tile = typename Shared::Tile;
   using Ring = typename Shared::Ring;
-  using Turn = typename Shared::Turn;
+  using Work = typename Shared::Work;
   using Consumer = LoraGemmSm90aConsumer<T, Tile, kMNMajor, kMasked, Tile::kK / 16>;
   using Accumulators = typename Consumer::Accumulators;
   using Epilogue = typename Consumer::Epilogue;
@@ -225,21 +226,21 @@ struct OwnWeightsConsumer {
 
   __device__ __forceinline__ void consume() const {
     Ring ring;
-    Turn turn = shared.next(shared.block.first_tile);
+    Work work = shared.next(shared.block.first_tile);
     MaskAhead ahead = mask_ahead();
-    draw_for(ahead, turn);
-    while (!shared.ends(turn)) {
-      Turn then;
-      if (turn.span.has_products()) {
+    draw_for(ahead, work);
+    while (!shared.ends(work)) {
+      Work then;
+      if (work.span.has_products()) {
         Accumulators acc;
-        const YRows rows = compute(acc, ring, turn, then, ahead);
-        store(acc, rows, turn);
+        const YRows rows = compute(acc, ring, work, then, ahead);
+        store(acc, rows, work);
       } else {
-        store_zeros(turn);
-        then = shared.after(turn);
+        store_zeros(work);
+        then = shared.after(work);
         draw_for(ahead, then);
       }
-      turn = then;
+      work = then;
     }
   }
 
@@ -250,29 +251,29 @@ struct OwnWeightsConsumer {
       return {shared.block, warp_row + lane / 4, lane % 4 * 2, {shared.adapters.o.mask_rows, p.m}};
     }
   }
-  __device__ __forceinline__ static void draw_for(MaskAhead& ahead, const Turn& turn) {
-    if constexpr (kMasked) ahead.restart(turn.span.begin, turn.at.column);
+  __device__ __forceinline__ static void draw_for(MaskAhead& ahead, const Work& work) {
+    if constexpr (kMasked) ahead.restart(work.span.begin, work.at.column);
   }
 
   // As LoraGemmSm90aConsumer::compute; the next tile is looked up while products are in flight.
-  __device__ __forceinline__ YRows compute(Accumulators& acc, Ring& ring, const Turn& turn,
-                                           Turn& then, MaskAhead& ahead) const {
+  __device__ __forceinline__ YRows compute(Accumulators& acc, Ring& ring, const Work& work,
+                                           Work& then, MaskAhead& ahead) const {
     typename Consumer::Progress now{ring};
     if constexpr (kMasked) {
       ahead.draw(MaskAhead::kShares);
       multiply_low_rank(acc, now);
-      then = shared.after(turn);
+      then = shared.after(work);
       consumer.wait_for_products(acc);
       ahead.apply(acc);
       draw_for(ahead, then);
       consumer.multiply_main(acc, now, [&] { ahead.draw(ahead.shares_of_step); });
     } else {
       consumer.multiply_main(acc, now);
-      then = shared.after(turn);
+      then = shared.after(work);
     }
-    const int64_t biases = turn.span.weight * shared.adapters.o.bias_stride;
-    const auto bias = consumer.epilogue.bias.load(turn.at.column, biases);
-    const YRows rows = y_rows(turn);
+    const int64_t biases = work.span.weight * shared.adapters.o.bias_stride;
+    const auto bias = consumer.epilogue.bias.load(work.at.column, biases);
+    const YRows rows = y_rows(work);
     if constexpr (!kMasked) multiply_low_rank(acc, now);
     consumer.epilogue.put_bias(bias);
     consumer.finish(acc, ring, now);
@@ -294,37 +295,37 @@ struct OwnWeightsConsumer {
     }
   }
 
-  __device__ __forceinline__ YRows y_rows(const Turn& turn) const {
+  __device__ __forceinline__ YRows y_rows(const Work& work) const {
     const PositionedRows row_at{shared.adapters.o.y_rows, p.m};
     const int first = warp_row + lane / 8;
     YRows rows;
-    rows.count = turn.span.count - first;
+    rows.count = work.span.count - first;
 #pragma unroll
-    for (int i = 0; i < kStores; ++i) rows.at[i] = row_at(turn.span.begin + first + i * 4);
+    for (int i = 0; i < kStores; ++i) rows.at[i] = row_at(work.span.begin + first + i * 4);
     return rows;
   }
 
   // Each warp by itself. A slab is filled again behind the barrier of the other, before which all
   // lanes have read it.
   __device__ __forceinline__ void store(const Accumulators& acc, const YRows& rows,
-                                        const Turn& turn) const {
+                                        const Work& work) const {
 #pragma unroll
     for (int part = 0; part < Tile::kN / 64; ++part) {
       const uint32_t slab =
           consumer.epilogue.slabs + static_cast<uint32_t>(part % Tile::kSlabs) * Tile::kSlabBytes;
       consumer.epilogue.fill(slab, &acc[0][part * 32], part * 64);
       __syncwarp();
-      store_chunks(rows, turn.at.column + part * 64, [&](int row) {
+      store_chunks(rows, work.at.column + part * 64, [&](int row) {
         const uint32_t from = slab - shared.block.shared + row_chunk_offset(row, lane % 8);
         return *reinterpret_cast<const uint4*>(ptx::dynamic_shared_memory() + from);
       });
     }
   }
-  __device__ __forceinline__ void store_zeros(const Turn& turn) const {
-    const YRows rows = y_rows(turn);
+  __device__ __forceinline__ void store_zeros(const Work& work) const {
+    const YRows rows = y_rows(work);
 #pragma unroll 1
     for (int part = 0; part < Tile::kN / 64; ++part)
-      store_chunks(rows, turn.at.column + part * 64, [](int /*row*/) { return uint4{}; });
+      store_chunks(rows, work.at.column + part * 64, [](int /*row*/) { return uint4{}; });
   }
   // Stores the lane's chunks of 16 rows and 64 columns: chunk(row of the 16).
   template <class Chunk>

@@ -33,9 +33,9 @@ HARMLESS = {
     "gemm/sm80/kernel.run.found.is_empty():never": "of all rows no tile is empty",
     "grouped/own_weights.is_empty.count==0:never": "no row of an empty tile is stored",
     "grouped/own_weights_sm90a.next.!span.is_empty():always": "no row of an empty tile is stored",
-    "grouped/own_weights_sm90a.ends.turn.tile>=block.tiles:high": "behind the last is an empty one",
-    "grouped/own_weights_sm90a.row_of.in_tile<turn.span.count:always": NO_ROW,
-    "grouped/own_weights_sm90a.row_of.in_tile<turn.span.count:high": NO_ROW,
+    "grouped/own_weights_sm90a.ends.work.tile>=block.tiles:high": "behind the last is an empty one",
+    "grouped/own_weights_sm90a.row_of.in_tile<work.span.count:always": NO_ROW,
+    "grouped/own_weights_sm90a.row_of.in_tile<work.span.count:high": NO_ROW,
     "grouped/own_weights_sm90a.load_main_product.column<k0:low": WHOLE_CHUNKS,
     "grouped/own_weights_sm90a.store_chunks.column<p.n:low": WHOLE_CHUNKS,
     "grouped/own_weights_sm90a.lora_grouped_gemm_own_weights_sm90a.o.gemm.k>0:never": (

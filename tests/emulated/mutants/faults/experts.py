@@ -149,19 +149,19 @@ EXPERTS = [
         "experts_wgmma_first_weight",
         "Q's box is that of the first expert",
         "the tile's rows have another one",
-        ("(turn.span.weight - o.first_expert) * o.q_rows", "0 * o.q_rows"),
+        ("(work.span.weight - o.first_expert) * o.q_rows", "0 * o.q_rows"),
     ),
     of_wgmma(
         "experts_wgmma_slice_from_the_first",
         "the W of a slice are taken for those of the first experts",
         "its first has another number",
-        ("(turn.span.weight - o.first_expert) * o.q_rows", "turn.span.weight * o.q_rows"),
+        ("(work.span.weight - o.first_expert) * o.q_rows", "work.span.weight * o.q_rows"),
     ),
     of_wgmma(
         "experts_wgmma_first_bias",
         "every tile adds the first expert's bias",
         "its rows have another expert",
-        ("turn.span.weight * shared.adapters.o.bias_stride", "0 * shared.adapters.o.bias_stride"),
+        ("work.span.weight * shared.adapters.o.bias_stride", "0 * shared.adapters.o.bias_stride"),
     ),
     of_wgmma(
         "experts_wgmma_row_of_another_lane",
@@ -173,7 +173,7 @@ EXPERTS = [
         "experts_wgmma_tile_over_two_segments",
         "all rows of a tile are stored",
         "those past the piece's end are the next expert's",
-        ("rows.count = turn.span.count - first;", "rows.count = Tile::kM - first;"),
+        ("rows.count = work.span.count - first;", "rows.count = Tile::kM - first;"),
     ),
     of_wgmma(
         "experts_wgmma_last_step_into_the_next",
@@ -208,7 +208,7 @@ EXPERTS = [
             (
                 "grouped/own_weights_sm90a.h",
                 "      draw_for(ahead, then);\n      consumer",
-                "      draw_for(ahead, turn);\n      consumer",
+                "      draw_for(ahead, work);\n      consumer",
             ),
         ),
         "lora_grouped_own_weights_sm90a",
