@@ -56,8 +56,8 @@ EDITS = [
     ),
     (
         "experts/factors.h",
-        "(int64_t{expert} * p.out + row) * p.terms * p.width;",
-        "(expert * p.out + row) * p.terms * p.width;",
+        "(int64_t{in_pool(expert)} * p.out + row) * p.terms * p.width;",
+        "(in_pool(expert) * p.out + row) * p.terms * p.width;",
         PRODUCT,
     ),
     (
