@@ -11,7 +11,8 @@
 
 constexpr int64_t kStepElements = 2 * kTileElements;  // 32 rows or columns, 32 of the depth
 constexpr int64_t kSumTiles = 4 * kTileRows * kTileRows;
-constexpr int64_t kMostSteps = 40, kInnerSteps = 20, kMostBlocks = 18;
+// A depth of up to 1536 is one block: Q is packed once, and no sums are kept for the next.
+constexpr int64_t kWholeSteps = 48, kMostSteps = 40, kInnerSteps = 20, kMostBlocks = 18;
 
 // In steps of 32.
 struct Depths {
@@ -22,7 +23,8 @@ struct Depths {
       const int64_t parts = (all + most - 1) / most;
       return (all + parts - 1) / parts;
     };
-    outer = even(steps, kMostSteps), inner = even(outer, kInnerSteps);
+    outer = steps <= kWholeSteps ? steps : even(steps, kMostSteps);
+    inner = even(outer, kInnerSteps);
   }
   bool is_whole() const { return outer >= steps; }
   // The pitch of a packed block of columns. Not a power of two: blocks would share lines of a cache.

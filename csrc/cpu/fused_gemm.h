@@ -51,6 +51,7 @@ struct ProductTask;
 
 // A walk of its own over a task, for products of bfloat16: on tiles of the processor.
 struct TileWalk {
+  int64_t whole_depth;             // of a deeper product Q is packed for each task
   int64_t (*cols)(int64_t depth);  // of a task at most
   // What a thread needs for tasks of at most so many rows and columns.
   int64_t (*bytes)(const FusedProduct& product, int64_t rows, int64_t cols);

@@ -54,7 +54,8 @@ struct Tasks {
   std::vector<ProductTask> each{};
 };
 
-// About four tasks for each thread, by shorter chunks and then by smaller groups.
+// About four tasks for each thread, by shorter chunks and then by smaller groups; the reverse, and half as
+// many, where each chunk packs Q anew.
 Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   int64_t most_rows = 0;
   for (const BasePart& part : product.parts) most_rows = std::max(most_rows, count_of(part.rows));
@@ -74,7 +75,10 @@ Tasks tasks_of(const FusedProduct& product, int64_t threads) {
     return chunks * divide_up(product.cols, tasks.width);
   };
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  while (count() < wanted && tasks.chunk_rows > kMinChunkRows) {
+  const bool is_deep =
+      tiles_of(product) != nullptr && product.depth > tiles_of(product)->whole_depth;
+  if (is_deep && count() < wanted) tasks.width = least_width;
+  while (count() < (is_deep ? wanted / 2 : wanted) && tasks.chunk_rows > kMinChunkRows) {
     tasks.chunk_rows = std::max(kMinChunkRows, round_up(tasks.chunk_rows / 2, kRowsOfTile));
   }
   if (count() < wanted) tasks.width = least_width;

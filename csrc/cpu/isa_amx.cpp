@@ -66,7 +66,7 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     nullptr,
                                     dropout_bits<AmxDropout>};
 
-constexpr TileWalk kTileWalk = {product_cols, product_bytes, run_product};
+constexpr TileWalk kTileWalk = {kWholeSteps * kTileDepth, product_cols, product_bytes, run_product};
 
 }  // namespace
 }  // namespace lora_ext::cpu
