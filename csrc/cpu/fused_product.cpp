@@ -54,8 +54,8 @@ struct Tasks {
   std::vector<ProductTask> each{};
 };
 
-// About four tasks for each thread, by shorter chunks and then by smaller groups; the reverse, and half as
-// many, where each chunk packs Q anew.
+// About four tasks for each thread, by shorter chunks and then by smaller groups; the reverse, and
+// half as many, where each chunk packs Q anew.
 Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   int64_t most_rows = 0;
   for (const BasePart& part : product.parts) most_rows = std::max(most_rows, count_of(part.rows));
