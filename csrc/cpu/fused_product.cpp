@@ -31,11 +31,6 @@ constexpr int64_t kTileCols = 32, kMinTileCols = 256;  // of a group of a walk o
 
 int64_t count_of(Range range) { return range.end - range.begin; }
 
-// The kernels' own walk, if the product is one for it.
-const TileWalk* tiles_of(const FusedProduct& product) {
-  return product.panel == Dtype::kBFloat16 ? product.kernels.tiles : nullptr;
-}
-
 // The rows of a tile of P are copied where they are converted or not consecutive.
 bool copies(const FusedProduct& product) {
   return product.p_dtype != product.panel || product.p_rows.at != nullptr;
@@ -61,9 +56,10 @@ Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   for (const BasePart& part : product.parts) most_rows = std::max(most_rows, count_of(part.rows));
   Tasks tasks{copies(product) ? kPanels * kPanelCols : kPanelCols,
               std::min(kChunkRows, round_up(most_rows, kRowsOfTile))};
+  const TileWalk* tiles = product.kernels.walk_of(product.panel);
   int64_t least_width = kPanelCols;
-  if (tiles_of(product) != nullptr) {
-    const int64_t most = tiles_of(product)->cols(product.depth);
+  if (tiles != nullptr) {
+    const int64_t most = tiles->cols(product.depth);
     tasks.width = round_up(divide_up(product.cols, divide_up(product.cols, most)), kTileCols);
     least_width = std::min(tasks.width, kMinTileCols);
   }
@@ -75,8 +71,7 @@ Tasks tasks_of(const FusedProduct& product, int64_t threads) {
     return chunks * divide_up(product.cols, tasks.width);
   };
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  const bool is_deep =
-      tiles_of(product) != nullptr && product.depth > tiles_of(product)->whole_depth;
+  const bool is_deep = tiles != nullptr && product.depth > tiles->whole_depth;
   if (is_deep && count() < wanted) tasks.width = least_width;
   while (count() < (is_deep ? wanted / 2 : wanted) && tasks.chunk_rows > kMinChunkRows) {
     tasks.chunk_rows = std::max(kMinChunkRows, round_up(tasks.chunk_rows / 2, kRowsOfTile));
@@ -284,7 +279,7 @@ void multiply(const FusedProduct& product) {
   const int64_t used = std::min(threads, static_cast<int64_t>(tasks.each.size()));
   if (used == 0) return;
   const Layout layout(product, tasks);
-  const TileWalk* tiles = tiles_of(product);
+  const TileWalk* tiles = product.kernels.walk_of(product.panel);
   const int64_t bytes =
       tiles == nullptr ? layout.bytes() : tiles->bytes(product, tasks.chunk_rows, tasks.width);
   const at::Tensor memory = at::empty({used * bytes}, at::kByte);
