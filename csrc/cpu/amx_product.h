@@ -13,6 +13,7 @@ constexpr int64_t kStepElements = 2 * kTileElements;  // 32 rows or columns, 32 
 constexpr int64_t kSumTiles = 4 * kTileRows * kTileRows;
 // A depth of up to 1536 is one block: Q is packed once, and no sums are kept for the next.
 constexpr int64_t kWholeSteps = 48, kMostSteps = 40, kInnerSteps = 20, kMostBlocks = 18;
+constexpr int64_t kMostOwnT = 3;  // tiles of T for each row and step of the depth
 
 // In steps of 32.
 struct Depths {
@@ -33,10 +34,6 @@ struct Depths {
 
 int64_t product_cols(int64_t depth) {
   return std::min<int64_t>(kMostBlocks, 576 / Depths(depth).outer) * kRowBlock;
-}
-
-inline __mmask32 first_halves(int64_t count) {
-  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1;
 }
 
 // Rows of a block that are still to be rounded and stored.
@@ -81,6 +78,14 @@ struct Rounding {
   }
 };
 
+// For each group of columns T is made anew: a tile of its ranks takes two of four products for each
+// 32 columns, with two terms twice that. A pass of its own reads P once more.
+bool makes_t(int64_t cols, const AdapterView& q) {
+  const int64_t most = product_cols(q.cols), terms = q.dtype == Dtype::kBFloat16 ? 1 : 2;
+  const int64_t groups = (cols + most - 1) / most;
+  return groups * terms * round_up(q.rank, kTileRows) <= kMostOwnT * kTileRows;
+}
+
 inline void load_sums(const float* sums) {
   _tile_loadd(0, sums, 64);
   _tile_loadd(1, sums + kSumTiles / 4, 64);
@@ -111,7 +116,7 @@ inline void multiply_tiles() {
 
 // The memory of a thread, from its start in bytes; all multiples of 64.
 struct ProductMemory {
-  int64_t q, u, t, p, sums, last;
+  int64_t q, u, t, p, sums, last, factor, masked, t_sums, t_rows;
 
   ProductMemory(const FusedProduct& product, int64_t rows, int64_t cols) {
     const Depths depths(product.depth);
@@ -125,8 +130,16 @@ struct ProductMemory {
     const int64_t row_blocks = depths.is_whole() ? 1 : round_up(rows, kRowBlock) / kRowBlock;
     sums = row_blocks * blocks * kSumTiles * kFloatBytes;
     last = 4 * kSumTiles * kFloatBytes;
+    const OwnT* own = product.own_t;
+    const int64_t rank_pad = round_up(rank, kTileRows);
+    factor = own == nullptr ? 0 : shrink_panel_bytes(rank, product.depth);
+    masked = own == nullptr || !own->dropout.enabled() ? 0 : p;
+    t_sums = own == nullptr ? 0 : row_blocks * kRowBlock * rank_pad * kFloatBytes;
+    t_rows = own == nullptr ? 0 : kRowBlock * rank_pad * kFloatBytes;
   }
-  int64_t bytes() const { return q + u + t + p + sums + last; }
+  int64_t bytes() const {
+    return q + u + t + p + sums + last + factor + masked + t_sums + t_rows;
+  }
 };
 
 int64_t product_bytes(const FusedProduct& product, int64_t rows, int64_t cols) {
@@ -145,13 +158,18 @@ class TileWorker {
     p_ = reinterpret_cast<BFloat16*>(take(sizes.p));
     sums_ = reinterpret_cast<float*>(take(sizes.sums));
     last_ = reinterpret_cast<float*>(take(sizes.last));
+    factor_ = reinterpret_cast<BFloat16*>(take(sizes.factor));
+    masked_ = reinterpret_cast<BFloat16*>(take(sizes.masked));
+    t_sums_ = reinterpret_cast<float*>(take(sizes.t_sums));
+    t_rows_ = reinterpret_cast<float*>(take(sizes.t_rows));
+    if (product.own_t != nullptr) pack_shrink(product.own_t->q, factor_);
   }
 
   void run(const ProductTask& task) {
     const bool is_same = task_ != nullptr && task_->cols.begin == task.cols.begin;
     const bool is_packed = is_same && task_->part == task.part;
     if (!is_same) packed_ = nullptr;
-    task_ = &task, tile_.bias = task.part->bias;
+    task_ = &task, tile_.bias = task.part->bias, drawn_ = {-1, -1};
     blocks_ = round_up(task.cols.end - task.cols.begin, kRowBlock) / kRowBlock;
     for (int64_t step = 0; step < depths_.steps; step += depths_.outer) {
       const Range outer{step, std::min(step + depths_.outer, depths_.steps)};
@@ -183,19 +201,74 @@ class TileWorker {
     }
   }
 
-  void pack_p(int64_t count, Range steps) const {
+  // Masked: keeps, of the rows and steps, what has a bit set.
+  template <bool kIsMasked>
+  void pack_p(BFloat16* to, int64_t count, Range steps, MaskBits keep) const {
     constexpr int64_t kAtOnce = 4;
     for (int64_t first = steps.begin; first < steps.end; first += kAtOnce) {
       const int64_t end = std::min(first + kAtOnce, steps.end);
       for (int64_t i = 0; i < kRowBlock; ++i) {
         for (int64_t k = first; k < end; ++k) {
           const int64_t left = i < count ? product_.depth - k * kTileDepth : 0;
-          _mm512_store_si512(
-              p_ + (k - steps.begin) * kStepElements + i * kTileDepth,
-              _mm512_maskz_loadu_epi16(first_halves(left), rows_[i] + k * kTileDepth));
+          __mmask32 exists = first_halves(left);
+          if (kIsMasked) exists &= keep.words[i * keep.pitch + k - steps.begin];
+          _mm512_store_si512(to + (k - steps.begin) * kStepElements + i * kTileDepth,
+                             _mm512_maskz_loadu_epi16(exists, rows_[i] + k * kTileDepth));
         }
       }
     }
+  }
+
+  bool masks_p() const { return product_.own_t != nullptr && product_.own_t->dropout.enabled(); }
+  bool masks_y() const { return tile_.dropout.enabled() && !product_.updates.empty(); }
+
+  // Starts to draw the mask of T or of Y for the rows from m on; that of T is of so many steps.
+  void draw(int64_t m, Range steps) {
+    const Range rows{m, m + count_of(m)};
+    if (masks_p()) {
+      turn_of_kept_ = 1 - turn_of_kept_;
+      kept_ = {kept_words_[turn_of_kept_], kInnerSteps};
+      drawing_.start(product_.own_t->dropout, {}, rows,
+                     {steps.begin * kTileDepth, steps.end * kTileDepth}, kept_);
+    } else {
+      drawing_.start(tile_.dropout, tile_.rows, rows, task_->cols,
+                     tile_.mask.at(m, task_->cols.begin));
+    }
+    drawn_ = {m, steps.begin};
+  }
+
+  // What the next rows or steps need, among the products of these.
+  void draw_next(int64_t m, Range steps, Range outer) {
+    const bool is_same_rows = masks_p() && steps.end < outer.end;
+    if (!is_same_rows) m += kRowBlock;
+    if (m >= task_->rows.end) return;
+    const int64_t first = is_same_rows ? steps.end : masks_p() ? outer.begin : steps.begin;
+    draw(m, {first, std::min(first + depths_.inner, outer.end)});
+    const int64_t products = blocks_ * (steps.end - steps.begin);
+    drawn_each_ = (drawing_.left() + products - 1) / products;
+  }
+
+  // T of the rows from m on; whole after the last steps. The first group of columns stores it.
+  void make_t(int64_t m, int64_t count, Range steps) {
+    const OwnT& own = *product_.own_t;
+    const ShrinkPanel factor(factor_, own.q.rank, own.q.dtype == Dtype::kBFloat16);
+    const int64_t first = depths_.is_whole() ? 0 : m - task_->rows.begin;
+    float* sums = t_sums_ + first * factor.rank_pad;
+    const BFloat16* p = p_;
+    if (own.dropout.enabled()) {
+      pack_p<true>(masked_, count, steps, kept_);
+      p = masked_;
+    }
+    if (steps.begin == 0) std::fill_n(sums, kRowBlock * factor.rank_pad, 0.0f);
+    factor.multiply({p, kTileDepth, kTileElements, kStepElements}, steps, sums);
+    if (steps.end < depths_.steps) return;
+    const int64_t rank = own.q.rank;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < rank; ++j) {
+        t_rows_[i * rank + j] = own.scale * sums[i * factor.rank_pad + j];
+      }
+    }
+    if (task_->cols.begin == 0) std::copy_n(t_rows_, count * rank, own.t + m * rank);
   }
 
   void pack_q(Range outer) const {
@@ -276,8 +349,10 @@ class TileWorker {
     // Rows before the span have no T: a block's first row is row 0.
     auto* t = t_ + (rows.begin - m) * t_depth_;
     std::fill_n(t_, (rows.begin - m) * t_depth_, BFloat16{0});
-    pack_scaled_t(update.t + (rows.begin - update.rows.begin) * rank, rank, u_is_half_,
-                  {0, rows.end - rows.begin}, update.scale, t);
+    const float* from = product_.own_t == nullptr
+                            ? update.t + (rows.begin - update.rows.begin) * rank
+                            : t_rows_;
+    pack_scaled_t(from, rank, u_is_half_, {0, rows.end - rows.begin}, update.scale, t);
   }
 
   // Sums += T U for a block of columns.
@@ -312,17 +387,19 @@ class TileWorker {
     for (int64_t step = outer.begin; step < outer.end; step += depths_.inner) {
       const Range inner{step, std::min(step + depths_.inner, outer.end)};
       const bool is_last = inner.end == depths_.steps;
-      pack_p(count, inner);
+      const bool is_drawn = masks_p() || (is_last && masks_y());
+      if (is_drawn) {
+        if (drawn_ != std::pair(m, step)) draw(m, inner);
+        drawing_.finish();
+      }
+      pack_p<false>(p_, count, inner, {});
+      if (product_.own_t != nullptr) make_t(m, count, inner);
+      if (is_drawn) draw_next(m, inner, outer);
       int64_t num_spans = 0;
       if (is_last) {
         num_spans = spans_of(m, count, spans);
         if (num_spans == 1 && spans[0].update != nullptr)
           pack_update(*spans[0].update, m, spans[0].rows);
-        if (drop && !product_.updates.empty()) {
-          const MaskBits mask = tile_.mask.at(m, task_->cols.begin);
-          dropout_bits<AmxDropout>(tile_.dropout, tile_.rows, {m, m + count}, task_->cols,
-                                   mask.words, mask.pitch);
-        }
       }
       for (int64_t block = 0; block < blocks_; ++block) {
         float* sums = own_sums(m, block);
@@ -395,6 +472,7 @@ class TileWorker {
       _tile_stream_loadd(7, q + kTileElements, 64);
       multiply_tiles();
       for (int64_t i = 0; i < rounded && !rounding_.is_done(); ++i) rounding_.one();
+      for (int64_t i = 0; i < drawn_each_ && !drawing_.is_done(); ++i) drawing_.one();
       for (int64_t i = 0; i < fetch.count; ++i) {
         _mm_prefetch(reinterpret_cast<const char*>(fetch.rows[i] + fetch.depth + k * kTileDepth),
                      _MM_HINT_T1);
@@ -408,13 +486,18 @@ class TileWorker {
   const Depths depths_;
   TileArgs tile_;
   int64_t blocks_ = 0;
-  BFloat16 *q_, *u_, *t_, *p_;
-  float *sums_, *last_;
+  BFloat16 *q_, *u_, *t_, *p_, *factor_, *masked_;
+  float *sums_, *last_, *t_sums_, *t_rows_;
   const BFloat16 *rows_[kRowBlock], *next_[kRowBlock];
   const RowUpdate* packed_ = nullptr;
   bool u_is_half_ = false;
   int64_t t_depth_ = 0, turn_ = 0;
   Rounding rounding_;
+  Drawing drawing_;
+  std::pair<int64_t, int64_t> drawn_{-1, -1};  // the rows and first step of the last mask
+  int64_t drawn_each_ = 0, turn_of_kept_ = 0;  // so many pieces for each step of a product
+  uint32_t kept_words_[2][kRowBlock * kInnerSteps];
+  MaskBits kept_;
 };
 
 void run_product(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,

@@ -51,23 +51,31 @@ void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range ra
   }
 }
 
+// 32 rows of P: rows 16 on are `tile` elements further, the next 32 columns `step`.
+struct ShrinkRows {
+  const BFloat16* at;
+  int64_t pitch, tile, step;
+  int64_t fetch = 0;  // so many rows, as many rows ahead
+};
+
 // Adds the products of two row tiles with up to two rank tiles to sums [32, rank_pad].
 template <int kRankTiles>
-void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloat16* b,
-                  int64_t b_step, int64_t terms, float* sums, int64_t sums_pitch, int64_t ahead) {
+void shrink_tiles(const ShrinkRows& rows, int64_t steps, const BFloat16* b, int64_t b_step,
+                  int64_t terms, float* sums, int64_t sums_pitch) {
   const int64_t stride = sums_pitch * kFloatBytes;
-  const int64_t a_stride = a_pitch * kHalfBytes;
+  const int64_t a_stride = rows.pitch * kHalfBytes;
+  const BFloat16* a = rows.at;
   _tile_loadd(0, sums, stride);
   _tile_loadd(1, sums + kTileRows * sums_pitch, stride);
   if constexpr (kRankTiles == 2) {
     _tile_loadd(2, sums + kTileRows, stride);
     _tile_loadd(3, sums + kTileRows * sums_pitch + kTileRows, stride);
   }
-  for (int64_t k = 0; k < depth; k += kTileDepth, b += b_step) {
-    _tile_loadd(4, a + k, a_stride);
-    _tile_loadd(5, a + kTileRows * a_pitch + k, a_stride);
-    for (int64_t i = ahead; i < 2 * ahead; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(a + i * a_pitch + k), _MM_HINT_T1);
+  for (int64_t k = 0; k < steps; ++k, a += rows.step, b += b_step) {
+    _tile_loadd(4, a, a_stride);
+    _tile_loadd(5, a + rows.tile, a_stride);
+    for (int64_t i = rows.fetch; i < 2 * rows.fetch; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(a + i * rows.pitch), _MM_HINT_T1);
     }
     for (int64_t term = 0; term < terms; ++term) {
       _tile_loadd(6, b + term * kTileElements, 64);
@@ -88,12 +96,31 @@ void shrink_tiles(const BFloat16* a, int64_t a_pitch, int64_t depth, const BFloa
   }
 }
 
+// A factor as pack_shrink packs it.
+struct ShrinkPanel {
+  const BFloat16* at;
+  int64_t rank_pad, terms;
+
+  ShrinkPanel(const void* packed, int64_t rank, bool is_half)
+      : at(static_cast<const BFloat16*>(packed)),
+        rank_pad(round_up(rank, kTileRows)),
+        terms(is_half ? 1 : 2) {}
+  // Adds the products of 32 rows, so many steps of 32 columns from the first on, to sums [32, rank_pad].
+  void multiply(const ShrinkRows& rows, Range steps, float* sums) const {
+    const int64_t step = rank_pad / kTileRows * terms * kTileElements;
+    const int64_t count = steps.end - steps.begin;
+    const BFloat16* b = at + steps.begin * step;
+    int64_t j = 0;
+    for (; j + 2 * kTileRows <= rank_pad; j += 2 * kTileRows, b += 2 * terms * kTileElements) {
+      shrink_tiles<2>(rows, count, b, step, terms, sums + j, rank_pad);
+    }
+    if (j < rank_pad) shrink_tiles<1>(rows, count, b, step, terms, sums + j, rank_pad);
+  }
+};
+
 void shrink(const ShrinkArgs& args, Range rows) {
   const TileConfig config;
-  const int64_t rank_pad = round_up(args.rank, kTileRows);
-  const int64_t terms = args.q_is_half ? 1 : 2;
-  const int64_t b_step = rank_pad / kTileRows * terms * kTileElements;  // one step of 32 columns
-  const auto* q = static_cast<const BFloat16*>(args.q);
+  const ShrinkPanel q(args.q, args.rank, args.q_is_half);
   const bool drop = args.dropout.enabled();
   alignas(64) BFloat16 staged[kRowBlock * kShrinkDepth];
   alignas(64) float sums[kRowBlock * kMaxRank];
@@ -101,36 +128,26 @@ void shrink(const ShrinkArgs& args, Range rows) {
   for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);
     const Range block{m, m + block_rows};
-    std::memset(sums, 0, static_cast<size_t>(kRowBlock * rank_pad) * sizeof(float));
+    std::memset(sums, 0, static_cast<size_t>(kRowBlock * q.rank_pad) * sizeof(float));
     for (int64_t c = 0; c < args.cols; c += kShrinkDepth) {
       const int64_t depth = std::min(kShrinkDepth, args.cols - c);
       const auto* p = static_cast<const BFloat16*>(args.p) + c;
-      const BFloat16* a = p + m * args.p_pitch;
-      int64_t a_pitch = args.p_pitch;
+      ShrinkRows a{p + m * args.p_pitch, args.p_pitch, kTileRows * args.p_pitch, kTileDepth,
+                   kRowBlock};
       if (drop) {
         dropout_bits<AmxDropout>(args.dropout, args.rows, block, {c, c + depth}, bits,
                                  kShrinkDepth / 32);
       }
       if (drop || args.rows.at != nullptr || block_rows < kRowBlock || depth % kTileDepth != 0) {
-        stage_rows(p, a_pitch, args.rows, block, depth, drop ? bits : nullptr, kShrinkDepth / 32,
+        stage_rows(p, args.p_pitch, args.rows, block, depth, drop ? bits : nullptr, kShrinkDepth / 32,
                    staged);
-        a = staged;
-        a_pitch = kShrinkDepth;
+        a = {staged, kShrinkDepth, kTileRows * kShrinkDepth, kTileDepth};
       }
-      const BFloat16* b = q + c / kTileDepth * b_step;
-      int64_t j = 0;
-      for (; j + 2 * kTileRows <= rank_pad; j += 2 * kTileRows) {
-        shrink_tiles<2>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
-                        sums + j, rank_pad, a == staged ? 0 : kRowBlock);
-      }
-      if (j < rank_pad) {
-        shrink_tiles<1>(a, a_pitch, depth, b + j / kTileRows * terms * kTileElements, b_step, terms,
-                        sums + j, rank_pad, a == staged ? 0 : kRowBlock);
-      }
+      q.multiply(a, {c / kTileDepth, (c + depth + kTileDepth - 1) / kTileDepth}, sums);
     }
     for (int64_t i = 0; i < block_rows; ++i) {
       float* t = args.t + (m + i) * args.rank;
-      for (int64_t j = 0; j < args.rank; ++j) t[j] = args.scale * sums[i * rank_pad + j];
+      for (int64_t j = 0; j < args.rank; ++j) t[j] = args.scale * sums[i * q.rank_pad + j];
     }
   }
 }

@@ -90,18 +90,22 @@ class BackwardPass {
 
   Backward run() {
     if (expands_) dx_ = backward_of_base(args_.grad, args_.x, args_.base, experts_);
-    make_ds();
-    if (groups_.panel()) make_dx(*groups_.panel());
+    ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
+    weighted_ds_ = weights_ != nullptr ? at::empty(ds_.sizes(), at::kFloat) : ds_;
+    const auto own_t = own_t_of(groups_, experts_, args_.x.size(1), ds_, false);
+    if (!own_t) make_ds();
+    if (groups_.panel()) make_dx(*groups_.panel(), own_t);
     make_columns();
     return {dx_, da_.each, db_.each};
   }
 
  private:
   // dX in one pass.
-  void make_dx(Dtype panel) {
+  void make_dx(Dtype panel, const std::optional<OwnT>& own_t) {
     const std::vector<int32_t> order = groups_.order_of_all(args_.grad.size(0));
     LowRank low_rank = low_rank_of(groups_, order, ds_, false);
-    if (groups_.dropout().enabled() && walks_on_tiles(panel)) {
+    low_rank.own_t = own_t;
+    if (groups_.dropout().enabled() && tile_walk(panel) != nullptr) {
       // Drawn once, for dX and dA, which reads whole blocks of 64 columns.
       const int64_t words = 2 * divide_up(args_.x.size(1), 64);
       kept_ = at::empty({args_.grad.size(0), words}, at::kInt);
@@ -120,8 +124,6 @@ class BackwardPass {
       if (needs_ds(*piece.segment)) pieces.push_back(piece);
     }
     if (pieces.empty()) return;
-    ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
-    weighted_ds_ = weights_ != nullptr ? at::empty(ds_.sizes(), at::kFloat) : ds_;
     const int64_t threads = threads_for(work_of(pieces));
     c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const RowPiece& piece) {
@@ -166,7 +168,7 @@ class BackwardPass {
     if (args_.wanted.any_b()) {
       wgrad_s_.emplace(groups_, groups_.dense_s(args_.s), &Passes::over_y, &SkinnyKernels::wgrad_t);
     }
-    if (args_.wanted.any_a() && ds_.defined()) {
+    if (args_.wanted.any_a()) {
       wgrad_ds_.emplace(groups_, weighted_ds_, &Passes::over_x, &SkinnyKernels::wgrad_t);
     }
     if (expands_) {

@@ -76,7 +76,7 @@ const SkinnyKernels* kernels_for_few_rows() { return current().load()->general; 
 
 const FusedGemmKernels* fused_gemm_kernels() { return current().load()->fused_gemm; }
 
-bool walks_on_tiles(Dtype panel) { return fused_gemm_kernels()->walk_of(panel) != nullptr; }
+const TileWalk* tile_walk(Dtype panel) { return fused_gemm_kernels()->walk_of(panel); }
 
 const DequantizeKernels& dequantize_kernels() { return *current().load()->dequantize; }
 

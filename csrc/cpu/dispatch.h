@@ -28,8 +28,8 @@ const SkinnyKernels* kernels_for_few_rows();
 // The kernels for the layer in one pass; null where there are none and on the library route.
 const FusedGemmKernels* fused_gemm_kernels();
 
-// Whether products by these panels are the kernels' own walk on tiles.
-bool walks_on_tiles(Dtype panel);
+// The kernels' own walk on tiles for products by these panels, or null.
+const TileWalk* tile_walk(Dtype panel);
 
 // The kernels of the same instruction set; the portable ones on the library route.
 const DequantizeKernels& dequantize_kernels();

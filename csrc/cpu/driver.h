@@ -40,6 +40,7 @@ struct LowRank {
   Dropout dropout{};
   RowIndex rows{};  // the order in which rows are multiplied
   MaskBits mask{};  // where a walk on tiles draws the mask
+  std::optional<OwnT> own_t{};
 };
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in

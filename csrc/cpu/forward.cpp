@@ -39,14 +39,17 @@ class ForwardPass {
     const std::vector<int32_t> order = groups_.order_of_all(args_.x.size(0));
     const bool is_dense = groups_.is_dense(s_);
     const at::Tensor t = is_dense ? s_ : empty_s();
-    make_s_and(
-        [&](Thread&, const RowPiece& piece, const float* rows) {
-          if (is_dense) return;
-          std::copy_n(rows, size_of(piece.rows) * piece.segment->rank,
-                      Groups::dense_part(t, *piece.segment, piece.rows.begin));
-        },
-        0);
-    const LowRank low_rank = low_rank_of(groups_, order, t, true);
+    LowRank low_rank = low_rank_of(groups_, order, t, true);
+    low_rank.own_t = own_t_of(groups_, experts_, args_.update.out_features(), t, true);
+    if (!low_rank.own_t) {
+      make_s_and(
+          [&](Thread&, const RowPiece& piece, const float* rows) {
+            if (is_dense) return;
+            std::copy_n(rows, size_of(piece.rows) * piece.segment->rank,
+                        Groups::dense_part(t, *piece.segment, piece.rows.begin));
+          },
+          0);
+    }
     return {fused_product(args_.x, args_.base, experts_, *groups_.panel(), low_rank, true), s_};
   }
 

@@ -38,6 +38,15 @@ struct TileArgs {
   MaskBits mask{};  // of all rows of the product, where a walk on tiles draws it
 };
 
+// The update of all rows, if a walk on tiles makes its T as it packs P: with the bits of shrink,
+// T = scale * mask P Q for this Q.
+struct OwnT {
+  AdapterView q;
+  float scale;
+  Dropout dropout;
+  float* t;  // [rows, rank], dense
+};
+
 // A strided matrix: element (d, c) of Q.
 struct MatrixView {
   const void* data;
@@ -53,6 +62,8 @@ struct ProductTask;
 struct TileWalk {
   int64_t whole_depth;             // of a deeper product Q is packed for each task
   int64_t (*cols)(int64_t depth);  // of a task at most
+  // Whether T = P Q of all rows is better made here than by shrink, for so many columns of Y.
+  bool (*makes_t)(int64_t cols, const AdapterView& q);
   // What a thread needs for tasks of at most so many rows and columns.
   int64_t (*bytes)(const FusedProduct& product, int64_t rows, int64_t cols);
   void (*run)(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,

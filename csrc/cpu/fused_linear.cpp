@@ -76,7 +76,7 @@ void multiply_parts(const at::Tensor& any_p, const at::Tensor& q,
   tile.dropout = low_rank.dropout, tile.rows = rows, tile.mask = low_rank.mask;
   multiply({*fused_gemm_kernels(), panel, p.const_data_ptr(), dtype, p.stride(0), rows, p.size(1),
             out.size(1), MatrixView{nullptr, dtype, q.stride(0), q.stride(1)}, tile, parts,
-            low_rank.updates});
+            low_rank.updates, low_rank.own_t ? &*low_rank.own_t : nullptr});
 }
 
 // bias: of the part, or undefined.

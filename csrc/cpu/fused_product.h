@@ -29,6 +29,7 @@ struct FusedProduct {
   TileArgs tile;                          // bias and low_rank are set for each tile
   const std::vector<BasePart>& parts;     // in the order of their rows, without gaps
   const std::vector<RowUpdate>& updates;  // in the order of their rows; others have none
+  const OwnT* own_t = nullptr;            // T of the only update, where a walk on tiles makes it
 };
 
 // A part's rows by columns of Y, for one thread.

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPieceRows = 96;     // whole blocks of every instruction set's shrink
 constexpr int64_t kColumnBlock = 128;  // wgrad's block of columns
+constexpr int64_t kColumnSlab = 512;   // what it draws a mask for at a time
 constexpr int64_t kRankGranule = 16;   // of ranges of ranks
 constexpr int64_t kPackRows = 4;       // packing a factor takes as long as this number of rows
 
@@ -85,7 +86,7 @@ std::optional<Dtype> Groups::panel_of(const at::Tensor& p, const Base& base, boo
   const std::optional<Dtype> panel = fused_panel(p, base, experts, is_forward);
   // Tiles of 32 rows with several adapters multiply each adapter's U by all of them.
   const bool fills = is_one() || rows() >= kFusedTileRows * static_cast<int64_t>(segments().size());
-  return panel && (fills || !walks_on_tiles(*panel)) ? panel : std::nullopt;
+  return panel && (fills || tile_walk(*panel) == nullptr) ? panel : std::nullopt;
 }
 
 Passes Groups::passes(const Segment& segment) const {
@@ -204,10 +205,13 @@ void add_columns(ColumnPieces& pieces, const Groups& groups, const Segment& segm
                  int64_t columns, int64_t per_column, int64_t total) {
   const Passes passes = groups.passes(segment);
   const int64_t granule = (over_x ? passes.over_x : passes.over_y)->col_granule;
-  const int64_t share = std::max<int64_t>(1, total / (8 * at::get_num_threads()));
-  const int64_t step = groups.is_one()
-                           ? round_up(divide_up(columns, threads_for(total)), granule)
-                           : round_up(std::max<int64_t>(1, share / per_column), kColumnBlock);
+  const int64_t threads = groups.is_one() ? threads_for(total) : 2 * at::get_num_threads();
+  const int64_t share = std::max<int64_t>(1, total / (4 * threads) / per_column);
+  // Of one adapter in whole slabs of wgrad, unless there are fewer columns than threads times that.
+  const int64_t step = groups.is_one() ? round_up(std::min(divide_up(columns, threads),
+                                                           std::max(share, kColumnSlab)),
+                                                  granule)
+                                       : round_up(share, kColumnBlock);
   for (int64_t column = 0; column < columns; column += step) {
     const Range range{column, std::min(column + step, columns)};
     pieces.push_back({&segment, over_x, range, per_column * (range.end - range.begin)});

@@ -47,6 +47,7 @@ namespace {
 #include "cpu/amx_shrink.h"
 #include "cpu/amx_expand.h"
 #include "cpu/amx_wgrad.h"
+#include "cpu/amx_drawing.h"
 #include "cpu/amx_product.h"
 // clang-format on
 
@@ -58,7 +59,7 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     expand_panel_bytes,
                                     pack_expand,
                                     {kRowBlock, expand_t_bytes, pack_expand_t},
-                                    {kWgradRows, wgrad_t_bytes, pack_wgrad_t},
+                                    {kTileDepth, wgrad_t_bytes, pack_wgrad_t},
                                     shrink,
                                     expand,
                                     wgrad,
@@ -66,7 +67,8 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     nullptr,
                                     dropout_bits<AmxDropout>};
 
-constexpr TileWalk kTileWalk = {kWholeSteps * kTileDepth, product_cols, product_bytes, run_product};
+constexpr TileWalk kTileWalk = {kWholeSteps * kTileDepth, product_cols, makes_t, product_bytes,
+                                run_product};
 
 }  // namespace
 }  // namespace lora_ext::cpu

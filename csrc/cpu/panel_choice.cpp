@@ -71,7 +71,7 @@ std::optional<Dtype> faster_panel(const ProductKind& kind, int64_t rows) {
   if (const auto measured = measured_panel(kind, rows)) return *measured;
   const std::optional<Dtype> panel = panel_dtype(kind.dtype);
   const bool is_copied = panel && *panel != kind.dtype && !kind.transposed;
-  const bool on_tiles = panel && walks_on_tiles(*panel);
+  const bool on_tiles = panel && tile_walk(*panel) != nullptr;
   const int64_t least = on_tiles && panels_are_auto() ? kMinTileRows : kMinPanelRows;
   return is_copied || rows >= least ? panel : std::nullopt;
 }

@@ -76,6 +76,18 @@ inline bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& u
   return !library_reason(x.scalar_type(), y, update.rank()).empty();
 }
 
+// T = P Q of all rows, if the product in one pass that reads P, of so many columns, makes it itself.
+inline std::optional<OwnT> own_t_of(const Groups& groups, const Experts* experts, int64_t cols,
+                                    const at::Tensor& t, bool is_forward) {
+  const TileWalk* walk = groups.panel() ? tile_walk(*groups.panel()) : nullptr;
+  if (walk == nullptr || !groups.is_one() || experts != nullptr) return {};
+  const Segment& all = groups.segments()[0];
+  const AdapterView q = is_forward ? groups.a(all) : groups.b(all);
+  if (!walk->makes_t(cols, q)) return {};
+  return OwnT{q, is_forward ? groups.keep_scale() : groups.scaling(all),
+              is_forward ? groups.dropout() : Dropout{}, t.mutable_data_ptr<float>()};
+}
+
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.
 inline LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& order,
                            const at::Tensor& t, bool is_forward) {
