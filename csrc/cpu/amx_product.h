@@ -5,114 +5,11 @@
 //       for each 32 rows, inner block:    pack P's rows in tiles; they stay in the first cache
 //         for each 32 columns:            2 x 2 tiles of sums, += T U as more of the depth, store
 //
-// A block is rounded, and the next rows of P are fetched, among the next block's products. Under
-// dropout T U has sums of its own, which the mask selects from. Blocks depend on the depth alone.
+// While tiles multiply, the block before is rounded, the next rows of P are fetched and their mask is
+// drawn. T of one update of all rows is made of the packed rows. Under dropout T U has sums of its own,
+// which the mask selects from. Blocks depend on the depth alone. Packing P among products, too, was
+// slower: 1.1 times the whole, since tiles and copies wait for the same caches.
 #pragma once
-
-constexpr int64_t kStepElements = 2 * kTileElements;  // 32 rows or columns, 32 of the depth
-constexpr int64_t kSumTiles = 4 * kTileRows * kTileRows;
-// A depth of up to 1536 is one block: Q is packed once, and no sums are kept for the next.
-constexpr int64_t kWholeSteps = 48, kMostSteps = 40, kInnerSteps = 20, kMostBlocks = 18;
-constexpr int64_t kMostOwnT = 3;  // tiles of T for each row and step of the depth
-
-// In steps of 32.
-struct Depths {
-  int64_t steps, outer, inner;
-
-  explicit Depths(int64_t depth) : steps(round_up(depth, kTileDepth) / kTileDepth) {
-    const auto even = [](int64_t all, int64_t most) {
-      const int64_t parts = (all + most - 1) / most;
-      return (all + parts - 1) / parts;
-    };
-    outer = steps <= kWholeSteps ? steps : even(steps, kMostSteps);
-    inner = even(outer, kInnerSteps);
-  }
-  bool is_whole() const { return outer >= steps; }
-  // The pitch of a packed block of columns. Not a power of two: blocks would share lines of a cache.
-  int64_t pitch() const { return outer * kStepElements + kStepElements / 16; }
-};
-
-int64_t product_cols(int64_t depth) {
-  return std::min<int64_t>(kMostBlocks, 576 / Depths(depth).outer) * kRowBlock;
-}
-
-// Rows of a block that are still to be rounded and stored.
-struct Rounding {
-  const float *sums = nullptr, *added = nullptr;  // the second: under dropout
-  const uint32_t* keep = nullptr;
-  int64_t keep_pitch = 0;
-  const TileArgs* tile = nullptr;
-  BFloat16* y = nullptr;  // row 0 of the layer, at the block's first column
-  __mmask32 exists = 0;
-  const BFloat16* bias = nullptr;
-  int64_t first = 0, row = 0, end = 0;
-
-  bool is_done() const { return row >= end; }
-  void one() {
-    const float* sum = sums + row * kTileRows;
-    __m512 low = _mm512_load_ps(sum), high = _mm512_load_ps(sum + kSumTiles / 2);
-    if (bias != nullptr) {
-      const __m512i value = _mm512_maskz_loadu_epi16(exists, bias);
-      low = _mm512_add_ps(low, to_wide(_mm512_castsi512_si256(value)));
-      high = _mm512_add_ps(high, to_wide(_mm512_extracti64x4_epi64(value, 1)));
-    }
-    if (added != nullptr) {
-      const uint32_t kept = keep[row * keep_pitch];
-      const float* more = added + row * kTileRows;
-      low = _mm512_mask_add_ps(low, static_cast<__mmask16>(kept), low, _mm512_load_ps(more));
-      high = _mm512_mask_add_ps(high, static_cast<__mmask16>(kept >> 16), high,
-                                _mm512_load_ps(more + kSumTiles / 2));
-    }
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    __m512i bits;
-    std::memcpy(&bits, &rounded, sizeof(bits));
-    BFloat16* to = y + tile->rows[first + row++] * tile->y_pitch;
-    if (exists == 0xFFFFFFFFu) {
-      _mm512_storeu_si512(to, bits);
-    } else {
-      _mm512_mask_storeu_epi16(to, exists, bits);
-    }
-  }
-  void finish() {
-    while (!is_done()) one();
-  }
-};
-
-// For each group of columns T is made anew: a tile of its ranks takes two of four products for each
-// 32 columns, with two terms twice that. A pass of its own reads P once more.
-bool makes_t(int64_t cols, const AdapterView& q) {
-  const int64_t most = product_cols(q.cols), terms = q.dtype == Dtype::kBFloat16 ? 1 : 2;
-  const int64_t groups = (cols + most - 1) / most;
-  return groups * terms * round_up(q.rank, kTileRows) <= kMostOwnT * kTileRows;
-}
-
-inline void load_sums(const float* sums) {
-  _tile_loadd(0, sums, 64);
-  _tile_loadd(1, sums + kSumTiles / 4, 64);
-  _tile_loadd(2, sums + kSumTiles / 2, 64);
-  _tile_loadd(3, sums + kSumTiles / 4 * 3, 64);
-}
-
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-inline void store_sums(float* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kSumTiles / 4, 64);
-  _tile_stored(2, sums + kSumTiles / 2, 64);
-  _tile_stored(3, sums + kSumTiles / 4 * 3, 64);
-}
-
-inline void multiply_tiles() {
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 5, 6);
-  _tile_dpbf16ps(2, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
-}
 
 // The memory of a thread, from its start in bytes; all multiples of 64.
 struct ProductMemory {
@@ -137,9 +34,7 @@ struct ProductMemory {
     t_sums = own == nullptr ? 0 : row_blocks * kRowBlock * rank_pad * kFloatBytes;
     t_rows = own == nullptr ? 0 : kRowBlock * rank_pad * kFloatBytes;
   }
-  int64_t bytes() const {
-    return q + u + t + p + sums + last + factor + masked + t_sums + t_rows;
-  }
+  int64_t bytes() const { return q + u + t + p + sums + last + factor + masked + t_sums + t_rows; }
 };
 
 int64_t product_bytes(const FusedProduct& product, int64_t rows, int64_t cols) {
@@ -173,7 +68,7 @@ class TileWorker {
     blocks_ = round_up(task.cols.end - task.cols.begin, kRowBlock) / kRowBlock;
     for (int64_t step = 0; step < depths_.steps; step += depths_.outer) {
       const Range outer{step, std::min(step + depths_.outer, depths_.steps)};
-      if (!is_packed || !depths_.is_whole()) pack_q(outer);
+      if (!is_packed || !depths_.is_whole()) pack_q(product_, task, depths_, outer, q_);
       row_pointers(task_->rows.begin, next_);
       for (int64_t m = task_->rows.begin; m < task_->rows.end; m += kRowBlock) {
         std::copy_n(next_, kRowBlock, rows_);
@@ -198,24 +93,6 @@ class TileWorker {
     for (int64_t i = 0; i < kRowBlock; ++i) {
       const int64_t row = std::min(m + i, task_->rows.end - 1);
       rows[i] = p + product_.p_rows[row] * product_.p_pitch;
-    }
-  }
-
-  // Masked: keeps, of the rows and steps, what has a bit set.
-  template <bool kIsMasked>
-  void pack_p(BFloat16* to, int64_t count, Range steps, MaskBits keep) const {
-    constexpr int64_t kAtOnce = 4;
-    for (int64_t first = steps.begin; first < steps.end; first += kAtOnce) {
-      const int64_t end = std::min(first + kAtOnce, steps.end);
-      for (int64_t i = 0; i < kRowBlock; ++i) {
-        for (int64_t k = first; k < end; ++k) {
-          const int64_t left = i < count ? product_.depth - k * kTileDepth : 0;
-          __mmask32 exists = first_halves(left);
-          if (kIsMasked) exists &= keep.words[i * keep.pitch + k - steps.begin];
-          _mm512_store_si512(to + (k - steps.begin) * kStepElements + i * kTileDepth,
-                             _mm512_maskz_loadu_epi16(exists, rows_[i] + k * kTileDepth));
-        }
-      }
     }
   }
 
@@ -256,7 +133,7 @@ class TileWorker {
     float* sums = t_sums_ + first * factor.rank_pad;
     const BFloat16* p = p_;
     if (own.dropout.enabled()) {
-      pack_p<true>(masked_, count, steps, kept_);
+      pack_p<true>(rows_, count, product_.depth, steps, kept_, masked_);
       p = masked_;
     }
     if (steps.begin == 0) std::fill_n(sums, kRowBlock * factor.rank_pad, 0.0f);
@@ -269,52 +146,6 @@ class TileWorker {
       }
     }
     if (task_->cols.begin == 0) std::copy_n(t_rows_, count * rank, own.t + m * rank);
-  }
-
-  void pack_q(Range outer) const {
-    const MatrixView& q = product_.q;
-    const auto* in = static_cast<const BFloat16*>(task_->part->q) + task_->cols.begin * q.col_pitch;
-    const int64_t cols = task_->cols.end - task_->cols.begin;
-    const auto tiles_at = [&](int64_t block, int64_t step) {
-      return q_ + block * depths_.pitch() + (step - outer.begin) * kStepElements;
-    };
-    if (q.depth_pitch == 1) {
-      for (int64_t c = 0; c < blocks_ * kRowBlock; c += kTileRows) {
-        for (int64_t k = outer.begin; k < outer.end; ++k) {
-          const __mmask32 exists = first_halves(product_.depth - k * kTileDepth);
-          const BFloat16* at = in + c * q.col_pitch + k * kTileDepth;
-          __m512i rows[kTileRows];
-          for (int64_t i = 0; i < kTileRows; ++i) {
-            rows[i] = _mm512_maskz_loadu_epi16(c + i < cols ? exists : 0u, at + i * q.col_pitch);
-          }
-          transpose_pairs(rows, tiles_at(c / kRowBlock, k) + c % kRowBlock * kTileDepth);
-        }
-      }
-      return;
-    }
-    alignas(64) BFloat16 gathered[kRowBlock];
-    const auto row_at = [&](int64_t d, int64_t c) {
-      const __mmask32 exists = d < product_.depth ? first_halves(cols - c) : 0u;
-      const BFloat16* at = in + d * q.depth_pitch + c * q.col_pitch;
-      if (q.col_pitch == 1) {
-        __builtin_prefetch(at + 16 * q.depth_pitch);
-        return _mm512_maskz_loadu_epi16(exists, at);
-      }
-      for (int64_t i = 0; i < kRowBlock; ++i) {
-        if ((exists >> i & 1u) != 0) gathered[i] = at[i * q.col_pitch];
-      }
-      return _mm512_maskz_loadu_epi16(exists, gathered);
-    };
-    for (int64_t d = outer.begin * kTileDepth; d < outer.end * kTileDepth; d += 2) {
-      for (int64_t block = 0; block < blocks_; ++block) {
-        const __m512i even = row_at(d, block * kRowBlock), odd = row_at(d + 1, block * kRowBlock);
-        BFloat16* out = tiles_at(block, d / kTileDepth) + d % kTileDepth * kTileRows;
-        _mm512_store_si512(out,
-                           interleave(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd)));
-        _mm512_store_si512(out + kTileElements, interleave(_mm512_extracti64x4_epi64(even, 1),
-                                                           _mm512_extracti64x4_epi64(odd, 1)));
-      }
-    }
   }
 
   // Consecutive rows from m on with one update or none; how many spans.
@@ -349,9 +180,8 @@ class TileWorker {
     // Rows before the span have no T: a block's first row is row 0.
     auto* t = t_ + (rows.begin - m) * t_depth_;
     std::fill_n(t_, (rows.begin - m) * t_depth_, BFloat16{0});
-    const float* from = product_.own_t == nullptr
-                            ? update.t + (rows.begin - update.rows.begin) * rank
-                            : t_rows_;
+    const float* from =
+        product_.own_t == nullptr ? update.t + (rows.begin - update.rows.begin) * rank : t_rows_;
     pack_scaled_t(from, rank, u_is_half_, {0, rows.end - rows.begin}, update.scale, t);
   }
 
@@ -392,7 +222,7 @@ class TileWorker {
         if (drawn_ != std::pair(m, step)) draw(m, inner);
         drawing_.finish();
       }
-      pack_p<false>(p_, count, inner, {});
+      pack_p<false>(rows_, count, product_.depth, inner, {}, p_);
       if (product_.own_t != nullptr) make_t(m, count, inner);
       if (is_drawn) draw_next(m, inner, outer);
       int64_t num_spans = 0;

@@ -139,8 +139,8 @@ void shrink(const ShrinkArgs& args, Range rows) {
                                  kShrinkDepth / 32);
       }
       if (drop || args.rows.at != nullptr || block_rows < kRowBlock || depth % kTileDepth != 0) {
-        stage_rows(p, args.p_pitch, args.rows, block, depth, drop ? bits : nullptr, kShrinkDepth / 32,
-                   staged);
+        stage_rows(p, args.p_pitch, args.rows, block, depth, drop ? bits : nullptr,
+                   kShrinkDepth / 32, staged);
         a = {staged, kShrinkDepth, kTileRows * kShrinkDepth, kTileDepth};
       }
       q.multiply(a, {c / kTileDepth, (c + depth + kTileDepth - 1) / kTileDepth}, sums);

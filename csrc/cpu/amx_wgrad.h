@@ -121,9 +121,10 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
           dropout_bits<AmxDropout>(args.dropout, args.row_index, block, {c0, c1}, bits, kBitsPitch);
         }
         const bool is_whole = !drop && slab_cols % kTileDepth == 0 && m + kTileDepth <= args.rows;
-        (is_whole ? stage_pairs<true> : stage_pairs<false>)(
-            static_cast<const BFloat16*>(args.p) + c0, args.p_pitch, args.row_index, block,
-            slab_cols, mask, staged + (m - m0) / 2 * kStagedPitch);
+        (is_whole ? stage_pairs<true>
+                  : stage_pairs<false>)(static_cast<const BFloat16*>(args.p) + c0, args.p_pitch,
+                                        args.row_index, block, slab_cols, mask,
+                                        staged + (m - m0) / 2 * kStagedPitch);
         if (expand.y == nullptr) continue;
         for (int64_t c = 0; c < slab_cols; c += kColBlock)
           expand_block(expand, m, block.end - m, c0 + c, drop ? mask.at(0, c).words : nullptr,
@@ -132,8 +133,7 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
       for (int64_t c = 0; c < slab_cols; c += kColBlock) {
         for (int64_t j = 0; j < rank_pad; j += kTileRows) {
           wgrad_tiles(t + j * kTileDepth, t_pitch, staged + 2 * c, p_pitch,
-                      (m1 - m0 + kTileDepth - 1) / kTileDepth,
-                      sums + c * rank_pad + j * kColBlock);
+                      (m1 - m0 + kTileDepth - 1) / kTileDepth, sums + c * rank_pad + j * kColBlock);
         }
       }
     }

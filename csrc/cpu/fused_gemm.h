@@ -63,7 +63,7 @@ struct TileWalk {
   int64_t whole_depth;             // of a deeper product Q is packed for each task
   int64_t (*cols)(int64_t depth);  // of a task at most
   // Whether T = P Q of all rows is better made here than by shrink, for so many columns of Y.
-  bool (*makes_t)(int64_t cols, const AdapterView& q);
+  bool (*makes_t)(int64_t cols, const AdapterView& q, bool is_masked);
   // What a thread needs for tasks of at most so many rows and columns.
   int64_t (*bytes)(const FusedProduct& product, int64_t rows, int64_t cols);
   void (*run)(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,

@@ -208,10 +208,10 @@ void add_columns(ColumnPieces& pieces, const Groups& groups, const Segment& segm
   const int64_t threads = groups.is_one() ? threads_for(total) : 2 * at::get_num_threads();
   const int64_t share = std::max<int64_t>(1, total / (4 * threads) / per_column);
   // Of one adapter in whole slabs of wgrad, unless there are fewer columns than threads times that.
-  const int64_t step = groups.is_one() ? round_up(std::min(divide_up(columns, threads),
-                                                           std::max(share, kColumnSlab)),
-                                                  granule)
-                                       : round_up(share, kColumnBlock);
+  const int64_t step =
+      groups.is_one()
+          ? round_up(std::min(divide_up(columns, threads), std::max(share, kColumnSlab)), granule)
+          : round_up(share, kColumnBlock);
   for (int64_t column = 0; column < columns; column += step) {
     const Range range{column, std::min(column + step, columns)};
     pieces.push_back({&segment, over_x, range, per_column * (range.end - range.begin)});

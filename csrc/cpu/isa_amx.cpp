@@ -47,7 +47,10 @@ namespace {
 #include "cpu/amx_shrink.h"
 #include "cpu/amx_expand.h"
 #include "cpu/amx_wgrad.h"
+#include "cpu/amx_blocks.h"
+#include "cpu/amx_rounding.h"
 #include "cpu/amx_drawing.h"
+#include "cpu/amx_packing.h"
 #include "cpu/amx_product.h"
 // clang-format on
 

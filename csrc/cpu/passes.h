@@ -83,9 +83,10 @@ inline std::optional<OwnT> own_t_of(const Groups& groups, const Experts* experts
   if (walk == nullptr || !groups.is_one() || experts != nullptr) return {};
   const Segment& all = groups.segments()[0];
   const AdapterView q = is_forward ? groups.a(all) : groups.b(all);
-  if (!walk->makes_t(cols, q)) return {};
-  return OwnT{q, is_forward ? groups.keep_scale() : groups.scaling(all),
-              is_forward ? groups.dropout() : Dropout{}, t.mutable_data_ptr<float>()};
+  const Dropout dropout = is_forward ? groups.dropout() : Dropout{};
+  if (!walk->makes_t(cols, q, dropout.enabled())) return {};
+  const float scale = is_forward ? groups.keep_scale() : groups.scaling(all);
+  return OwnT{q, scale, dropout, t.mutable_data_ptr<float>()};
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.

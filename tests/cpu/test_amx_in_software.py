@@ -26,60 +26,70 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def build(folder, amx_source):
+def compiled(folder, source, *more):
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    out = folder / f"{Path(source).stem}.o"
+    subprocess.run([*compiler, *FLAGS, *more, "-c", str(source), "-o", str(out)], check=True)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The objects of the program beside isa_amx.cpp."""
+    folder = tmp_path_factory.mktemp("others")
+    csrc = ROOT / "csrc/cpu"
+    sources = (csrc / "isa_avx512.cpp", csrc / "isa_portable.cpp", HERE / "compare_amx.cpp")
+    return [compiled(folder, source) for source in sources]
+
+
+def build(folder, amx_source, others):
     """The program with the passes of a source of isa_amx.cpp."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    objects = []
-    sources = [
-        (amx_source, ["-include", str(HERE / "software_tiles.h")]),
-        (ROOT / "csrc/cpu/isa_avx512.cpp", []),
-        (ROOT / "csrc/cpu/isa_portable.cpp", []),
-        (HERE / "compare_amx.cpp", []),
-    ]
-    for source, more in sources:
-        objects.append(str(folder / f"{Path(source).stem}.o"))
-        subprocess.run([*compiler, *FLAGS, *more, "-c", str(source), "-o", objects[-1]], check=True)
+    own = compiled(folder, amx_source, "-include", str(HERE / "software_tiles.h"))
     program = folder / "compare_amx"
-    subprocess.run([*compiler, *objects, "-o", str(program)], check=True)
+    subprocess.run([*compiler, own, *others, "-o", str(program)], check=True)
     return program
 
 
-def run(program):
-    return subprocess.run([program], capture_output=True, text=True, timeout=600)
+def run(program, *more):
+    return subprocess.run([program, *more], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow
-def test_tiles_compute_what_vectors_do(tmp_path):
-    done = run(build(tmp_path, ROOT / "csrc/cpu/isa_amx.cpp"))
+def test_tiles_compute_what_vectors_do(tmp_path, others):
+    done = run(build(tmp_path, ROOT / "csrc/cpu/isa_amx.cpp", others))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stdout == "5664 cases, 0 differ\n"
 
 
-FAULTS = {
-    "amx_shrink.h": ("index[range.begin + m]", "(range.begin + m)"),
-    "amx_wgrad.h": ("const BFloat16 *even = row_at(m), *odd = row_at(m + 1);",
-                    "const BFloat16 *even = row_at(m), *odd = row_at(m);"),
-    "amx_product.h": ("if (!is_same) packed_ = nullptr;", ""),
-    "amx_expand.h": ("args.rows[row + m]", "(row + m)"),
-    "amx_tiles.h": ("lo = to_half(_mm512_maskz_mov_ps(", "lo = to_half(_mm512_maskz_mov_ps(0u & "),
-}  # fmt: skip
+FAULTS = [
+    ("amx_shrink.h", "index[range.begin + m]", "(range.begin + m)"),
+    ("amx_wgrad.h", "index[range.begin + m + i]", "index[range.begin + m]"),
+    ("amx_expand.h", "args.rows[row + m]", "(row + m)"),
+    ("amx_tiles.h", "lo = to_half(_mm512_maskz_mov_ps(", "lo = to_half(_mm512_maskz_mov_ps(0u & "),
+    ("amx_packing.h", "keep.words[i * keep.pitch", "keep.words[0 * keep.pitch"),
+    ("amx_drawing.h", "(group + static_cast<uint32_t>(i))", "group"),
+    ("amx_rounding.h", "keep[row * keep_pitch]", "keep[0 * keep_pitch]"),
+    ("amx_product.h", "if (!is_same) packed_ = nullptr;", ""),
+    ("amx_product.h", "if (task_->cols.begin == 0) std::copy_n", "if (false) std::copy_n"),
+    ("amx_product.h", "if (steps.begin == 0) std::fill_n(sums", "if (false) std::fill_n(sums"),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_seen(tmp_path, name):
-    before, after = FAULTS[name]
+@pytest.mark.parametrize(("name", "before", "after"), FAULTS)
+def test_a_planted_fault_is_seen(tmp_path, others, name, before, after):
     copies = tmp_path / "cpu"
     copies.mkdir()
-    for header in ("amx_tiles.h", "amx_shrink.h", "amx_expand.h", "amx_wgrad.h", "amx_product.h"):
-        text = (ROOT / "csrc/cpu" / header).read_text()
-        if header == name:
+    for header in (ROOT / "csrc/cpu").glob("amx_*.h"):
+        text = header.read_text()
+        if header.name == name:
             assert before in text
             text = text.replace(before, after)
-        (copies / header).write_text(text)
+        (copies / header.name).write_text(text)
     source = tmp_path / "isa_amx.cpp"
     text = (ROOT / "csrc/cpu/isa_amx.cpp").read_text()
     source.write_text(text.replace('#include "cpu/amx_', f'#include "{copies}/amx_'))
-    done = run(build(tmp_path, source))
+    done = run(build(tmp_path, source, others), "the first")
     assert done.returncode == 1, done.stdout[-2000:]
     assert "differs: " in done.stdout
