@@ -20,13 +20,20 @@ void pack_expand(const AdapterView& adapter, void* panel) {
   auto* out = static_cast<BFloat16*>(panel);
   for (int64_t c = 0; c < round_up(adapter.cols, kColBlock); c += kTileRows) {
     const int64_t cols = std::clamp<int64_t>(adapter.cols - c, 0, kTileRows);
-    if (is_half && adapter.rank_pitch == 1) {
-      // Both terms of U are the adapter's rows: pairs of ranks are transposed as they are.
-      alignas(64) BFloat16 rows[kTileRows][kMaxRank * 2] = {};
-      const auto* in = static_cast<const BFloat16*>(adapter.data) + c * adapter.col_pitch;
-      for (int64_t i = 0; i < cols; ++i, in += adapter.col_pitch) {
-        std::copy_n(in, adapter.rank, rows[i]);
-        std::copy_n(in, adapter.rank, rows[i] + adapter.rank);
+    if (adapter.rank_pitch == 1) {
+      // A column's terms beside each other; pairs of ranks are transposed.
+      alignas(64) BFloat16 rows[kTileRows][kMaxRank * 3];
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        std::fill(rows[i] + (i < cols ? inner : 0), rows[i] + depth, BFloat16{0});
+        for (int64_t j = 0; i < cols && j < adapter.rank; j += kTileRows) {
+          const int64_t left = adapter.rank - j, index = (c + i) * adapter.col_pitch + j;
+          const auto exists = static_cast<__mmask16>(first_halves(left));
+          const Split value(load_adapter(adapter, index, 1, left));
+          _mm256_mask_storeu_epi16(rows[i] + j, exists, value.hi);
+          _mm256_mask_storeu_epi16(rows[i] + adapter.rank + j, exists, value.hi);
+          if (is_half) continue;
+          _mm256_mask_storeu_epi16(rows[i] + 2 * adapter.rank + j, exists, value.lo);
+        }
       }
       for (int64_t k = 0; k < depth; k += kTileDepth, out += kTileElements) {
         __m512i pairs[kTileRows];
@@ -39,6 +46,10 @@ void pack_expand(const AdapterView& adapter, void* panel) {
     const auto inner_row = [&](int64_t k) {
       if (k >= inner || cols == 0) return _mm256_setzero_si256();
       const int64_t index = k % adapter.rank * adapter.rank_pitch + c * adapter.col_pitch;
+      if (is_half && adapter.col_pitch == 1) {
+        const auto* in = static_cast<const BFloat16*>(adapter.data) + index;
+        return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first_halves(cols) & 0xFFFFu, in));
+      }
       const Split value(load_adapter(adapter, index, adapter.col_pitch, cols));
       return k / adapter.rank == 2 ? value.lo : value.hi;
     };

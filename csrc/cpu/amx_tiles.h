@@ -51,6 +51,10 @@ inline __m512 to_wide(__m256i half) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+inline __m512i joined(__m256i low, __m256i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 // Splits sixteen floats into hi + lo. A finite float that would round to infinity is truncated
 // instead; if hi is infinite or NaN, lo is 0, since Inf - Inf is NaN.
 struct Split {
