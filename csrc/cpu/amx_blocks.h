@@ -29,14 +29,14 @@ int64_t product_cols(int64_t depth) {
 }
 
 // Each group of columns makes T anew: for a tile of its ranks two products beside four for each 32
-// columns, under a mask also a copy of P. A pass of its own reads P from memory once more. Own T
-// takes 0.95 of a forward with that for one group, 0.97 for two, 1.02 for three, or 0.98 where rows are
-// deep; with more tiles of T, or a mask and two groups, 1.03 to 1.3.
+// columns, under a mask also a copy of P. A pass of its own reads P from memory once more. Own T takes
+// 0.95 of a forward with that for one group, 0.96 to 1.0 for two; for three, more tiles of T, or a mask
+// and two groups, 1.0 to 1.1.
 bool makes_t(int64_t cols, const AdapterView& q, bool is_masked) {
   const int64_t most = product_cols(q.cols), groups = (cols + most - 1) / most;
   const int64_t terms = q.dtype == Dtype::kBFloat16 ? 1 : 2;
   const int64_t tiles = groups * terms * round_up(q.rank, kTileRows) / kTileRows;
-  return groups == 1 || (!is_masked && tiles <= (Depths(q.cols).is_whole() ? 2 : 3));
+  return groups == 1 || (!is_masked && tiles <= 2);
 }
 
 inline void load_sums(const float* sums) {

@@ -5,10 +5,10 @@
 //       for each 32 rows, inner block:    pack P's rows in tiles; they stay in the first cache
 //         for each 32 columns:            2 x 2 tiles of sums, += T U as more of the depth, store
 //
-// While tiles multiply, the block before is rounded, the next rows of P are fetched and their mask is
-// drawn. T of one update of all rows is made of the packed rows. Under dropout T U has sums of its own,
-// which the mask selects from. Blocks depend on the depth alone. Packing P among products, too, was
-// slower: 1.1 times the whole, since tiles and copies wait for the same caches.
+// While tiles multiply, the block before is rounded and the next rows of P are fetched. T of one update
+// of all rows is made of the packed rows. Under dropout T U has sums of its own, which the mask selects
+// from. Blocks depend on the depth alone. Among tiles' products vector code takes about twice its own
+// time: packing P there made the whole 1.1 times as slow, and masks are drawn before the product.
 #pragma once
 
 // The memory of a thread, from its start in bytes; all multiples of 64.
@@ -30,7 +30,7 @@ struct ProductMemory {
     const OwnT* own = product.own_t;
     const int64_t rank_pad = round_up(rank, kTileRows);
     factor = own == nullptr ? 0 : shrink_panel_bytes(rank, product.depth);
-    masked = own == nullptr || !own->dropout.enabled() ? 0 : p;
+    masked = own == nullptr || own->mask.words == nullptr ? 0 : p;
     t_sums = own == nullptr ? 0 : row_blocks * kRowBlock * rank_pad * kFloatBytes;
     t_rows = own == nullptr ? 0 : kRowBlock * rank_pad * kFloatBytes;
   }
@@ -64,7 +64,7 @@ class TileWorker {
     const bool is_same = task_ != nullptr && task_->cols.begin == task.cols.begin;
     const bool is_packed = is_same && task_->part == task.part;
     if (!is_same) packed_ = nullptr;
-    task_ = &task, tile_.bias = task.part->bias, drawn_ = {-1, -1};
+    task_ = &task, tile_.bias = task.part->bias;
     blocks_ = round_up(task.cols.end - task.cols.begin, kRowBlock) / kRowBlock;
     for (int64_t step = 0; step < depths_.steps; step += depths_.outer) {
       const Range outer{step, std::min(step + depths_.outer, depths_.steps)};
@@ -96,35 +96,6 @@ class TileWorker {
     }
   }
 
-  bool masks_p() const { return product_.own_t != nullptr && product_.own_t->dropout.enabled(); }
-  bool masks_y() const { return tile_.dropout.enabled() && !product_.updates.empty(); }
-
-  // Starts to draw the mask of T or of Y for the rows from m on; that of T is of so many steps.
-  void draw(int64_t m, Range steps) {
-    const Range rows{m, m + count_of(m)};
-    if (masks_p()) {
-      turn_of_kept_ = 1 - turn_of_kept_;
-      kept_ = {kept_words_[turn_of_kept_], kInnerSteps};
-      drawing_.start(product_.own_t->dropout, {}, rows,
-                     {steps.begin * kTileDepth, steps.end * kTileDepth}, kept_);
-    } else {
-      drawing_.start(tile_.dropout, tile_.rows, rows, task_->cols,
-                     tile_.mask.at(m, task_->cols.begin));
-    }
-    drawn_ = {m, steps.begin};
-  }
-
-  // What the next rows or steps need, among the products of these.
-  void draw_next(int64_t m, Range steps, Range outer) {
-    const bool is_same_rows = masks_p() && steps.end < outer.end;
-    if (!is_same_rows) m += kRowBlock;
-    if (m >= task_->rows.end) return;
-    const int64_t first = is_same_rows ? steps.end : masks_p() ? outer.begin : steps.begin;
-    draw(m, {first, std::min(first + depths_.inner, outer.end)});
-    const int64_t products = blocks_ * (steps.end - steps.begin);
-    drawn_each_ = (drawing_.left() + products - 1) / products;
-  }
-
   // T of the rows from m on; whole after the last steps. The first group of columns stores it.
   void make_t(int64_t m, int64_t count, Range steps) {
     const OwnT& own = *product_.own_t;
@@ -132,8 +103,9 @@ class TileWorker {
     const int64_t first = depths_.is_whole() ? 0 : m - task_->rows.begin;
     float* sums = t_sums_ + first * factor.rank_pad;
     const BFloat16* p = p_;
-    if (own.dropout.enabled()) {
-      pack_p<true>(rows_, count, product_.depth, steps, kept_, masked_);
+    if (own.mask.words != nullptr) {
+      pack_p<true>(rows_, count, product_.depth, steps, own.mask.at(m, steps.begin * kTileDepth),
+                   masked_);
       p = masked_;
     }
     if (steps.begin == 0) std::fill_n(sums, kRowBlock * factor.rank_pad, 0.0f);
@@ -212,19 +184,13 @@ class TileWorker {
 
   void multiply_rows(int64_t m, Range outer) {
     const int64_t count = count_of(m), ahead = std::min<int64_t>(4, (kRowBlock - 1) / blocks_ + 1);
-    const bool drop = tile_.dropout.enabled();
+    const bool drop = tile_.mask.words != nullptr;
     Span spans[kRowBlock];
     for (int64_t step = outer.begin; step < outer.end; step += depths_.inner) {
       const Range inner{step, std::min(step + depths_.inner, outer.end)};
       const bool is_last = inner.end == depths_.steps;
-      const bool is_drawn = masks_p() || (is_last && masks_y());
-      if (is_drawn) {
-        if (drawn_ != std::pair(m, step)) draw(m, inner);
-        drawing_.finish();
-      }
       pack_p<false>(rows_, count, product_.depth, inner, {}, p_);
       if (product_.own_t != nullptr) make_t(m, count, inner);
-      if (is_drawn) draw_next(m, inner, outer);
       int64_t num_spans = 0;
       if (is_last) {
         num_spans = spans_of(m, count, spans);
@@ -261,7 +227,7 @@ class TileWorker {
 
   // Rows of several adapters: each has the sums of a block that is all its own.
   void round_spans(int64_t m, const Span* spans, int64_t num_spans) {
-    const bool drop = tile_.dropout.enabled();
+    const bool drop = tile_.mask.words != nullptr;
     rounding_.finish();
     for (int64_t i = 0; i < num_spans; ++i) {
       const auto& [rows, update] = spans[i];
@@ -302,7 +268,6 @@ class TileWorker {
       _tile_stream_loadd(7, q + kTileElements, 64);
       multiply_tiles();
       for (int64_t i = 0; i < rounded && !rounding_.is_done(); ++i) rounding_.one();
-      for (int64_t i = 0; i < drawn_each_ && !drawing_.is_done(); ++i) drawing_.one();
       for (int64_t i = 0; i < fetch.count; ++i) {
         _mm_prefetch(reinterpret_cast<const char*>(fetch.rows[i] + fetch.depth + k * kTileDepth),
                      _MM_HINT_T1);
@@ -323,11 +288,6 @@ class TileWorker {
   bool u_is_half_ = false;
   int64_t t_depth_ = 0, turn_ = 0;
   Rounding rounding_;
-  Drawing drawing_;
-  std::pair<int64_t, int64_t> drawn_{-1, -1};  // the rows and first step of the last mask
-  int64_t drawn_each_ = 0, turn_of_kept_ = 0;  // so many pieces for each step of a product
-  uint32_t kept_words_[2][kRowBlock * kInnerSteps];
-  MaskBits kept_;
 };
 
 void run_product(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,

@@ -107,9 +107,8 @@ class BackwardPass {
     low_rank.own_t = own_t;
     if (groups_.dropout().enabled() && tile_walk(panel) != nullptr) {
       // Drawn once, for dX and dA, which reads whole blocks of 64 columns.
-      const int64_t words = 2 * divide_up(args_.x.size(1), 64);
-      kept_ = at::empty({args_.grad.size(0), words}, at::kInt);
-      mask_ = {reinterpret_cast<uint32_t*>(kept_.mutable_data_ptr<int32_t>()), words};
+      kept_ = drawn_mask(groups_.dropout(), low_rank.rows, args_.grad.size(0), args_.x.size(1));
+      mask_ = bits_of(kept_);
       low_rank.mask = mask_;
       is_sorted_ = !order.empty();
     }

@@ -39,7 +39,7 @@ struct LowRank {
   std::vector<RowUpdate> updates{};  // in the order of their rows
   Dropout dropout{};
   RowIndex rows{};  // the order in which rows are multiplied
-  MaskBits mask{};  // where a walk on tiles draws the mask
+  MaskBits mask{};  // drawn before, for a walk on tiles
   std::optional<OwnT> own_t{};
 };
 

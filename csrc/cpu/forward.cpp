@@ -41,6 +41,11 @@ class ForwardPass {
     const at::Tensor t = is_dense ? s_ : empty_s();
     LowRank low_rank = low_rank_of(groups_, order, t, true);
     low_rank.own_t = own_t_of(groups_, experts_, args_.update.out_features(), t, true);
+    at::Tensor kept;
+    if (low_rank.own_t && groups_.dropout().enabled()) {
+      kept = drawn_mask(groups_.dropout(), {}, args_.x.size(0), args_.x.size(1));
+      low_rank.own_t->mask = bits_of(kept);
+    }
     if (!low_rank.own_t) {
       make_s_and(
           [&](Thread&, const RowPiece& piece, const float* rows) {

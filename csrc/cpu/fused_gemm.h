@@ -35,7 +35,7 @@ struct TileArgs {
   const float* low_rank;  // of the tile, row pitch 64; or null
   Dropout dropout;        // of the low-rank part
   RowIndex rows;
-  MaskBits mask{};  // of all rows of the product, where a walk on tiles draws it
+  MaskBits mask{};  // of all rows of the product, drawn before, if it walks on tiles
 };
 
 // The update of all rows, if a walk on tiles makes its T as it packs P: with the bits of shrink,
@@ -43,8 +43,8 @@ struct TileArgs {
 struct OwnT {
   AdapterView q;
   float scale;
-  Dropout dropout;
-  float* t;  // [rows, rank], dense
+  MaskBits mask;  // of P, or none
+  float* t;       // [rows, rank], dense
 };
 
 // A strided matrix: element (d, c) of Q.

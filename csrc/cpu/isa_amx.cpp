@@ -49,7 +49,6 @@ namespace {
 #include "cpu/amx_wgrad.h"
 #include "cpu/amx_blocks.h"
 #include "cpu/amx_rounding.h"
-#include "cpu/amx_drawing.h"
 #include "cpu/amx_packing.h"
 #include "cpu/amx_product.h"
 // clang-format on

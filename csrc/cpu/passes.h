@@ -76,6 +76,22 @@ inline bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& u
   return !library_reason(x.scalar_type(), y, update.rank()).empty();
 }
 
+inline MaskBits bits_of(const at::Tensor& mask) {
+  return {reinterpret_cast<uint32_t*>(mask.mutable_data_ptr<int32_t>()), mask.size(1)};
+}
+
+// The mask of a product's rows and so many columns, in whole blocks of 64: [rows, words].
+inline at::Tensor drawn_mask(const Dropout& dropout, RowIndex index, int64_t rows, int64_t cols) {
+  const at::Tensor mask = at::empty({rows, 2 * divide_up(cols, 64)}, at::kInt);
+  const int64_t threads = threads_for(4 * rows * cols);  // as long as 4 multiply-adds
+  at::parallel_for(0, rows, divide_up(rows, threads), [&](int64_t begin, int64_t end) {
+    kernels_for(Dtype::kBFloat16)
+        ->dropout_bits(dropout, index, {begin, end}, {0, cols}, bits_of(mask).at(begin, 0).words,
+                       mask.size(1));
+  });
+  return mask;
+}
+
 // T = P Q of all rows, if the product in one pass that reads P, of so many columns, makes it itself.
 inline std::optional<OwnT> own_t_of(const Groups& groups, const Experts* experts, int64_t cols,
                                     const at::Tensor& t, bool is_forward) {
@@ -83,10 +99,9 @@ inline std::optional<OwnT> own_t_of(const Groups& groups, const Experts* experts
   if (walk == nullptr || !groups.is_one() || experts != nullptr) return {};
   const Segment& all = groups.segments()[0];
   const AdapterView q = is_forward ? groups.a(all) : groups.b(all);
-  const Dropout dropout = is_forward ? groups.dropout() : Dropout{};
-  if (!walk->makes_t(cols, q, dropout.enabled())) return {};
+  if (!walk->makes_t(cols, q, is_forward && groups.dropout().enabled())) return {};
   const float scale = is_forward ? groups.keep_scale() : groups.scaling(all);
-  return OwnT{q, scale, dropout, t.mutable_data_ptr<float>()};
+  return OwnT{q, scale, {}, t.mutable_data_ptr<float>()};
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.

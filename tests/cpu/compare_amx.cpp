@@ -90,8 +90,7 @@ struct Operands {
   RowIndex index() const { return {c.scattered ? rows.data() : nullptr}; }
   Dropout dropout() const {
     Dropout own;
-    // Words of the mask begin with a draw, or within one.
-    if (c.drop) own = {12345, 3, c.float_adapter ? 64 : 5, philox::kKeepOne / 2};
+    if (c.drop) own = {12345, 3, 5, philox::kKeepOne / 2};
     return own;
   }
 };
@@ -189,6 +188,18 @@ bool same(const std::vector<BFloat16>& a, const std::vector<BFloat16>& b) {
   });
 }
 
+// A mask that is drawn before a product, or none.
+struct Drawn {
+  Drawn(const Dropout& dropout, RowIndex index, int64_t rows, int64_t cols)
+      : words(static_cast<size_t>(rows * ((cols + 31) / 32))) {
+    if (!dropout.enabled()) return;
+    bits = {words.data(), (cols + 31) / 32};
+    portable_kernels()->dropout_bits(dropout, index, {0, rows}, {0, cols}, bits.words, bits.pitch);
+  }
+  std::vector<uint32_t> words;
+  MaskBits bits;
+};
+
 // T by the walk, of a masked P or for a masked Y, beside T by shrink.
 bool own_t_is_right(const ProductCase& c) {
   const FusedGemmKernels& kernels = *amx_fused_gemm();
@@ -196,8 +207,8 @@ bool own_t_is_right(const ProductCase& c) {
   const Operands u({c.rows, c.cols, c.rank, c.float_adapter, false, c.drop, false});
   const auto q = halves(c.depth * c.cols, 2);
   const Dropout of_p = c.has_bias ? x.dropout() : Dropout{};
-  const int64_t words = (c.cols + 31) / 32;
-  std::vector<uint32_t> mask(static_cast<size_t>(c.rows * words));
+  const Dropout of_y = c.has_bias ? Dropout{} : u.dropout();
+  const Drawn mask_of_p(of_p, {}, c.rows, c.depth), mask_of_y(of_y, {}, c.rows, c.cols);
   const std::vector<BasePart> parts{{{0, c.rows}, q.data(), nullptr}};
   std::vector<float> t(static_cast<size_t>(c.rows * c.rank)), own(t.size());
   const std::vector<RowUpdate> updates{{{0, c.rows}, t.data(), u.view(), 0.5f}};
@@ -207,11 +218,10 @@ bool own_t_is_right(const ProductCase& c) {
                          !c.float_adapter, 2.0f, t.data(), of_p},
                         {0, c.rows});
   std::vector<BFloat16> y(u.y), y_of_own(u.y);
-  const OwnT made{x.view(), 2.0f, of_p, own.data()};
+  const OwnT made{x.view(), 2.0f, mask_of_p.bits, own.data()};
   for (const bool is_own : {false, true}) {
     TileArgs tile{(is_own ? y_of_own : y).data(), Dtype::kBFloat16, c.cols};
-    tile.mask = {mask.data(), words};
-    if (!c.has_bias) tile.dropout = u.dropout();
+    tile.dropout = of_y, tile.mask = mask_of_y.bits;
     run_walk({kernels, Dtype::kBFloat16, x.p.data(), Dtype::kBFloat16, c.depth, RowIndex{}, c.depth,
               c.cols, MatrixView{nullptr, Dtype::kBFloat16, c.cols, 1}, tile, parts, updates,
               is_own ? &made : nullptr},
@@ -229,10 +239,9 @@ bool product_is_right(const ProductCase& c) {
   std::vector<BFloat16> y(o.y);
   const MatrixView view{q.data(), Dtype::kBFloat16, c.along_depth ? 1 : c.cols,
                         c.along_depth ? c.depth : 1};
-  const int64_t words = (c.cols + 31) / 32;
-  std::vector<uint32_t> mask(static_cast<size_t>(c.rows * words));
+  const Drawn mask(o.dropout(), o.index(), c.rows, c.cols);
   TileArgs tile{y.data(), Dtype::kBFloat16, c.cols,    nullptr,
-                nullptr,  o.dropout(),      o.index(), {mask.data(), words}};
+                nullptr,  o.dropout(),      o.index(), mask.bits};
   const std::vector<BasePart> parts{{{0, c.rows}, q.data(), c.has_bias ? bias.data() : nullptr}};
   std::vector<RowUpdate> updates;
   const auto update = [&](int64_t begin, int64_t end, float scale) {
@@ -253,11 +262,6 @@ bool product_is_right(const ProductCase& c) {
                              parts,    updates};
   run_walk(product, c.rows);
 
-  std::vector<uint32_t> bits(static_cast<size_t>(c.rows * words), 0xFFFFFFFFu);
-  if (c.drop) {
-    portable_kernels()->dropout_bits(o.dropout(), o.index(), {0, c.rows}, {0, c.cols}, bits.data(),
-                                     words);
-  }
   const AdapterView u = o.view();
   const auto u_at = [&](int64_t j, int64_t col) {
     const int64_t at = j * u.rank_pitch + col * u.col_pitch;
@@ -272,7 +276,8 @@ bool product_is_right(const ProductCase& c) {
         sum +=
             to_float(p[row * pitch + d]) * to_float(q[d * view.depth_pitch + col * view.col_pitch]);
       }
-      const bool is_kept = (bits[m * words + col / 32] >> (col % 32) & 1u) != 0;
+      const bool is_kept =
+          mask.bits.words == nullptr || (*mask.bits.at(m, col).words >> (col % 32) & 1u) != 0;
       for (const RowUpdate& each : updates) {
         for (int64_t j = 0; is_kept && each.rows.begin <= m && m < each.rows.end && j < c.rank;
              ++j) {

@@ -68,7 +68,6 @@ FAULTS = [
     ("amx_expand.h", "args.rows[row + m]", "(row + m)"),
     ("amx_tiles.h", "lo = to_half(_mm512_maskz_mov_ps(", "lo = to_half(_mm512_maskz_mov_ps(0u & "),
     ("amx_packing.h", "keep.words[i * keep.pitch", "keep.words[0 * keep.pitch"),
-    ("amx_drawing.h", "(group + static_cast<uint32_t>(i))", "group"),
     ("amx_rounding.h", "keep[row * keep_pitch]", "keep[0 * keep_pitch]"),
     ("amx_product.h", "if (!is_same) packed_ = nullptr;", ""),
     ("amx_product.h", "if (task_->cols.begin == 0) std::copy_n", "if (false) std::copy_n"),
