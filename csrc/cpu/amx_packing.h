@@ -14,7 +14,7 @@ void pack_p(const BFloat16* const* rows, int64_t count, int64_t depth, Range ste
       for (int64_t k = first; k < end; ++k) {
         const int64_t left = i < count ? depth - k * kTileDepth : 0;
         __mmask32 exists = first_halves(left);
-        if (kIsMasked) exists &= keep.words[i * keep.pitch + k - steps.begin];
+        if (kIsMasked && i < count) exists &= keep.words[i * keep.pitch + k - steps.begin];
         _mm512_store_si512(to + (k - steps.begin) * kStepElements + i * kTileDepth,
                            _mm512_maskz_loadu_epi16(exists, rows[i] + k * kTileDepth));
       }

@@ -1,7 +1,7 @@
 // The passes on AMX tiles, which are software here, against those of portable vectors: the same
 // integers, at every number of rows, columns and ranks around the tiles' edges, for rows that lie
-// together and rows that do not. Prints the cases that differ; exit status 1 if there is one. With an
-// argument it ends at the first.
+// together and rows that do not. Prints the cases that differ; exit status 1 if there is one. With the
+// argument "first" it ends there; a number n: only every n-th case.
 //
 // Integers up to 300 have two bfloat16 terms, up to 100 one. Of two factors no more than one has
 // two: the product of both second terms is left out by design.
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "cpu/fused_product.h"
@@ -290,7 +291,7 @@ bool product_is_right(const ProductCase& c) {
   return same(y, wanted);
 }
 
-void compare_products(int& cases, int& wrong, bool ends_early) {
+void compare_products(int& cases, int& wrong, int every, bool ends_early) {
   for (const int64_t rows : {1, 33, 70}) {
     for (const int64_t depth : {1, 33, 700, 1600}) {
       for (const int64_t cols : {1, 33, 130}) {
@@ -298,7 +299,7 @@ void compare_products(int& cases, int& wrong, bool ends_early) {
           const auto is = [&](int flag) { return (flags >> flag & 1) != 0; };
           const ProductCase c{rows,  depth, cols,  is(0) ? 17 : 5, is(1),
                               is(2), is(3), is(4), is(5),          is(0) != is(3)};
-          ++cases;
+          if (++cases % every != 0) continue;
           const bool has_own_t = !c.many && !c.scattered;
           if (product_is_right(c) && (!has_own_t || own_t_is_right(c))) continue;
           ++wrong;
@@ -313,8 +314,9 @@ void compare_products(int& cases, int& wrong, bool ends_early) {
 
 }  // namespace
 
-int main(int count, char**) {
-  const bool ends_early = count > 1;
+int main(int count, char** arguments) {
+  const bool ends_early = count > 1 && std::string(arguments[1]) == "first";
+  const int every = count > 1 && !ends_early ? std::stoi(arguments[1]) : 1;
   if (amx_kernels() == nullptr) {
     std::printf("this processor lacks AVX512_BF16\n");
     return 2;
@@ -331,8 +333,8 @@ int main(int count, char**) {
                        (flags & 2) != 0,
                        (flags & 4) != 0,
                        (flags & 8) != 0};
+          if (++cases % every != 0) continue;
           const Operands operands(c);
-          ++cases;
           if (equal(run(*amx_kernels(), operands), run(*portable_kernels(), operands))) continue;
           ++wrong;
           std::printf("differs: %ld rows, %ld columns, rank %ld%s%s%s%s\n", rows, cols, rank,
@@ -343,7 +345,7 @@ int main(int count, char**) {
       }
     }
   }
-  compare_products(cases, wrong, ends_early);
+  compare_products(cases, wrong, every, ends_early);
   std::printf("%d cases, %d differ\n", cases, wrong);
   return wrong == 0 ? 0 : 1;
 }

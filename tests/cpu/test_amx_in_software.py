@@ -33,21 +33,22 @@ def compiled(folder, source, *more):
     return str(out)
 
 
+OTHERS = ("csrc/cpu/isa_avx512.cpp", "csrc/cpu/isa_portable.cpp", "tests/cpu/compare_amx.cpp")
+
+
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
     """The objects of the program beside isa_amx.cpp."""
     folder = tmp_path_factory.mktemp("others")
-    csrc = ROOT / "csrc/cpu"
-    sources = (csrc / "isa_avx512.cpp", csrc / "isa_portable.cpp", HERE / "compare_amx.cpp")
-    return [compiled(folder, source) for source in sources]
+    return [compiled(folder, ROOT / source) for source in OTHERS]
 
 
-def build(folder, amx_source, others):
+def build(folder, amx_source, others, *more):
     """The program with the passes of a source of isa_amx.cpp."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    own = compiled(folder, amx_source, "-include", str(HERE / "software_tiles.h"))
+    own = compiled(folder, amx_source, "-include", str(HERE / "software_tiles.h"), *more)
     program = folder / "compare_amx"
-    subprocess.run([*compiler, own, *others, "-o", str(program)], check=True)
+    subprocess.run([*compiler, *more, own, *others, "-o", str(program)], check=True)
     return program
 
 
@@ -60,6 +61,20 @@ def test_tiles_compute_what_vectors_do(tmp_path, others):
     done = run(build(tmp_path, ROOT / "csrc/cpu/isa_amx.cpp", others))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stdout == "5664 cases, 0 differ\n"
+
+
+@pytest.mark.slow
+def test_tiles_stay_within_their_memory(tmp_path):
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if subprocess.run([*compiler, *flags, probe, "-o", tmp_path / "probe"]).returncode != 0:
+        pytest.skip("this compiler has no sanitizers")
+    others = [compiled(tmp_path, ROOT / source, *flags) for source in OTHERS]
+    program = build(tmp_path, ROOT / "csrc/cpu/isa_amx.cpp", others, *flags)
+    done = run(program, "13")  # every 13th case
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000]
 
 
 FAULTS = [
@@ -89,6 +104,6 @@ def test_a_planted_fault_is_seen(tmp_path, others, name, before, after):
     source = tmp_path / "isa_amx.cpp"
     text = (ROOT / "csrc/cpu/isa_amx.cpp").read_text()
     source.write_text(text.replace('#include "cpu/amx_', f'#include "{copies}/amx_'))
-    done = run(build(tmp_path, source, others), "the first")
+    done = run(build(tmp_path, source, others), "first")
     assert done.returncode == 1, done.stdout[-2000:]
     assert "differs: " in done.stdout
