@@ -8,7 +8,7 @@ from benchmarks.results import least_ratio, median_ratio
 from benchmarks.shapes import MANY_ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "benchmarks/results/xeon-avx512-2-cores/experts/report.md"
+REPORT = ROOT / "benchmarks/results/xeon-amx-2-cores/experts/report.md"
 PAGE = ROOT / "docs" / "experts.md"
 
 
@@ -38,7 +38,7 @@ SHOWN = [
     ("xeon-avx512-2-cores/whole_models", "cases", "Llama all linear bfloat16"),
     ("xeon-avx512-2-cores/nf4", "cases", "Llama all linear nf4"),
     ("xeon-avx512-2-cores/models_135m", "cases", "Llama 135M all linear bfloat16"),
-    ("xeon-avx512-2-cores/experts", "experts", "Qwen3-30B-A3B's layer, 1 token"),
+    ("xeon-amx-2-cores/experts", "experts", "Qwen3-30B-A3B's layer, 1 token"),
 ]
 
 
