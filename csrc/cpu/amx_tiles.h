@@ -91,9 +91,8 @@ inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pi
   return _mm512_load_ps(values);
 }
 
-// out[j] = the pairs j of 16 rows of 32 halves: one B tile of columns that are contiguous. Rows of
-// `out` have the pitch of a tile, unless another is given.
-inline void transpose_pairs(__m512i (&r)[16], BFloat16* out, int64_t pitch = kTileDepth) {
+// out[j] = the pairs j of 16 rows of 32 halves: one B tile of columns that are contiguous.
+inline void transpose_pairs(__m512i (&r)[16], BFloat16* out) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -109,10 +108,10 @@ inline void transpose_pairs(__m512i (&r)[16], BFloat16* out, int64_t pitch = kTi
     const __m512i b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xDD);
     const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
     const __m512i d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xDD);
-    _mm512_store_si512(out + i * pitch, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_store_si512(out + (4 + i) * pitch, _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_store_si512(out + (8 + i) * pitch, _mm512_shuffle_i32x4(a, c, 0xDD));
-    _mm512_store_si512(out + (12 + i) * pitch, _mm512_shuffle_i32x4(b, d, 0xDD));
+    _mm512_store_si512(out + i * kTileDepth, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_store_si512(out + (4 + i) * kTileDepth, _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_store_si512(out + (8 + i) * kTileDepth, _mm512_shuffle_i32x4(a, c, 0xDD));
+    _mm512_store_si512(out + (12 + i) * kTileDepth, _mm512_shuffle_i32x4(b, d, 0xDD));
   }
 }
 

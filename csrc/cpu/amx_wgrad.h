@@ -2,10 +2,11 @@
 // Included by isa_amx.cpp after its target pragma, inside its anonymous namespace.
 #pragma once
 
+// A line longer than the columns: the rows of a tile would share lines of the first cache.
 constexpr int64_t kStagedPitch = 2 * kWgradCols + 32;
 
-// Stages 32 rows of P, masked, two rows interleaved: for each 16 columns one B tile. Rows past those
-// of the range and columns past `cols` are zero.
+// Stages 32 rows of P, masked, two rows interleaved: dst[pair][column][2], pairs kStagedPitch apart.
+// Rows past those of the range and columns past `cols` are zero.
 template <bool kIsWhole>
 void stage_pairs(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range, int64_t cols,
                  MaskBits mask, BFloat16* dst) {
@@ -126,9 +127,10 @@ void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
                                         args.row_index, block, slab_cols, mask,
                                         staged + (m - m0) / 2 * kStagedPitch);
         if (expand.y == nullptr) continue;
-        for (int64_t c = 0; c < slab_cols; c += kColBlock)
+        for (int64_t c = 0; c < slab_cols; c += kColBlock) {
           expand_block(expand, m, block.end - m, c0 + c, drop ? mask.at(0, c).words : nullptr,
                        mask.pitch);
+        }
       }
       for (int64_t c = 0; c < slab_cols; c += kColBlock) {
         for (int64_t j = 0; j < rank_pad; j += kTileRows) {
