@@ -29,9 +29,9 @@ int64_t product_cols(int64_t depth) {
 }
 
 // Each group of columns makes T anew: for a tile of its ranks two products beside four for each 32
-// columns, under a mask also a copy of P. A pass of its own reads P from memory once more. Own T takes
-// 0.95 of a forward with that for one group, 0.96 to 1.0 for two; for three, more tiles of T, or a mask
-// and two groups, 1.0 to 1.1.
+// columns, under a mask also a copy of P. The pass of shrink reads P from memory once more instead. A
+// forward with own T takes 0.95 of the time of one with that pass for one group, 0.96 to 1.0 for two;
+// 1.0 to 1.1 for three, for more tiles of T, or for two groups and a mask.
 bool makes_t(int64_t cols, const AdapterView& q, bool is_masked) {
   const int64_t most = product_cols(q.cols), groups = (cols + most - 1) / most;
   const int64_t terms = q.dtype == Dtype::kBFloat16 ? 1 : 2;

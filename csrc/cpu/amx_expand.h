@@ -48,7 +48,7 @@ void pack_expand(const AdapterView& adapter, void* panel) {
       const int64_t index = k % adapter.rank * adapter.rank_pitch + c * adapter.col_pitch;
       if (is_half && adapter.col_pitch == 1) {
         const auto* in = static_cast<const BFloat16*>(adapter.data) + index;
-        return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first_halves(cols) & 0xFFFFu, in));
+        return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first_halves(cols), in));
       }
       const Split value(load_adapter(adapter, index, adapter.col_pitch, cols));
       return k / adapter.rank == 2 ? value.lo : value.hi;
@@ -73,7 +73,7 @@ void pack_scaled_t(const float* t, int64_t rank, bool u_is_half, Range rows, flo
   const __m512 factor = _mm512_set1_ps(scale);
   for (int64_t m = rows.begin; m < rows.end; ++m, out += depth) {
     for (int64_t j = 0; j < rank; j += 16) {
-      const auto exists = static_cast<__mmask16>(rank - j >= 16 ? 0xFFFFu : (1u << (rank - j)) - 1);
+      const auto exists = static_cast<__mmask16>(first_halves(rank - j));
       const Split value(_mm512_mul_ps(_mm512_maskz_loadu_ps(exists, t + m * rank + j), factor));
       _mm256_mask_storeu_epi16(out + j, exists, value.hi);
       _mm256_mask_storeu_epi16(out + rank + j, exists, value.lo);

@@ -7,8 +7,8 @@
 //
 // While tiles multiply, the block before is rounded and the next rows of P are fetched. T of one update
 // of all rows is made of the packed rows. Under dropout T U has sums of its own, which the mask selects
-// from. Blocks depend on the depth alone. Among tiles' products vector code takes about twice its own
-// time: packing P there made the whole 1.1 times as slow, and masks are drawn before the product.
+// from. Blocks depend on the depth alone. Vector code among tiles' products adds at least the time that
+// it takes alone: packing P there made the whole 1.1 times as slow, and masks are drawn before.
 #pragma once
 
 // The memory of a thread, from its start in bytes; all multiples of 64.
@@ -111,13 +111,8 @@ class TileWorker {
     if (steps.begin == 0) std::fill_n(sums, kRowBlock * factor.rank_pad, 0.0f);
     factor.multiply({p, kTileDepth, kTileElements, kStepElements}, steps, sums);
     if (steps.end < depths_.steps) return;
-    const int64_t rank = own.q.rank;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < rank; ++j) {
-        t_rows_[i * rank + j] = own.scale * sums[i * factor.rank_pad + j];
-      }
-    }
-    if (task_->cols.begin == 0) std::copy_n(t_rows_, count * rank, own.t + m * rank);
+    factor.store(sums, count, own.scale, t_rows_);
+    if (task_->cols.begin == 0) std::copy_n(t_rows_, count * factor.rank, own.t + m * factor.rank);
   }
 
   // Consecutive rows from m on with one update or none; how many spans.

@@ -10,8 +10,7 @@ int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
 // 16 columns of a rank, from c on; zeros past the last.
 inline Split columns_of(const AdapterView& adapter, int64_t rank, int64_t c) {
   const int64_t index = rank * adapter.rank_pitch + c * adapter.col_pitch;
-  return Split(
-      load_adapter(adapter, index, adapter.col_pitch, std::max<int64_t>(0, adapter.cols - c)));
+  return Split(load_adapter(adapter, index, adapter.col_pitch, adapter.cols - c));
 }
 
 void pack_shrink(const AdapterView& adapter, void* panel) {
@@ -123,11 +122,12 @@ void shrink_tiles(const ShrinkRows& rows, int64_t steps, const BFloat16* b, int6
 // A factor as pack_shrink packs it.
 struct ShrinkPanel {
   const BFloat16* at;
-  int64_t rank_pad, terms;
+  int64_t rank, rank_pad, terms;
 
-  ShrinkPanel(const void* packed, int64_t rank, bool is_half)
+  ShrinkPanel(const void* packed, int64_t ranks, bool is_half)
       : at(static_cast<const BFloat16*>(packed)),
-        rank_pad(round_up(rank, kTileRows)),
+        rank(ranks),
+        rank_pad(round_up(ranks, kTileRows)),
         terms(is_half ? 1 : 2) {}
   // Adds the products of 32 rows, so many steps of 32 columns from the first on, to sums [32, rank_pad].
   void multiply(const ShrinkRows& rows, Range steps, float* sums) const {
@@ -139,6 +139,12 @@ struct ShrinkPanel {
       shrink_tiles<2>(rows, count, b, step, terms, sums + j, rank_pad);
     }
     if (j < rank_pad) shrink_tiles<1>(rows, count, b, step, terms, sums + j, rank_pad);
+  }
+  // t [rows, rank] = scale * sums
+  void store(const float* sums, int64_t rows, float scale, float* t) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < rank; ++j) t[i * rank + j] = scale * sums[i * rank_pad + j];
+    }
   }
 };
 
@@ -169,9 +175,6 @@ void shrink(const ShrinkArgs& args, Range rows) {
       }
       q.multiply(a, {c / kTileDepth, (c + depth + kTileDepth - 1) / kTileDepth}, sums);
     }
-    for (int64_t i = 0; i < block_rows; ++i) {
-      float* t = args.t + (m + i) * args.rank;
-      for (int64_t j = 0; j < args.rank; ++j) t[j] = args.scale * sums[i * q.rank_pad + j];
-    }
+    q.store(sums, block_rows, args.scale, args.t + m * args.rank);
   }
 }

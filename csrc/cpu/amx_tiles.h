@@ -36,6 +36,7 @@ struct TileConfig {
   ~TileConfig() { _tile_release(); }
 };
 
+// The first lanes of a register of 32 halves, or of 16 floats.
 inline __mmask32 first_halves(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1;
 }
@@ -76,7 +77,7 @@ struct Split {
 // Loads sixteen (at most `count`) elements of an adapter along one dimension, zero past the end.
 inline __m512 load_adapter(const AdapterView& adapter, int64_t index, int64_t pitch,
                            int64_t count) {
-  const auto exists = static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1);
+  const auto exists = static_cast<__mmask16>(first_halves(count));
   if (adapter.dtype == Dtype::kBFloat16) {
     const auto* in = static_cast<const BFloat16*>(adapter.data) + index;
     if (pitch == 1) return to_wide(_mm256_maskz_loadu_epi16(exists, in));

@@ -108,8 +108,7 @@ class BackwardPass {
     if (groups_.dropout().enabled() && tile_walk(panel) != nullptr) {
       // Drawn once, for dX and dA, which reads whole blocks of 64 columns.
       kept_ = drawn_mask(groups_.dropout(), low_rank.rows, args_.grad.size(0), args_.x.size(1));
-      mask_ = bits_of(kept_);
-      low_rank.mask = mask_;
+      low_rank.mask = bits_of(kept_);
       is_sorted_ = !order.empty();
     }
     dx_ = fused_product(args_.grad, args_.base, experts_, panel, low_rank, false);
@@ -211,8 +210,8 @@ class BackwardPass {
     WgradArgs args =
         wgrad_args(groups_, piece, args_.x, wgrad_ds_->of(groups_, segment), groups_.keep_scale());
     da_.to(args, segment, piece.columns.begin);
-    args.mask =
-        mask_.at(is_sorted_ ? segment.begin : groups_.first_row(segment), piece.columns.begin);
+    args.mask = bits_of(kept_).at(is_sorted_ ? segment.begin : groups_.first_row(segment),
+                                  piece.columns.begin);
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
   }
 
@@ -223,9 +222,8 @@ class BackwardPass {
   const float* weights_;              // of the rows, or null
   bool expands_;                      // whether dX += is a pass of its own
   at::Tensor dx_, ds_, weighted_ds_;  // weighted: by the rows' weights, if there are any
-  at::Tensor kept_;
-  MaskBits mask_;           // of dX in the order of its product, or none
-  bool is_sorted_ = false;  // whether that is the order of the segments
+  at::Tensor kept_;                   // the mask of dX in the order of its product, or none
+  bool is_sorted_ = false;            // whether that is the order of the segments
   std::optional<ColumnT> wgrad_s_, wgrad_ds_, expand_ds_;
 };
 

@@ -76,7 +76,9 @@ inline bool takes_library(const at::Tensor& x, at::ScalarType y, const Update& u
   return !library_reason(x.scalar_type(), y, update.rank()).empty();
 }
 
+// None if it is undefined.
 inline MaskBits bits_of(const at::Tensor& mask) {
+  if (!mask.defined()) return {};
   return {reinterpret_cast<uint32_t*>(mask.mutable_data_ptr<int32_t>()), mask.size(1)};
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{ROOT / 'csrc'}"]
 
 
@@ -27,9 +28,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(folder, source, *more):
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     out = folder / f"{Path(source).stem}.o"
-    subprocess.run([*compiler, *FLAGS, *more, "-c", str(source), "-o", str(out)], check=True)
+    subprocess.run([*COMPILER, *FLAGS, *more, "-c", str(source), "-o", str(out)], check=True)
     return str(out)
 
 
@@ -45,10 +45,9 @@ def others(tmp_path_factory):
 
 def build(folder, amx_source, others, *more):
     """The program with the passes of a source of isa_amx.cpp."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     own = compiled(folder, amx_source, "-include", str(HERE / "software_tiles.h"), *more)
     program = folder / "compare_amx"
-    subprocess.run([*compiler, *more, own, *others, "-o", str(program)], check=True)
+    subprocess.run([*COMPILER, *more, own, *others, "-o", str(program)], check=True)
     return program
 
 
@@ -68,8 +67,7 @@ def test_tiles_stay_within_their_memory(tmp_path):
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if subprocess.run([*compiler, *flags, probe, "-o", tmp_path / "probe"]).returncode != 0:
+    if subprocess.run([*COMPILER, *flags, probe, "-o", tmp_path / "probe"]).returncode != 0:
         pytest.skip("this compiler has no sanitizers")
     others = [compiled(tmp_path, ROOT / source, *flags) for source in OTHERS]
     program = build(tmp_path, ROOT / "csrc/cpu/isa_amx.cpp", others, *flags)
