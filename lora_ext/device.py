@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 import lora_ext._C as _C
+
+from .torch_state import disabled_modes
 
 NO_KERNELS = "this build has no CUDA kernels; lora_ext.build_info() says why"
 
@@ -47,7 +48,7 @@ def is_right(
         what, instead: what the kernels do, and what runs in their place, in the warning.
     """
     try:
-        with _disable_current_modes():  # of fake tensors, say, which have no values
+        with disabled_modes():  # of fake tensors, say, which have no values
             found = wrong(device)
     except torch.OutOfMemoryError:  # no information about the kernels
         raise

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .quantized.stacks import weight_from_flat
+from .torch_state import FakeTensor
 
 _ops = torch.ops.lora_ext
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..dtypes import FLOATS
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stacks_of
-from ..torch_state import is_plain
+from ..torch_state import is_exported, is_plain
 from .devices import has_kernels
 
 # The forwards of transformers, which all compute the same. Nothing is known about others.
@@ -104,7 +104,7 @@ def obstacle(module: Any) -> str:
         return "the experts are split over processes"
     if getattr(module.config, "_experts_implementation", None) not in _IMPLEMENTATIONS:
         return "the experts' implementation is not one of transformers' own"
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+    if is_exported():
         return "the model is exported or traced"
     names = (up_name(module), "down_proj")
     first = stack_of(module, names[0])

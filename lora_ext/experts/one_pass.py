@@ -22,6 +22,7 @@ import lora_ext._C as _C
 
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
+from ..torch_state import dispatch_modes
 from .expert_groups import ExpertGroup
 from .factors import Update
 from .operands import Projection
@@ -29,7 +30,6 @@ from .products import GroupGrad
 
 _ops = torch.ops.lora_ext
 _DTYPES = (*HALVES, torch.float32)
-_number_of_modes = torch._C._len_torch_dispatch_stack
 
 
 def supports(projection: Projection) -> bool:
@@ -37,7 +37,7 @@ def supports(projection: Projection) -> bool:
     counter, know torch's products alone."""
     weight = projection.weight
     # torch's is_in_torch_dispatch_mode is still true in the first call of what was just compiled.
-    if not weight.is_cpu or weight.dtype not in _DTYPES or _number_of_modes():
+    if not weight.is_cpu or weight.dtype not in _DTYPES or dispatch_modes():
         return False
     if type(weight) not in (Tensor, Parameter) and not isinstance(weight, QuantizedStack):
         return False

@@ -25,12 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from ..call.row_index import RowIndex
-from ..torch_state import is_traced
+from ..torch_state import checkpoint_frame, checkpoint_function, graph_task, is_traced
 
-_current_graph_task = torch._C._current_graph_task_id
 _thread = threading.get_ident
 
 # Attribute of the layers: the open block that was entered last in any context; `CLOSED` after a
@@ -153,7 +151,7 @@ def current_row_adapters(layer: Any) -> RowAdapters | None:
             return None
         held.check_there()
         return held
-    scope, task = _SCOPE.get(), _current_graph_task()
+    scope, task = _SCOPE.get(), graph_task()
     if task not in (-1, scope.task):
         raise RuntimeError(
             "lora_ext.use_adapters: expected to know the adapters of a forward that a backward "
@@ -193,7 +191,7 @@ def entered(rows: RowAdapters) -> Iterator[None]:
                 "lora_ext.use_adapters: expected a model that no other thread is using, but "
                 "another has a block open; give each thread a model of its own, or run them in turn"
             )
-    scope = _Scope((*around, rows), _current_graph_task(), before.is_repeated)
+    scope = _Scope((*around, rows), graph_task(), before.is_repeated)
     rows.opener = _opener()
     _bind_checkpoints()
     _BLOCKS.add(rows)
@@ -266,20 +264,17 @@ def _add_adapter_names(
 def _bind_checkpoints() -> None:
     """From now on what `torch.utils.checkpoint` repeats has the scope of its first run.
 
-    The two kinds of checkpoint keep the function that they repeat: `CheckpointFunction.apply`,
-    which also runs it first, and the constructor of `_CheckpointFrame`. They are private: where a
-    torch lacks them, `current_row_adapters` raises its error in backward.
+    Both kinds keep the function that they repeat; the older one also runs it first.
     """
-    function: Any = getattr(checkpoint, "CheckpointFunction", None)
-    frame: Any = getattr(checkpoint, "_CheckpointFrame", None)
-    if function is not None and not hasattr(function.apply, _IS_BOUND):
-        apply = function.apply.__func__
+    function, frame = checkpoint_function, checkpoint_frame
+    if function is not None and not hasattr(function.forward, _IS_BOUND):
+        forward = function.forward
 
-        def apply_bound(cls: Any, run: Any, *args: Any) -> Any:
-            return apply(cls, _bound(run, runs_first=True), *args)
+        def forward_bound(ctx: Any, run: Any, *args: Any) -> Any:
+            return forward(ctx, _bound(run, runs_first=True), *args)
 
-        setattr(apply_bound, _IS_BOUND, True)
-        function.apply = classmethod(apply_bound)
+        setattr(forward_bound, _IS_BOUND, True)
+        function.forward = staticmethod(forward_bound)
     if frame is not None and not hasattr(frame.__init__, _IS_BOUND):
         init = frame.__init__
 
@@ -299,7 +294,7 @@ def _bound(function: Callable[..., Any], runs_first: bool) -> Callable[..., Any]
     blocks = _SCOPE.get().there()
 
     def repeat(*args: Any, **kwargs: Any) -> Any:
-        task = _current_graph_task()
+        task = graph_task()
         if runs_first and task == -1:
             return function(*args, **kwargs)
         before = _SCOPE.get()
@@ -349,7 +344,7 @@ def _held(blocks: Sequence[RowAdapters]) -> Iterator[None]:
 def _checked_in_graph(index: Tensor) -> Tensor:
     """A copy of a block's index; RuntimeError if the graph runs where the block is not in scope."""
     capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()  # of a copy
-    if _current_graph_task() == -1 and not capturing:
+    if graph_task() == -1 and not capturing:
         known = (own for rows in _SCOPE.get().there() for own in (rows.index, rows.slots))
         if all(own is None or own.data_ptr() != index.data_ptr() for own in known):
             raise RuntimeError(

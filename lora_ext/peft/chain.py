@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import peft
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
-from ..torch_state import is_onnx_export, is_plain
+from ..torch_state import has_any_global_hook, is_onnx_export, is_plain
 from .layer import NONE_ACTIVE, names_of
 from .reasons import BASE, PEFT, adapters_state, has_hooks, update_of
 
@@ -82,7 +81,7 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
         if wrapper is not outermost and (has_hooks(wrapper) or "forward" in wrapper.__dict__):
             return PEFT, "PEFT's wrapper of another parameter of the module has hooks"
     if not has_updates(chain):
-        is_observed = _has_any_global_hook() or is_onnx_export()
+        is_observed = has_any_global_hook() or is_onnx_export()
         if is_observed or not stacks_of(chain.base):
             return base_state(chain)
     for name in parametrized(chain.base):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..call import Decision
 from ..call.apply import Dense, Update, apply, updates_obstacle
@@ -21,14 +19,13 @@ from ..nn.adapter_spec import MAX_RANK
 from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.weight import QuantizedBase
-from ..torch_state import is_plain, is_traced
+from ..torch_state import has_any_global_hook, is_forward_ad, is_plain, is_traced, transforms
 from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
 from .reasons import ADDED, base_obstacle, dequantized_base, input_reason, update_of
 from .variants import LINEAR, variant_of
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
 _is_autocast_enabled = torch.is_autocast_enabled
-_transforms, _forward_ad = peek_interpreter_stack, torch.autograd.forward_ad
 
 
 class OverLinear(Accelerated):
@@ -161,9 +158,9 @@ def fast_path_operands(layer: Any, x: Tensor) -> tuple | None:
         or type(x) is not Tensor
         or not (x.is_cpu or x.is_cuda)
         or is_traced()
-        or _has_any_global_hook()
-        or _transforms() is not None
-        or _forward_ad._current_level >= 0
+        or has_any_global_hook()
+        or transforms() is not None
+        or is_forward_ad()
     ):
         return None
     tables = state["_modules"]

@@ -13,7 +13,6 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -21,7 +20,7 @@ from ..dtypes import FLOATS
 from ..nn.row_adapters import RowAdapters
 from ..nn.rows_apart import by_adapter
 from ..quantized.stacks import stack_of
-from ..torch_state import is_plain, is_transformed
+from ..torch_state import is_exported, is_plain, is_transformed
 from .chain import Chain
 
 
@@ -35,8 +34,7 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     """Why PEFT's own forward is needed, or ""."""
     if any(chain.base._parameters[name].dtype not in FLOATS for _, name, _ in chain.targets):
         return "a parameter is not of a floating dtype"
-    is_exported = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
-    return "the model is exported or traced" if is_exported else ""
+    return "the model is exported or traced" if is_exported() else ""
 
 
 def note(chain: Chain, by_row: bool) -> str:

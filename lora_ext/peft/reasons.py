@@ -16,14 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..call.apply import Update
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
 from ..quantized.layers import QuantizedBase, quantized_base
 from ..quantized.panels import has_others
-from ..torch_state import is_onnx_export, is_plain, is_transformed
+from ..torch_state import has_any_global_hook, is_onnx_export, is_plain, is_transformed
 
 FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
 
@@ -43,7 +42,7 @@ def adapters_state(layer: Any) -> tuple[str, str] | None:
         return BASE, "adapters are disabled"
     if layer.merged_adapters:
         return BASE, "merged into the base weight by PEFT"
-    if _has_any_global_hook():
+    if has_any_global_hook():
         return PEFT, "a global module hook is registered, as by a profiler"
     if is_onnx_export():
         return PEFT, "ONNX has no operator for the fused call; PEFT's forward is exported"

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
-from ..torch_state import compute_dtype, is_autocast
+from ..torch_state import compute_dtype, is_autocast, transforms
 from .weight import QuantizedWeight, Versions, dense
 
 _ops = torch.ops.lora_ext
@@ -67,7 +66,7 @@ def quantized_linear(
         # needs_input_grad is true here too, so S would be computed without being used.
         with dense(call.weight, x) as weight:
             return _op("lora", call, (x, weight, None), factors, bias=bias)
-    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and transforms() is not None:
         raise NotImplementedError(
             "lora_ext.lora_linear: expected a call outside of torch.func's transforms with a "
             "quantised weight, but got one within; give it weight.dequantize(x.dtype), or take "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ext import versions
+from lora_ext import torch_state, versions
 from lora_ext.quantized import of_bitsandbytes, of_gguf, of_torchao
 from lora_ext.versions import SUPPORTED
 
@@ -58,6 +58,18 @@ def test_an_older_version_is_named_with_what_to_install(package):
     for version in (oldest, f"{oldest}.0rc1", f"{major}.{minor + 10}.1+cpu", f"{major + 1}.0", "x"):
         assert versions.refusal(package, version) == ""
     assert versions._refusal_here("torch") == "" == versions._refusal_here("no_such_package")
+
+
+def test_names_of_torch_that_are_not_public_are_looked_up_in_one_file():
+    """They come and go with releases: `torch_state` refuses a torch that lacks one."""
+    private = r"\b(?:torch|forward_ad)(?!\.ops)[\w.]*(?:\.| import )_[a-z]\w*"
+    for path in sorted((ROOT / "lora_ext").rglob("*.py")):
+        found = re.findall(private, re.sub("#.*", "", path.read_text()))
+        assert found == [] or path.name == "torch_state.py", f"{path.name}: {found}"
+    with pytest.raises(ImportError, match=r"torch\.utils\._gone\.name.*pip install 'torch=="):
+        torch_state._private("torch.utils._gone.name")
+    with pytest.raises(ImportError, match=r"expected a torch that has torch\._C\._gone"):
+        torch_state._private("torch._C._gone")
 
 
 class Stack(torch.Tensor):
