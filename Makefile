@@ -16,7 +16,7 @@ COMPILED := setup.py pyproject.toml $(wildcard build_backend/*.py) $(shell find 
 FOLDERS := benchmarks build_backend csrc emulator examples lora_ext scripts tests
 CXX_FORMATTED := $(shell find csrc emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build lint format test test-rest test-oldest test-newest test-ends test-kernels test-ptx test-gpu nightly bench bench-full bench-models
+.PHONY: build lint format test test-rest test-oldest test-newest test-latest test-ends test-kernels test-ptx test-gpu nightly bench bench-full bench-models
 .PHONY: bench-adapters gpu help
 .PHONY: sass count-launches sanitize docs wheel clean
 
@@ -155,35 +155,80 @@ count-launches: $(VENV)/.extras $(VENV)/.cuda-headers  ## what layers launch on 
 sass: $(VENV)/.kernel-oracles  ## registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)
 
-# A part of the tests on other versions of transformers and PEFT, beside the torch and the build of $(VENV):
-# the oldest that lora_ext/versions.py names, or the newest there are.
-PINNED := from lora_ext.versions import SUPPORTED as s; print(*(p + "==" + s[p][0] for p in ("transformers", "peft")))
+# Releases that lora_ext/versions.py names, for pip: 0 or 1, for the oldest or the newest, and packages.
+NAMED := $(PYTHON) -c 'import runpy, sys; end, *names = sys.argv[1:]; end = int(end); \
+    known = runpy.run_path("lora_ext/versions.py")["SUPPORTED"]; \
+    print(*(name + "==" + known[name][end] + ".*" * end for name in names), sep="\n")'
+
+# A part of the tests on other versions: the oldest transformers and PEFT beside the torch and the build of $(VENV).
 AT_ENDS := tests/contract/test_numerics.py tests/contract/test_row_adapters.py tests/experts/test_experts_types.py \
     tests/experts/test_experts_apply.py tests/quantized/test_quantized_linear.py
 # What the oldest lack: models, PEFT's "all-linear".
 NOT_AT_ENDS := as_many_parameters or all_linear_reaches
-test-oldest test-newest: $(VENV)/.extras
+test-oldest: $(VENV)/.extras
 	venv=build/$@
 	$(PY) -m venv --clear --without-pip $$venv
 	site=$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	$(PY) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >$$site/lent.pth
 	$$venv/bin/python -m pip --disable-pip-version-check --quiet install --upgrade \
-	    $(if $(filter test-oldest,$@),$$($(PY) -c '$(PINNED)'),transformers peft)
+	    $$($(NAMED) 0 transformers peft)
 	$$venv/bin/python -m pytest -n auto --dist worksteal -k 'not ($(NOT_AT_ENDS))' $(AT_ENDS) $(ARGS)
 
-# The same on the oldest torch, and on the oldest and the newest Python found, each in a copy of the tree
-# with a build of its own, since an editable build is in its tree.
+# In environments of their own, each with its tree and its build, which stay from run to run: git writes only
+# the files that differ, so that only they are compiled again. KERNELS=1: with CUDA kernels.
+ENDS ?= build/ends
+define END
+end() { # NAME PYTEST-ARGUMENTS [VARIABLE=VALUE]...
+    local tree=$$ENDS/$$1 state=$$ENDS/$$1.git
+    mkdir -p $$tree
+    git init --quiet --bare $$state
+    GIT_INDEX_FILE=$$state/from git --git-dir=$$state --work-tree=. add --all Makefile setup.py pyproject.toml \
+        LICENSE README.md CHANGELOG.md CONTRIBUTING.md MANIFEST.in mkdocs.yml docs $$FOLDERS
+    git --git-dir=$$state --work-tree=$$tree read-tree --reset -u \
+        $$(GIT_INDEX_FILE=$$state/from git --git-dir=$$state write-tree)
+    env -u MAKEFLAGS -u MAKELEVEL make -C $$tree VENV=.venv LORA_EXT_CUDA=$$KERNELS "$${@:3}" test ARGS="$$2"
+}
+endef
+KERNELS ?= 0
+export END ENDS FOLDERS KERNELS
+
+# The newest that all tests ran with, as lora_ext/versions.py records them; another record is another environment.
+AT_NEWEST := $(AT_ENDS) tests/contract/test_joints.py tests/contract/test_many_adapters_repeated.py \
+    tests/pool tests/project/test_docs.py tests/project/test_examples.py
+test-newest:
+	eval "$$END"
+	mkdir -p $(ENDS)
+	export PIP_CONSTRAINT=$(abspath $(ENDS))/newest.txt
+	record=$$($(NAMED) 1 torch transformers peft)
+	if [ "$$record" != "$$(cat $$PIP_CONSTRAINT 2>/dev/null)" ]; then rm -rf $(ENDS)/newest; fi
+	echo "$$record" >$$PIP_CONSTRAINT
+	end newest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
+
+# Whatever is newest today. Where it passes and is newer than the record, that is to be moved.
+test-latest:
+	eval "$$END"
+	rm -rf $(ENDS)/latest
+	PIP_CONSTRAINT=/dev/null end latest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
+	cd $(ENDS)/latest && .venv/bin/python -c "$$NEWER"
+
+define NEWER
+from importlib.metadata import version
+from lora_ext.versions import SUPPORTED
+for package in ("torch", "transformers", "peft"):
+    found = ".".join(version(package).split("+")[0].split(".")[:2])
+    if found != SUPPORTED[package][1]:
+        print(f"lora_ext/versions.py: {package} {found} passes; the record is {SUPPORTED[package][1]}: move it")
+endef
+export NEWER
+
+# The oldest torch, and the oldest and the newest Python found.
 PYTHONS = $$(compgen -c python3. | grep -xE 'python3[.]1[0-9]' | sort -uV | sed -n '1p;$$p' | uniq)
 test-ends:
+	eval "$$END"
 	failed=
-	end() { # NAME [VARIABLE=VALUE]...
-	    mkdir -p build/ends/$$1
-	    cp -a Makefile setup.py pyproject.toml LICENSE README.md docs $(FOLDERS) build/ends/$$1
-	    env -u MAKEFLAGS -u MAKELEVEL make -C build/ends/$$1 VENV=.venv "$${@:2}" test \
-	        ARGS="$(AT_ENDS) -k 'not ($(NOT_AT_ENDS))'" || failed+=" $$1"
-	}
-	end torch 'TORCH=torch==$(OLDEST_TORCH).*' PYTHON=$(PYTHON)
-	for python in $(PYTHONS); do end $$python PYTHON=$$python; done
+	tests="$(AT_ENDS) -k 'not ($(NOT_AT_ENDS))' $(ARGS)"
+	end torch "$$tests" 'TORCH=torch==$(OLDEST_TORCH).*' PYTHON=$(PYTHON) || failed+=" torch"
+	for python in $(PYTHONS); do end $$python "$$tests" PYTHON=$$python || failed+=" $$python"; done
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 test-gpu: $(VENV)/.extras  ## the tests that need a GPU
@@ -194,22 +239,10 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 	$(PIP) install 'lora_ext[integrations]'
 	touch $@
 
-# All parts, even where one has failed: what takes minutes, what other packages are needed for, older
-# instruction sets, new seeds and ASan in emulation, then every mutant's search, which writes the lists.
-nightly: $(VENV)/.integrations $(VENV)/.kernel-oracles $(VENV)/.tools  ## all that takes long
-	seed=$(or $(SEED),$$((RANDOM + 1)))
-	echo "seeds from $$seed on: make nightly SEED=$$seed has them again"
-	failed=
-	part() { "$$@" || failed+=$$'\n'"$$*"; }
-	part $(PYTEST) --dist loadfile -m 'nightly and not kernels'
-	part $(PY) -m pytest tests/quantized tests/peft/test_peft_quantized.py
-	part env ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
-	    $(PYTEST) --dist loadfile -m '$(DAILY)' tests/op tests/layers tests/packing tests/pool tests/peft
-	part $(PYTEST) --dist loadfile -m kernels emulator tests/emulated --first-seed $$seed
-	part env PYTHONPATH=tests $(PY) -m emulated.mutants.verdicts --search
-	part make VENV=$(VENV) test-oldest test-newest
-	part make VENV=$(VENV) PYTHON=$(PYTHON) test-ends
-	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+# In slices, each of which takes minutes: TURN=N runs one of them, SLICES="..." some.
+nightly: export PYTHON := $(PYTHON)
+nightly: $(VENV)/.extras  ## all that takes long
+	$(PY) scripts/nightly.py $(if $(TURN),--turn $(TURN),--record) $(if $(SEED),--seed $(SEED)) $(SLICES)
 
 # The site, in build/site.
 $(VENV)/.docs: pyproject.toml | $(BUILT)

@@ -6,6 +6,7 @@ From the result files under benchmarks/results/, docs/emulation.md and the golde
 the page cannot say what no file shows. --check only compares: exit status 1 if it is stale.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import results  # noqa: E402
 from benchmarks.gpu import gpu_targets  # noqa: E402
 from benchmarks.markdown import quotient  # noqa: E402
+from scripts.nightly import SLICES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "verification.md"
@@ -219,8 +221,29 @@ def gpus() -> list[str]:
     return sections
 
 
+def nightly() -> str:
+    """When each slice of the nightly run last ran; those of the same tests are one row."""
+    known = json.loads((RESULTS / "nightly.json").read_text())
+    groups: dict[str, list[str]] = {}
+    for name in SLICES:
+        groups.setdefault(re.sub(r" \d+/\d+$", "", name), []).append(name)
+    rows = []
+    for group, names in groups.items():
+        ran = [known[name] for name in names if name in known]
+        facts = [sorted({each[key] for each in ran}) for key in ("date", "processor", "torch")]
+        passed = f"{sum(each['passed'] for each in ran)} of {len(names)}" if ran else "never"
+        rows.append([group, passed, *("; ".join(found) for found in facts)])
+    body = table(["slices", "passed", "last ran", "on", "torch"], rows)
+    intro = (
+        "`make nightly` runs all slices and records them; each run of CI has one more, in turn, "
+        "without a record."
+    )
+    return f"## What runs only at night\n\n{intro}\n\n{body}"
+
+
 def page() -> str:
-    sections = [HEAD.strip(), kernels(), *gpus(), cpu_targets(), models(), fine_tuning(), peft()]
+    measured = [cpu_targets(), models(), fine_tuning(), peft()]
+    sections = [HEAD.strip(), kernels(), *gpus(), *measured, nightly()]
     return "\n\n".join(sections) + "\n"
 
 

@@ -103,7 +103,22 @@ def keep(config, items, wanted) -> None:
     items[:] = filter(wanted, items)
 
 
+class Part:
+    """A part of the tests that the command selects: of a nightly run that takes hours."""
+
+    def __init__(self, part: str) -> None:
+        self.number, self.of = map(int, part.split("/"))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config, items):
+        """After markers and -k."""
+        begin, end = (len(items) * each // self.of for each in (self.number - 1, self.number))
+        own = {id(item) for item in items[begin:end]}
+        keep(config, items, lambda item: id(item) in own)
+
+
 def pytest_addoption(parser):
+    parser.addoption("--part", metavar="I/N", help="of the selected tests, the I-th of N parts")
     parser.addoption(
         "--no-check-timeout",
         action="store_true",
@@ -112,6 +127,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if part := config.getoption("--part"):
+        config.pluginmanager.register(Part(part))
     if EMULATED:
         _C.set_cuda_route(EMULATED_ROUTE)
     if config.getoption("--no-check-timeout") and _C.with_cuda:

@@ -1,5 +1,6 @@
 """What ships the project and runs its tests: the sdist, uv's keys, `.ci/run` and `make nightly`."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+from scripts import nightly
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACKED = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
@@ -41,7 +44,7 @@ def test_uv_builds_again_after_an_edit_of_any_source():
     assert set(compiled) - seen == set() and len(compiled) > 100
 
 
-@pytest.mark.parametrize("failing", ["", "lint", "test-oldest", "test-kernels"])
+@pytest.mark.parametrize("failing", ["", "lint", "test-oldest", "nightly"])
 def test_ci_fails_with_any_part_and_runs_all(tmp_path, failing):
     script(tmp_path / "make", f'echo "ran $1"; [ "$1" != "{failing}" ]')
     shutil.copytree(ROOT / ".ci", tmp_path / "tree" / ".ci")
@@ -52,30 +55,56 @@ def test_ci_fails_with_any_part_and_runs_all(tmp_path, failing):
         text=True,
     )
     ran = re.findall("^ran (.*)", done.stdout, re.M)
-    assert ran[1:] == ["lint", "test", "test-rest", "test-oldest", "test-kernels"]
+    assert ran[1:] == [
+        "lint",
+        "test",
+        "test-rest",
+        "test-oldest",
+        "test-newest",
+        "test-kernels",
+        "nightly",
+    ]
     assert done.returncode == bool(failing)
     assert ("failed: " in done.stdout) == bool(failing)
 
 
-def test_nightly_runs_all_parts_names_those_that_fail_and_draws_new_seeds(tmp_path):
-    venv = tmp_path / "venv"
-    script(venv / "bin" / "python", 'echo "ran $*"; case "$*" in *tests/quantized*) exit 3; esac')
-    for stamp in (".torch", ".built-cpu", ".extras", ".kernel-oracles", ".cuda-headers", ".tools"):
-        (venv / stamp).touch()
-    (venv / ".integrations").touch()
-    script(tmp_path / "make", 'echo "ran make $*"')
-    command = [shutil.which("make"), "--silent", f"VENV={venv}", "nightly"]
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "SEED", "LORA"))
-    }
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+def test_nightly_runs_all_slices_names_those_that_fail_and_draws_new_seeds(
+    tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def call(command, **words):
+        commands.append(command)
+        return int("tests/quantized/test_qlora.py" in command)
+
+    monkeypatch.setattr(nightly.subprocess, "call", call)
+    monkeypatch.setattr(nightly, "RECORD", tmp_path / "nightly.json")
+    monkeypatch.setattr(sys, "argv", ["nightly.py", "--record"])
     seeds = set()
     for _ in range(3):
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode != 0
-        assert len(re.findall("^ran ", done.stdout, re.M)) == 7
-        failed = done.stdout.partition("failed:")[2]
-        assert "tests/quantized" in failed and "verdicts" not in failed
-        (seed,) = set(re.findall(r"--first-seed (\d+)", done.stdout))
-        seeds.add(seed)
-    assert len(seeds) > 1
+        assert nightly.main() == 1
+        assert capsys.readouterr().out.partition("failed:\n")[2] == "QLoRA\n"
+        seeds |= set(re.findall(r"--first-seed (\d+)", " ".join(commands)))
+    assert len(seeds) > 1 and not re.search("PYTHON|MAKE|SEED", " ".join(commands))
+    kept = json.loads((tmp_path / "nightly.json").read_text())
+    assert [name for name in kept if not kept[name]["passed"]] == ["QLoRA"]
+    assert kept.keys() == nightly.SLICES.keys()
+
+
+def test_each_slice_has_its_turn_and_each_test_of_the_night_a_slice(monkeypatch):
+    ran, names = [], list(nightly.SLICES)
+    monkeypatch.setattr(nightly, "run", lambda name, seed: ran.append(name) or {"passed": True})
+    for turn in (0, 1, len(names) - 1, len(names), 7 * len(names) + 3):
+        monkeypatch.setattr(sys, "argv", ["nightly.py", "--turn", str(turn)])
+        assert nightly.main() == 0
+    assert ran == [names[0], names[1], names[-1], names[0], names[3]]
+    commands = " ".join(each.command for each in nightly.SLICES.values())
+    marked = [path for path in TRACKED if re.match("tests/.*/test_.*py", path)]
+    marked = [path for path in marked if re.search(r"mark\.nightly", (ROOT / path).read_text())]
+    lost = [path for path in marked if not any(f" {f}" in commands for f in folders(path))]
+    assert lost == [] and len(marked) > 8
+
+
+def folders(path: str) -> list[str]:
+    """The file itself and the folders that it is in, below tests/."""
+    return [path, *(f"{each} " for each in map(str, Path(path).parents) if "/" in each)]
