@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from lora_ext.reference import lora_linear_reference, lora_update_reference
 
 RANKS = (1, 16, 8, 33)
 KINDS = ["ranges", "mixed", "in turn", "one", "none"]  # of index_of
+GRADIENTS = ("x", "y", "bias", "lora_a", "lora_b")
+TENSORS = (*GRADIENTS, "weight", "grad")
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,20 @@ class Many:
     scaling: Tensor  # [G]
     index: Tensor  # [...]
 
+    def each(self, change: Callable[[Tensor], Tensor], names: Iterable[str] = TENSORS) -> Many:
+        """With these tensors changed."""
+
+        def changed(value):
+            return [change(t) for t in value] if isinstance(value, list) else change(value)
+
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: changed(v) for n, v in given.items() if v is not None})
+
     def each_factor(self, change: Callable[[Tensor], Tensor]) -> Many:
-        lists = ([change(t) for t in factors] for factors in (self.lora_a, self.lora_b))
-        return replace(self, **dict(zip(("lora_a", "lora_b"), lists, strict=True)))
+        return self.each(change, ("lora_a", "lora_b"))
 
     def to(self, dtype: torch.dtype) -> Many:
-        def cast(tensor):
-            return None if tensor is None else tensor.to(dtype)
-
-        names = ("x", "weight", "y", "bias", "grad")
-        return replace(self.each_factor(cast), **{n: cast(getattr(self, n)) for n in names})
+        return self.each(lambda tensor: tensor.to(dtype))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -109,29 +115,30 @@ def make_many(
     )
 
 
-def differentiated(many: Many, forward) -> dict[str, Tensor]:
-    """y and all gradients of forward(base, x, lora_a, lora_b, bias), which writes none of them."""
-    base = leaf(many.y) if many.weight is None else many.weight
-    x, bias = leaf(many.x), leaf(many.bias)
-    lora_a, lora_b = [leaf(a) for a in many.lora_a], [leaf(b) for b in many.lora_b]
+def differentiated(many: Many, forward, wanted=GRADIENTS) -> dict[str, Tensor]:
+    """y and gradients of forward(base, x, lora_a, lora_b, bias), which writes none of them."""
+
+    def own(name, tensor):
+        return leaf(tensor) if name in wanted else tensor
+
+    base = own("y", many.y) if many.weight is None else many.weight
+    x, bias = own("x", many.x), own("bias", many.bias)
+    lora_a, lora_b = ([own(n, t) for t in getattr(many, n)] for n in ("lora_a", "lora_b"))
     inputs = [t for t in (base, x, bias, *lora_a, *lora_b, many.grad, many.index) if t is not None]
     before = [t.detach().clone() for t in inputs]
     y = forward(base, x, lora_a, lora_b, bias)
-    y.backward(many.grad)
+    if y.requires_grad:
+        y.backward(many.grad)
     for tensor, value in zip(inputs, before, strict=True):
         torch.testing.assert_close(tensor.detach(), value, rtol=0, atol=0, equal_nan=True)
-    out = {"y": y.detach(), "dx": x.grad}
-    if many.weight is None:
-        out["dy"] = base.grad
-    if bias is not None:
-        out["dbias"] = bias.grad
+    out = {"y": y.detach(), "dx": x.grad, "dy": base.grad, "dbias": getattr(bias, "grad", None)}
     for g, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         out[f"dlora_a[{g}]"], out[f"dlora_b[{g}]"] = a.grad, b.grad
-    return out
+    return {name: value for name, value in out.items() if value is not None}
 
 
 def run(
-    many: Many, dropout_p=0.0, seed=1, row_offset=0, col_offset=0, offs=None
+    many: Many, dropout_p=0.0, seed=1, row_offset=0, col_offset=0, offs=None, wanted=GRADIENTS
 ) -> dict[str, Tensor]:
     seeds = torch.tensor(seed, device=many.x.device) if dropout_p else None
     groups = (many.scaling, None if offs is not None else many.index, offs, None)
@@ -142,7 +149,7 @@ def run(
             return op_calls.lora_update_grouped(base, x, lora_a, lora_b, groups, *tail)
         return op_calls.lora_linear_grouped(x, base, lora_a, lora_b, groups, bias, *tail)
 
-    return differentiated(many, forward)
+    return differentiated(many, forward, wanted)
 
 
 def run_loop(many: Many, dropout_p=0.0, seed=1, dtype=None) -> dict[str, Tensor]:
@@ -185,6 +192,13 @@ def assert_at_most_twice(ours, theirs, exact, pair, half_pairs=False):
         if wanted.numel():
             error, largest = bounds[name.split("[")[0]]
             assert max_error(ours[name], wanted) <= 2 * error + share * largest, name
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """The same values with another element between neighbours in every direction."""
+    for dim in range(tensor.dim()):
+        tensor = tensor.repeat_interleave(2, dim)
+    return tensor[(slice(None, None, 2),) * tensor.dim()]
 
 
 def assert_equal(ours, wanted):

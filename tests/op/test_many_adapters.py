@@ -17,6 +17,7 @@ from many_helpers import (
     make_many,
     run,
     run_loop,
+    sliced,
 )
 from torch.autograd import gradcheck
 
@@ -338,11 +339,6 @@ def test_offs_have_the_bits_of_an_index(isa, device, rows):
 
 def columns_first(matrix):
     return matrix.t().contiguous().t()
-
-
-def sliced(matrix):
-    """The same values with another element between neighbours in either direction."""
-    return matrix.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
 
 
 @pytest.mark.parametrize("rows", [6, 90])
