@@ -1,11 +1,15 @@
 """`use_adapters` around a forward that backward repeats: a checkpoint, or what nobody knows."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import F64
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from row_helpers import assert_equal_steps, batch, found_of, gradient_of
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
@@ -108,44 +112,78 @@ def test_another_checkpoint_needs_the_block_in_what_it_repeats(subject, within):
             step(subject, x, [(names, repeated(subject).apply)], within)
 
 
-@pytest.mark.parametrize("records", [False, True], ids=["entered under no_grad", ""])
-@pytest.mark.parametrize("within", [None, ["c"] * 6], ids=["after", "in another"])
-@each_checkpoint
+ABC = ["a", "b", "c"]
+some_names = st.lists(st.sampled_from([*ABC, None]), min_size=3, max_size=3)
+# A forward of two layers, or what is around such: a checkpoint, no gradients, or a block on one of
+# the layers or on both, which may be entered where no gradients are recorded.
+programs = st.recursive(
+    st.just("forward"),
+    lambda inner: st.tuples(
+        st.sampled_from(["hooks", "reentrant", "no_grad"])
+        | st.tuples(st.sampled_from([(0,), (1,), (0, 1)]), some_names, st.booleans()),
+        st.lists(inner, min_size=1, max_size=3),
+    ),
+    max_leaves=6,
+)
+BOTH, FIRST = ((0, 1), ["a", None, "c"], True), ((0,), ["b", "b", "a"], True)
+
+
+def walk(program, pair, x, row=None, active=()):
+    """y; of one row with adapters that are active in the place of blocks, and no checkpoints."""
+    if program == "forward":
+        for subject, names in zip(pair, active, strict=False):
+            subject.set_adapter(names)
+        return torch.tanh(pair[0](x)) + pair[1](x)
+    around, inner = program
+
+    def part(x):
+        return torch.sin(sum(walk(each, pair, x, row, active) for each in inner))
+
+    if around == "no_grad":
+        with torch.no_grad():
+            y = part(x)
+        return y * walk("forward", pair, x, row, active)  # a checkpoint wants a gradient
+    if isinstance(around, str):
+        reentrant = around == "reentrant"
+        return part(x) if row is not None else checkpoint(part, x, use_reentrant=reentrant)
+    layers, names, records = around
+    if row is not None:
+        own = [names[row]] if names[row] else []
+        active = [own if i in layers else before for i, before in enumerate(active)]
+        return part(x)
+    models, inside = nn.ModuleList([pair[i].model for i in layers]), torch.is_grad_enabled()
+    with (
+        torch.set_grad_enabled(records),
+        lora_ext.use_adapters(models, names),
+        torch.set_grad_enabled(inside),
+    ):
+        return part(x)
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs, st.none() | some_names)
+@example((BOTH, [("hooks", [(FIRST, ["forward"])])]), None)
+@example((BOTH, [("reentrant", [(FIRST, ["forward"]), "forward"])]), ["c", "c", "b"])
+@example(((*BOTH[:2], False), [("hooks", [("reentrant", [(FIRST, ["forward"])])])]), ["a"] * 3)
 @every_kind
-def test_blocks_in_what_a_checkpoint_repeats(kind, reentrant, within, records):
-    """One, two of the same names and two of others, and one around them that was entered where no
-    gradients were recorded."""
-    subject = kind.make("linear", "three", F64)
-
-    def opened(x, every):
-        y = subject(x)
-        for names in every:
-            with lora_ext.use_adapters(subject.model, names):
-                y = torch.tanh(y) + subject(x)
-        return y
-
-    def outside(x, forward):
-        with torch.set_grad_enabled(records):
-            block = lora_ext.use_adapters(subject.model, ["b"] * 6)
-            block.__enter__()
-        try:
-            return forward(x)
-        finally:
-            block.__exit__(None, None, None)
-
-    for every in ([NAMES], [NAMES, NAMES], [NAMES, NAMES[::-1]], []):
-
-        def part(x, every=every):
-            return opened(x, every)
-
-        def kept(x, part=part):
-            return checkpoint(part, x, use_reentrant=reentrant)
-
-        found, exact = (
-            step(subject, batch(subject), [(None, lambda x, f=f: outside(x, f))], within)
-            for f in (kept, part)
-        )
-        assert_equal_steps(found, exact, 1e-10)
+def test_blocks_on_some_layers_and_checkpoints_in_any_order(kind, program, within):
+    """Each row as alone."""
+    pair = [kind.make("linear", "three", F64) for _ in range(2)]
+    both = SimpleNamespace(model=nn.ModuleList([subject.model for subject in pair]))
+    x = batch(pair[0], 3).requires_grad_()
+    y = walk(program, pair, x)
+    grad = gradient_of(y)
+    with block(both, within):
+        y.backward(grad)
+    found = found_of(both, y, x.grad)
+    both.model.zero_grad()
+    x.grad, rows = None, []
+    for row in range(3):
+        rows.append(walk(program, pair, x[row : row + 1], row, (ABC, ABC)))
+        for subject in pair:
+            subject.set_adapter(ABC)
+        rows[row].backward(grad[row : row + 1])
+    assert_equal_steps(found, found_of(both, torch.cat(rows), x.grad), 1e-10)
 
 
 @pytest.mark.parametrize("within", [None, NAMES[::-1]], ids=["after", "in another"])
