@@ -32,10 +32,11 @@ Measured = tuple[tuple[int, float], ...]  # (rows, time of a candidate over that
 
 
 def near(rows: int, measured: Measured) -> float:
-    """What was measured at the nearest number of rows, as a ratio; infinite if nothing was."""
+    """What was measured at the nearest number of rows, as a ratio, of two equally near at the
+    fewer, as in csrc/common/nearest.h; infinite if nothing was."""
     if not measured or rows < 1:
         return math.inf
-    return min(measured, key=lambda each: abs(math.log(each[0] / rows)))[1]
+    return min(measured, key=lambda each: (max(each[0] / rows, rows / each[0]), each))[1]
 
 
 def share(times: Times, name: str, base: str) -> float:

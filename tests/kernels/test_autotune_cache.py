@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lora_ext
@@ -141,17 +141,23 @@ def test_a_tile_that_the_card_does_not_have_is_not_taken():
     measured=st.lists(st.integers(1, 10**6), min_size=1, max_size=6, unique=True),
     rows=st.integers(1, 10**6),
 )
+@example([8], 4)
+@example([8], 16)
+@example([8], 17)
+@example([4, 16], 8)  # equally near: the fewer
+@example([49, 1], 7)
 def test_the_nearest_rows_within_a_factor_of_two_count(measured, rows):
+    """By C++'s rule, and without a limit by Python's."""
     tiles = ("128 x 128", "128 x 64")
     won = {count: tiles[i % 2] for i, count in enumerate(measured)}
     planner_cache.install([cache(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))])
     plan = planned(moved(rows=rows))
-    distance = {m: max(m, rows) / min(m, rows) for m in measured}
-    least = min(distance.values())
-    if least > 2.0:
+    nearest = min(sorted(measured), key=lambda m: max(m, rows) / min(m, rows))
+    assert measure.near(rows, tuple((m, m) for m in sorted(measured))) == nearest
+    if nearest > 2 * rows or rows > 2 * nearest:
         assert "measured" not in plan.reason
     else:
-        assert plan.tile in {won[m] for m in measured if distance[m] == least}
+        assert "measured" in plan.reason and plan.tile == won[nearest]
 
 
 def test_a_cache_survives_its_file(tmp_path):

@@ -51,7 +51,7 @@ def test_measured_panels_are_of_their_kind_and_the_nearest_rows(request):
     """Nearest by the ratio of rows; by the rule 4 rows have no panels."""
     if F32 not in _C.cpu_panel_candidates(F32):
         pytest.skip("no panels of floats here")
-    kind, few, many = (F32, 26, 42, True), (1, 3, 4, 15), (17, 20, 64, 1000)
+    kind, few, many = (F32, 26, 42, True), (1, 3, 4, 15, 16), (17, 20, 64, 1000)
     ruled = {rows: _C.cpu_panels_of(*kind, rows) for rows in (*few, *many)}
     _C.set_measured_panels(*kind, [(4, F32), (64, None)])
 
