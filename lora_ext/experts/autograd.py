@@ -67,10 +67,10 @@ class Projected(torch.autograd.Function):
     """y ``[S, out]`` for x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted."""
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
+    def forward(*operands: Any) -> Tensor:
         # One *args for all: torch.compile decides by the number of parameters whether there is a
-        # ctx.
-        call, x, *factors = operands
+        # ctx, and leaves it out of a frozen call with as many operands as parameters.
+        ctx, call, x, *factors = operands
         return _forward(ctx, call, x, factors, x)
 
     @staticmethod
