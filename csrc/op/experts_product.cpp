@@ -73,6 +73,12 @@ void check_rows(const char* name, const at::Tensor& rows, int64_t columns, const
          " and strides ", rows.strides());
 }
 
+// A kernel takes those past as many rows as there are numbers as zero.
+void check_height(const char* name, const at::Tensor& rows, int64_t count) {
+  EXPECT(rows.size(0) <= count, "expected no more rows of ", name, " than of ", name, "_rows, ",
+         count, ", but got ", rows.size(0));
+}
+
 // `out_columns`: of y or dx.
 void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out_columns) {
   const at::Tensor& weight = given.weight;
@@ -104,6 +110,7 @@ void check(const Product& given, const at::Tensor& x, int64_t count, int64_t out
   }
   check_numbers("offs", given.offs, given.groups(), x);
   check_numbers("x_rows", given.x_rows, count, x);
+  check_height("x", x, count);
   check_numbers("mask_rows", given.mask_rows, count, x);
   const Optional& tables = given.tables;
   EXPECT(!tables || (tables->scalar_type() == at::kByte && tables->device() == x.device() &&
@@ -214,6 +221,7 @@ FourTensors experts_product_backward(
   EXPECT(first == 0 || wanted[0], "expected a wanted dx, which further experts alone have");
   check_rows("grad", grad, given.out_features(), given);
   check_numbers("grad_rows", grad_rows, count, x);
+  check_height("grad", grad, count);
   EXPECT(count == count_of(x, x_rows) && count == count_of(grad, grad_rows) &&
              s.sizes() == at::IntArrayRef({count, rank}) && s.scalar_type() == at::kFloat &&
              s.is_contiguous(),
