@@ -31,6 +31,22 @@ from .few_rows import FEW_ROWS, own_product_wins
 from .stack import QuantizedStack
 from .weight import QuantizedBase, WrittenWeight
 
+_FP4 = (0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12
+# fmt: off
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)
+# fmt: on
+# What bitsandbytes' kernels read, whatever its state has: that is rounded under a default dtype of
+# 16 bits, which `from_pretrained(dtype=)` sets.
+_TABLES = {
+    "nf4": torch.tensor(_NF4, dtype=torch.float32, device="cpu"),
+    "fp4": torch.tensor([*_FP4, *(-v for v in _FP4)], dtype=torch.float32, device="cpu") / 12,
+}
+
 
 def codes_of(packed: Tensor, state: Any) -> FourBits:
     """Packed codes, of a matrix or of a stack, and their `QuantState`."""
@@ -40,7 +56,10 @@ def codes_of(packed: Tensor, state: Any) -> FourBits:
         # and then reads them in the weight's dtype.
         second = state.state2
         nested = Nested(second.code, second.absmax, state.offset, second.blocksize, second.dtype)
-    blocks = (state.quant_type, state.code, state.blocksize, tuple(state.shape), state.dtype)
+    kind, table = state.quant_type, state.code
+    if table.dtype != torch.float32 and kind in _TABLES:
+        table = _TABLES[kind].to(packed.device)
+    blocks = (kind, table, state.blocksize, tuple(state.shape), state.dtype)
     return FourBits(packed, state.absmax, nested, *blocks, in_panels)
 
 

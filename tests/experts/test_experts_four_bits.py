@@ -32,6 +32,15 @@ def test_one_quantised_parameter_beside_a_dense_one():
     assert torch.equal(*found) and parts_of(packed)[0].calls == 0
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_table_that_a_default_dtype_rounded(kind):
+    packed, state = quantised(torch.randn(3, 64, 64), kind, None)
+    wanted, state.code = dequantised(packed, state), state.code.to(BF16)
+    found = four_bit_stack(packed, state).stored(1).dequantize(F32)
+    # The double's own tables are rounded.
+    assert (found - wanted[1]).abs().max() < 0.04 * wanted.abs().max()
+
+
 # ---- what is read ----
 
 

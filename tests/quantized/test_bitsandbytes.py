@@ -64,6 +64,19 @@ def test_four_bits(shape, block, kind, nested, dtype, isa):
     )
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_made_under_another_default_dtype(kind):
+    """Which rounds the table of codes; bitsandbytes' kernels do not read that."""
+    torch.set_default_dtype(BF16)
+    try:
+        packed, state = F4.quantize_4bit(torch.randn(64, 256), quant_type=kind)
+    finally:
+        torch.set_default_dtype(F32)
+    assert state.code.dtype == BF16
+    found = FourBitWeight(packed, state).dequantize(BF16)
+    assert torch.equal(found, F4.dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 def test_eight_bits(dtype):
     """The weight by which the layer multiplies in training, out of its own backward."""
