@@ -148,12 +148,16 @@ struct ShrinkPanel {
   }
 };
 
+int64_t shrink_bytes(int64_t rank) {
+  return kRowBlock * (kShrinkDepth * kHalfBytes + round_up(rank, kTileRows) * kFloatBytes);
+}
+
 void shrink(const ShrinkArgs& args, Range rows) {
   const TileConfig config;
   const ShrinkPanel q(args.q, args.rank, args.q_is_half);
   const bool drop = args.dropout.enabled();
-  alignas(64) BFloat16 staged[kRowBlock * kShrinkDepth];
-  alignas(64) float sums[kRowBlock * kMaxRank];
+  auto* staged = static_cast<BFloat16*>(args.work);  // [kRowBlock, kShrinkDepth]
+  auto* sums = reinterpret_cast<float*>(staged + kRowBlock * kShrinkDepth);  // [kRowBlock, rank_pad]
   uint32_t bits[kRowBlock * kShrinkDepth / 32];
   for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);

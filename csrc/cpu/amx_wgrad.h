@@ -92,25 +92,35 @@ void wgrad_tiles(const BFloat16* t, int64_t t_pitch, const BFloat16* p, int64_t 
   _tile_stored(3, sums + 3 * kTileRows, kSumStride);
 }
 
+constexpr int64_t kStagedHalves = kWgradRows / 2 * kStagedPitch;
+
+int64_t wgrad_slab(int64_t rank_pad) {
+  return std::min(kWgradCols, kMaxRank / rank_pad * kColBlock);
+}
+
+int64_t wgrad_bytes(int64_t rank) {
+  const int64_t rank_pad = round_up(rank, kTileRows);
+  return kStagedHalves * kHalfBytes + rank_pad * wgrad_slab(rank_pad) * kFloatBytes;
+}
+
 // Columns go in slabs whose sums fit 128 KB; some rows of a slab are staged at a time, so that memory
 // is read along the rows.
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   const TileConfig config;
   constexpr int64_t kBitsPitch = kWgradCols / 32;
-  constexpr int64_t kSums = kMaxRank * kColBlock;
   const int64_t rank_pad = round_up(args.rank, kTileRows), t_pitch = rank_pad * kTileDepth;
-  const int64_t slab = std::min(kWgradCols, kSums / rank_pad / kColBlock * kColBlock);
+  const int64_t slab = wgrad_slab(rank_pad);
   const int64_t p_pitch = kStagedPitch * kTileRows;
   const bool drop = args.dropout.enabled();
-  alignas(64) BFloat16 staged[kWgradRows / 2 * kStagedPitch];
-  alignas(64) float sums[kSums];
+  auto* staged = static_cast<BFloat16*>(args.work);  // kStagedHalves
+  auto* sums = reinterpret_cast<float*>(staged + kStagedHalves);
   uint32_t bits[kTileDepth * kBitsPitch];
   for (int64_t c0 = cols.begin; c0 < cols.end; c0 += slab) {
     const int64_t c1 = std::min(c0 + slab, cols.end), slab_cols = c1 - c0;
     std::memset(sums, 0,
                 static_cast<size_t>(rank_pad * round_up(slab_cols, kColBlock)) * sizeof(float));
     // Of columns past the last that are multiplied with the others.
-    if (slab_cols % kColBlock != 0) std::memset(staged, 0, sizeof(staged));
+    if (slab_cols % kColBlock != 0) std::memset(staged, 0, kStagedHalves * kHalfBytes);
     for (int64_t m0 = 0; m0 < args.rows; m0 += kWgradRows) {
       const int64_t m1 = std::min(m0 + kWgradRows, args.rows);
       const auto* t = static_cast<const BFloat16*>(args.t) + m0 * rank_pad * 2;

@@ -174,24 +174,26 @@ class BackwardPass {
       expand_ds_.emplace(groups_, ds_, &Passes::over_x, &SkinnyKernels::expand_t, is_half);
     }
     const int64_t threads = threads_for(work);
-    c10::SmallVector<Factor, 1> factors(static_cast<size_t>(threads));
+    c10::SmallVector<Thread, 1> state(static_cast<size_t>(threads));
     run_pieces(pieces, threads, [&](int64_t thread, const ColumnPiece& piece) {
-      piece.over_x ? over_x(piece, factors[static_cast<size_t>(thread)]) : over_y(piece);
+      Thread& own = state[static_cast<size_t>(thread)];
+      piece.over_x ? over_x(piece, own.a, own.s) : over_y(piece, own.s);
     });
   }
 
   // dB_g
-  void over_y(const ColumnPiece& piece) {
+  void over_y(const ColumnPiece& piece, Scratch& sums) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_y;
     WgradArgs args = wgrad_args(groups_, piece, args_.grad, wgrad_s_->of(groups_, segment),
                                 groups_.scaling(segment));
     db_.to(args, segment, piece.columns.begin);
+    args.work = sums.of(kernels.wgrad_bytes(args.rank));
     kernels.wgrad(args, ExpandArgs{}, {0, size_of(piece.columns)});
   }
 
   // dA_g, and dX += mask * (dS A_g)
-  void over_x(const ColumnPiece& piece, Factor& a) {
+  void over_x(const ColumnPiece& piece, Factor& a, Scratch& sums) {
     const Segment& segment = *piece.segment;
     const SkinnyKernels& kernels = *groups_.passes(segment).over_x;
     const bool makes_da = da_.wants(segment);
@@ -212,6 +214,7 @@ class BackwardPass {
     da_.to(args, segment, piece.columns.begin);
     args.mask = bits_of(kept_).at(is_sorted_ ? segment.begin : groups_.first_row(segment),
                                   piece.columns.begin);
+    args.work = sums.of(kernels.wgrad_bytes(args.rank));
     kernels.wgrad(args, expand, {0, size_of(piece.columns)});
   }
 

@@ -146,7 +146,9 @@ class Factor {
   void for_shrink(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
                   int64_t few_rows) {
     if (!is_to_pack(segment, view, kernels, few_rows)) return;
-    panel_ = scratch_.of(kernels.shrink_panel_bytes(view.rank, view.cols));
+    const int64_t bytes = kernels.shrink_panel_bytes(view.rank, view.cols);
+    panel_ = scratch_.of(bytes + kernels.shrink_bytes(view.rank));
+    work_ = static_cast<char*>(panel_) + bytes;
     kernels.pack_shrink(view, panel_);
   }
   void for_expand(const Segment& segment, const AdapterView& view, const SkinnyKernels& kernels,
@@ -163,6 +165,7 @@ class Factor {
   const AdapterView& view() const { return view_; }
   bool is_half() const { return view_.dtype == Dtype::kBFloat16; }
   const void* panel() const { return panel_; }
+  void* work() const { return work_; }  // behind the panel of shrink
 
   void shrink(const ShrinkArgs& args, int64_t rows) const {
     few_ ? kernels_->shrink_few(args, view_, {0, rows}) : kernels_->shrink(args, {0, rows});
@@ -190,7 +193,7 @@ class Factor {
   AdapterView view_{};
   bool few_ = false;
   Scratch scratch_;
-  void* panel_ = nullptr;
+  void *panel_ = nullptr, *work_ = nullptr;
 };
 
 // T [rows, rank] in the layout that a pass reads: t itself, or packed.

@@ -36,7 +36,7 @@ inline char* at_element(const at::Tensor& tensor, int64_t row, int64_t column) {
 inline ShrinkArgs shrink_args(const at::Tensor& p, const Groups::Rows& rows, const Factor& q,
                               float scale, float* t, const Dropout& dropout) {
   ShrinkArgs args = shrink_args(p, q.view(), q.panel(), scale, t, dropout, rows.index);
-  args.p = const_at_element(p, rows.first, 0);
+  args.p = const_at_element(p, rows.first, 0), args.work = q.work();
   return args;
 }
 

@@ -254,6 +254,8 @@ constexpr SkinnyKernels make_kernels(const char* name) {
           pack_expand<Isa>,
           TLayout{kRowGranule, nullptr, nullptr},
           TLayout{kRowGranule, nullptr, nullptr},
+          [](int64_t) { return int64_t{0}; },
+          wgrad_bytes,
           shrink_any<Isa>,
           expand_any<Isa>,
           wgrad_any<Isa>,

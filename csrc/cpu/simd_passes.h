@@ -205,12 +205,14 @@ void expand(const ExpandArgs& args, Range rows) {
   }
 }
 
+int64_t wgrad_bytes(int64_t rank) { return rank * kColBlock * 4; }
+
 template <class Isa, class T>
 void wgrad(const WgradArgs& args, const ExpandArgs& expand, Range cols) {
   constexpr int64_t kBitsPitch = kColBlock / 32;
   const bool drop = args.dropout.enabled();
   alignas(64) float staged[kStagedRows * kColBlock];
-  alignas(64) float sums[kMaxRank * kColBlock];
+  auto* sums = static_cast<float*>(args.work);
   uint32_t bits[kStagedRows * kBitsPitch];
   for (int64_t c = cols.begin; c < cols.end; c += kColBlock) {
     const int64_t block_cols = std::min(kColBlock, cols.end - c);

@@ -76,6 +76,7 @@ struct ShrinkArgs {
   float* t;  // [rows, rank]
   Dropout dropout;
   RowIndex rows{};
+  void* work = nullptr;  // its thread's, shrink_bytes from a multiple of 64 on
 };
 
 struct ExpandArgs {
@@ -106,7 +107,8 @@ struct WgradArgs {
   int64_t g_col_pitch;
   Dropout dropout;
   RowIndex row_index{};
-  MaskBits mask{};  // drawn before
+  MaskBits mask{};       // drawn before
+  void* work = nullptr;  // its thread's, wgrad_bytes from a multiple of 64 on
 };
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -137,6 +139,9 @@ struct SkinnyKernels {
   TLayout expand_t;  // bytes is null if the pass reads T itself
   TLayout wgrad_t;
 
+  // Of memory that both work in: the stack of a thread may be small.
+  int64_t (*shrink_bytes)(int64_t rank);
+  int64_t (*wgrad_bytes)(int64_t rank);
   void (*shrink)(const ShrinkArgs& args, Range rows);
   void (*expand)(const ExpandArgs& args, Range rows);
   // Columns [cols) of G; if expand.y is not null, also of Y, which shares T and the mask.

@@ -116,9 +116,10 @@ Results run(const SkinnyKernels& k, const Operands& o) {
   Results out;
   out.t.resize(static_cast<size_t>(c.rows * c.rank));
   Bytes shrink_panel(k.shrink_panel_bytes(c.rank, c.cols));
+  Bytes shrink_work(k.shrink_bytes(c.rank)), wgrad_work(k.wgrad_bytes(c.rank));
   k.pack_shrink(view, shrink_panel.at());
   k.shrink({o.p.data(), Dtype::kBFloat16, c.cols, c.cols, c.rank, shrink_panel.at(), is_half, 2.0f,
-            out.t.data(), o.dropout(), o.index()},
+            out.t.data(), o.dropout(), o.index(), shrink_work.at()},
            {0, c.rows});
 
   Bytes expand_panel(k.expand_panel_bytes(c.rank, c.cols));
@@ -145,7 +146,8 @@ Results run(const SkinnyKernels& k, const Operands& o) {
   }
   const WgradArgs wgrad{
       o.p.data(),   Dtype::kBFloat16, c.cols, c.rows, c.rank,      wgrad_t.data, 1.0f,
-      out.g.data(), Dtype::kFloat32,  c.cols, 1,      o.dropout(), o.index(),    mask};
+      out.g.data(), Dtype::kFloat32,  c.cols, 1,      o.dropout(), o.index(),    mask,
+      wgrad_work.at()};
   k.wgrad(wgrad, beside, {0, c.cols});
   for (const BFloat16& value : both) out.y_of_wgrad.push_back(to_float(value));
   return out;
@@ -214,9 +216,10 @@ bool own_t_is_right(const ProductCase& c) {
   std::vector<float> t(static_cast<size_t>(c.rows * c.rank)), own(t.size());
   const std::vector<RowUpdate> updates{{{0, c.rows}, t.data(), u.view(), 0.5f}};
   Bytes panel(amx_kernels()->shrink_panel_bytes(c.rank, c.depth));
+  Bytes work(amx_kernels()->shrink_bytes(c.rank));
   amx_kernels()->pack_shrink(x.view(), panel.at());
   amx_kernels()->shrink({x.p.data(), Dtype::kBFloat16, c.depth, c.depth, c.rank, panel.at(),
-                         !c.float_adapter, 2.0f, t.data(), of_p},
+                         !c.float_adapter, 2.0f, t.data(), of_p, {}, work.at()},
                         {0, c.rows});
   std::vector<BFloat16> y(u.y), y_of_own(u.y);
   const OwnT made{x.view(), 2.0f, mask_of_p.bits, own.data()};

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 COMPILER = shlex.split(os.environ.get("CXX", "")) or ["c++"]
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-Werror=frame-larger-than=65536"]  # a thread's stack may have 256 KB
 
 
 def flags_of_processor() -> set[str]:
@@ -65,6 +66,7 @@ def test_tiles_compute_what_vectors_do(tmp_path, others):
 @pytest.mark.slow
 def test_tiles_stay_within_their_memory(tmp_path):
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
+    flags += ["-Wno-frame-larger-than"]  # of variables that are kept apart
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
     if subprocess.run([*COMPILER, *flags, probe, "-o", tmp_path / "probe"]).returncode != 0:

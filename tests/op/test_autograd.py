@@ -1,7 +1,10 @@
 """Autograd: gradients by finite differences, which of them exist, and what is kept for them."""
 
 import itertools
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import op_calls
 import pytest
@@ -25,6 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import lora_ext
 
+ROOT = Path(__file__).resolve().parents[2]
 OP = op_calls.lora_linear
 INPUTS = ("x", "lora_a", "lora_b", "bias")
 
@@ -329,3 +333,31 @@ def test_accumulate_grad_sees_a_tensor_of_its_own(device):
         leaves[name].register_hook(lambda gradient: gradient.zero_())
     OP(**leaves).backward(problem.grad)
     assert all(not leaves[name].grad.any() for name in INPUTS)
+
+
+IN_A_SMALL_STACK = """
+import threading, torch
+from lora_ext import _C, lora_linear
+torch.set_num_threads(1)  # passes of this thread alone
+threading.stack_size(256 << 10)
+def step(dtype):
+    x, a, b = (torch.ones(40, 256, requires_grad=True) for _ in range(3))
+    y = lora_linear(x.to(dtype), torch.ones(256, 256, dtype=dtype), a[:16], b[:16].t())
+    y.sum().backward()
+    print(int(a.grad[0, 0]), int(b.grad[0, 0]), int(x.grad[0, 0]))
+for isa in _C.available_cpu_isas():
+    _C.set_cpu_isa(isa)
+    for dtype in torch.float32, torch.bfloat16:
+        thread = threading.Thread(target=step, args=[dtype])
+        thread.start()
+        thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_with_a_stack_of_256_kilobytes():
+    """As musl's and those of servers: the sums of wgrad alone take so much at the largest rank."""
+    run = [sys.executable, "-c", IN_A_SMALL_STACK]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert set(done.stdout.splitlines()) == {"10240 10240 4352"}
