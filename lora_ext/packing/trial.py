@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -74,14 +74,14 @@ class Trial:
         self.x, self.bias = x.to(kind.dtype), None if backward else bias
         self.plain = [pack.matrix if backward else pack.matrix.t() for pack in packs]
         self.packed: list[Any] = [pack.copies[backward] for pack in packs]
-        names = [_TORCH, *map(_name, _C.cpu_panel_candidates(kind.dtype))]
-        # By the number of a weight.
-        self.products: dict[str, Callable[[int], Tensor]]
-        self.products = {name: partial(self._by_panels, name) for name in names}
+        self.names = [_TORCH, *map(_name, _C.cpu_panel_candidates(kind.dtype))]
         if self.packed[0] is not None:
-            self.products[_PACK] = lambda i: packed_linear(self.x, self.packed[i], self.bias)
+            self.names.append(_PACK)
 
-    def _by_panels(self, name: str, i: int) -> Tensor:
+    def product(self, name: str, i: int) -> Tensor:
+        """With the i-th weight."""
+        if name == _PACK:
+            return packed_linear(self.x, self.packed[i], self.bias)
         y = self.x.new_empty(self.rows, self.plain[i].shape[1])
         _C.cpu_product(self.x, self.plain[i], self.bias, y, name)
         return y
@@ -95,25 +95,23 @@ class Trial:
         is_finite = exact.isfinite()
 
         def error(name: str) -> float:
-            y = _ends(self.products[name](0)).double()
+            y = _ends(self.product(name, 0)).double()
             return (y - exact)[is_finite].abs().max().item() if is_finite.any() else 0.0
 
         of_sums = 4 * torch.finfo(torch.float32).eps * math.sqrt(len(matrix))
         most = exact.where(is_finite, 0.0).abs().max().item()
         bound = 4 * error(_TORCH) + (torch.finfo(self.kind.dtype).eps + of_sums) * most
-        return [name for name in self.products if name != _TORCH and not error(name) <= bound]
+        return [name for name in self.names if name != _TORCH and not error(name) <= bound]
 
     def times(self, wrong: Collection[str]) -> Times:
         """Microseconds of all weights by each product that is not wrong."""
 
-        def in_turn(product: Callable[[int], Tensor]) -> None:
+        def in_turn(name: str) -> None:
             for i in range(len(self.plain)):
-                product(i)
+                self.product(name, i)
 
-        calls = {name: each for name, each in self.products.items() if name not in wrong}
-        return interleaved_us(
-            {name: partial(in_turn, each) for name, each in calls.items()}, self.x.device
-        )
+        calls = {name: partial(in_turn, name) for name in self.names if name not in wrong}
+        return interleaved_us(calls, self.x.device)
 
     def ruled(self, wrong: Collection[str]) -> str:
         """The plain product that is taken without a measurement, or torch's if that is wrong."""

@@ -65,7 +65,8 @@ class Accelerated:
         LoraLayer.delete_adapter(self, adapter_name)
 
     def pefts_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
+        # By name: torch.compile does not follow `super()` in a variable on Python 3.13.
+        parent: Any = super(Accelerated, self)  # noqa: UP008
         return parent.forward(x, *args, **kwargs)
 
 

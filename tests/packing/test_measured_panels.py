@@ -189,26 +189,18 @@ def test_a_product_with_other_values_is_not_taken_and_named(wrong, fault, quick,
     """One column of the last row, forward, of 9 rows; though it is faster."""
     if wrong != "pack" and F32 not in _C.cpu_panel_candidates(F32):
         pytest.skip("no panels of floats here")
-    by_panels, packed_linear = Trial._by_panels, trial.packed_linear
+    product = Trial.product
 
-    def spoiled(y):
-        if y.shape == (9, 40):
+    def spoiled(of, name, i):
+        y = product(of, name, i)
+        if wrong == name and y.shape == (9, 40):
             y[-1, 17] += fault
         return y
-
-    def panels_spoiled(of, name, i):
-        y = by_panels(of, name, i)
-        return spoiled(y) if wrong == name else y
-
-    def pack_spoiled(*args):
-        y = packed_linear(*args)
-        return spoiled(y) if wrong == "pack" else y
 
     def times(calls, device):
         return {name: [100.0 if name == "none" else 50.0 / (1 + i)] for i, name in enumerate(calls)}
 
-    monkeypatch.setattr(Trial, "_by_panels", panels_spoiled)
-    monkeypatch.setattr(trial, "packed_linear", pack_spoiled)
+    monkeypatch.setattr(Trial, "product", spoiled)
     monkeypatch.setattr(trial, "interleaved_us", times)
     model = LoRALinear(24, 40, r=4)
     packing = pack_weights(model, (1, 9))
