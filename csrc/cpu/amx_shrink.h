@@ -157,7 +157,8 @@ void shrink(const ShrinkArgs& args, Range rows) {
   const ShrinkPanel q(args.q, args.rank, args.q_is_half);
   const bool drop = args.dropout.enabled();
   auto* staged = static_cast<BFloat16*>(args.work);  // [kRowBlock, kShrinkDepth]
-  auto* sums = reinterpret_cast<float*>(staged + kRowBlock * kShrinkDepth);  // [kRowBlock, rank_pad]
+  auto* sums =
+      reinterpret_cast<float*>(staged + kRowBlock * kShrinkDepth);  // [kRowBlock, rank_pad]
   uint32_t bits[kRowBlock * kShrinkDepth / 32];
   for (int64_t m = rows.begin; m < rows.end; m += kRowBlock) {
     const int64_t block_rows = std::min(kRowBlock, rows.end - m);

@@ -145,8 +145,8 @@ Results run(const SkinnyKernels& k, const Operands& o) {
     k.dropout_bits(o.dropout(), o.index(), {0, c.rows}, {0, c.cols}, mask.words, mask.pitch);
   }
   const WgradArgs wgrad{
-      o.p.data(),   Dtype::kBFloat16, c.cols, c.rows, c.rank,      wgrad_t.data, 1.0f,
-      out.g.data(), Dtype::kFloat32,  c.cols, 1,      o.dropout(), o.index(),    mask,
+      o.p.data(),     Dtype::kBFloat16, c.cols, c.rows, c.rank,      wgrad_t.data, 1.0f,
+      out.g.data(),   Dtype::kFloat32,  c.cols, 1,      o.dropout(), o.index(),    mask,
       wgrad_work.at()};
   k.wgrad(wgrad, beside, {0, c.cols});
   for (const BFloat16& value : both) out.y_of_wgrad.push_back(to_float(value));
@@ -218,8 +218,18 @@ bool own_t_is_right(const ProductCase& c) {
   Bytes panel(amx_kernels()->shrink_panel_bytes(c.rank, c.depth));
   Bytes work(amx_kernels()->shrink_bytes(c.rank));
   amx_kernels()->pack_shrink(x.view(), panel.at());
-  amx_kernels()->shrink({x.p.data(), Dtype::kBFloat16, c.depth, c.depth, c.rank, panel.at(),
-                         !c.float_adapter, 2.0f, t.data(), of_p, {}, work.at()},
+  amx_kernels()->shrink({x.p.data(),
+                         Dtype::kBFloat16,
+                         c.depth,
+                         c.depth,
+                         c.rank,
+                         panel.at(),
+                         !c.float_adapter,
+                         2.0f,
+                         t.data(),
+                         of_p,
+                         {},
+                         work.at()},
                         {0, c.rows});
   std::vector<BFloat16> y(u.y), y_of_own(u.y);
   const OwnT made{x.view(), 2.0f, mask_of_p.bits, own.data()};
