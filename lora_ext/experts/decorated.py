@@ -40,6 +40,16 @@ def is_decorated(kind: type) -> bool:
     return getattr(kind.forward, "__code__", None) is _forward
 
 
+def packing(module: nn.Module) -> str:
+    """What the weights of experts that are not decorated are packed in, and what to do; or "".
+    MXFP4's, once loaded, are no tensors of torch."""
+    stacks = [p for p in module._parameters.values() if p is not None and p.dim() > 2]
+    forms = sorted({str(stack.dtype) for stack in stacks if stack.dtype not in FLOATS})
+    forms = ["MXFP4"] if type(module).__name__ == "Mxfp4GptOssExperts" else forms
+    cure = "load the model dequantised: dequantize=True in Mxfp4Config or FineGrainedFP8Config"
+    return f"the experts' weights are packed in {' and '.join(forms)}; {cure}" if forms else ""
+
+
 # Attributes that instances of older releases lack, with what holds there by their sources: 5.0 has
 # no `has_gate`, no `is_concatenated`, 5.17 no `_is_expert_parallel`, 5.19 no `has_post_expert_norm`
 

@@ -77,7 +77,7 @@ def apply_lora(
         )
     targets = find_targets(model, config)
     if ALL_LINEAR in config.target_modules:
-        warn_of_other_experts(model, "apply_lora")
+        warn_of_other_experts(model, "apply_lora", config)
     saved = find_saved(model, config)
     _check_saved([*lora_layers(model), *targets], saved)
     replaced: dict[int, nn.Module] = {}

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..experts.decorated import packing
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
 from ..nn.adapter_spec import MAX_RANK, AdapterSpec
 from ..nn.experts import is_experts
@@ -45,16 +46,24 @@ def routers(modules: Sequence[tuple[str, nn.Module]]) -> set[int]:
     return found
 
 
-def warn_of_other_experts(model: nn.Module, where: str) -> None:
-    """Warns of experts that "all-linear" leaves out, since their layout is unknown; where: what was
-    called."""
-    found = {
-        type(module).__name__
-        for path, module in model.named_modules()
-        if "expert" in f"{path} {type(module).__name__}".lower() and not is_experts(module)
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        if any(p.dim() > 2 for p in module.parameters(recurse=False))
-    }
+def warn_of_other_experts(model: nn.Module, where: str, config: LoraConfig) -> None:
+    """Warns of experts that "all-linear" leaves out, since their layout is unknown, and raises
+    ValueError if they are packed; where: what was called."""
+    found = set()
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if "expert" not in f"{path} {kind}".lower() or is_experts(module):
+            continue
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        packed = packing(module)
+        if packed and not any(matches(pattern, path) for pattern in config.exclude_modules):
+            raise ValueError(
+                f"lora_ext.{where}: expected experts that 'all-linear' can adapt, but of {path!r}, "
+                f"a {kind}, {packed}; exclude_modules=['experts'] leaves them out"
+            )
+        if not packed and any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            found.add(kind)
     if found:
         why = TOO_OLD["transformers"] or (
             "transformers' use_experts_implementation does not decorate them; PEFT's "

@@ -70,6 +70,7 @@ def accelerate(
     if expert_dropout is not None:
         experts.check_has_dropout(model, expert_dropout)
     swap(model)
+    experts.warn_of_packed(model)
     if expert_dropout is not None:
         experts.put_dropout(model, expert_dropout)
     if not any(type(layer) in classes().values() for layer in layers):

@@ -50,7 +50,8 @@ def reason(chain: Chain, by_row: bool = False) -> str:
 def _module_reason(base: Any) -> str:
     if not decorated.is_decorated(type(base)):
         return (
-            TOO_OLD["transformers"]
+            decorated.packing(base)
+            or TOO_OLD["transformers"]
             or "the module is not one of transformers' use_experts_implementation"
         )
     if "forward" in base.__dict__:
@@ -152,6 +153,19 @@ def check_has_dropout(model: nn.Module, p: Any) -> None:
                 f"expert_dropout={p}, but {path!r} needs PEFT's own forward, which has no dropout: "
                 f"{obstacle}; leave expert_dropout out, or these experts out of target_parameters"
             )
+
+
+def warn_of_packed(model: nn.Module) -> None:
+    """Whose lora_A has 16 columns for 32 features in MXFP4."""
+    reasons = ((path, decorated.packing(each.base)) for path, each in _chains(model).items())
+    found = {path: why for path, why in reasons if why}
+    if found:
+        path, why = next(iter(found.items()))
+        warnings.warn(
+            f"lora_ext.accelerate: expected adapters on experts that are not packed, since PEFT "
+            f"sizes them by what is stored, but got {len(found)} such as {path!r}: {why}",
+            stacklevel=3,
+        )
 
 
 def put_dropout(model: nn.Module, p: float | None = None) -> None:

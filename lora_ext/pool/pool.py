@@ -91,7 +91,7 @@ class AdapterPool:
         replaced: dict[int, nn.Module] = {}
         targets = find_targets(model, config)
         if ALL_LINEAR in config.target_modules:
-            warn_of_other_experts(model, where)
+            warn_of_other_experts(model, where, config)
         for path, module in targets:
             in_place = in_place_of(path, module)
             for layer, spec in layers_of(in_place, path, config):

@@ -152,6 +152,29 @@ def test_experts_of_another_layout_are_not_left_out_in_silence(monkeypatch):
         lora_ext.AdapterPool(model, 2, 4)
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_packed_experts_are_not_left_out_in_silence(is_loaded):
+    """gpt-oss as it is on disk; its loaded stacks are no tensors of torch."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    model = mixture("gpt_oss", num_hidden_layers=1)
+    experts = model.model.layers[0].mlp.experts = mxfp4.Mxfp4GptOssExperts(model.config)
+    packed = peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    packed = peft.get_peft_model(copy.deepcopy(model), packed)
+    with pytest.warns(UserWarning, match="since PEFT sizes .* but got 1 such as .*mlp.experts'"):
+        lora_ext.accelerate(packed)
+    assert "packed in MXFP4; load the model dequantised" in str(lora_ext.explain(packed))
+    if is_loaded:
+        for name in ("gate_up_proj", "down_proj"):
+            del experts._parameters[name]
+            setattr(experts, name, None)
+    words = r"of 'model.layers.0.mlp.experts', a Mxfp4.* in MXFP4; load .*; exclude_modules="
+    with pytest.raises(ValueError, match=words):
+        apply_lora(model, LoraConfig("all-linear"))
+    with pytest.raises(ValueError, match=words):
+        lora_ext.AdapterPool(model, 2, 4)
+    apply_lora(model, LoraConfig("all-linear", exclude_modules=["experts"]))
+
+
 def test_experts_of_the_oldest_transformers_are_not_left_out():
     """Its decorator sets less on instances."""
     models = [mixture(num_hidden_layers=1) for _ in range(2)]
