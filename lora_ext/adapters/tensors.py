@@ -8,7 +8,7 @@ are known before a tensor is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,10 @@ class TensorFile:
         try:
             stored = self._file.get_tensor(entry.name)
         except Exception as error:  # SafetensorError has no standard base class but Exception
+            with suppress(Exception):
+                self._file.get_tensor(entry.name)
+                # A ValueError of torch's replaces what a signal raises in UntypedStorage's methods.
+                raise KeyboardInterrupt from None
             raise AdapterError(f"{where}: expected a tensor for torch, but got {error}") from None
         value = stored.to(dtype or stored.dtype, copy=True)
         comparable = value.float() if value.itemsize == 1 else value  # no isfinite for float8

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
 from lora_ext.adapters.folder import open_adapter, replace_adapter
+from lora_ext.adapters.tensors import TensorFile
 
 STEPS = ("open", "write", "fsync", "replace", "unlink")
 CARD = b"card"
@@ -253,6 +255,28 @@ def test_an_error_while_the_weights_are_made(tmp_path):
         replace_adapter(str(tmp_path), b"{}", weights, CARD)
     assert held(tmp_path) == OLD
     assert names(tmp_path) == {CONFIG, WEIGHTS, "README.md"}
+
+
+def test_an_interrupt_while_the_file_is_read_back(tmp_path, monkeypatch):
+    """Torch's conversion of a storage raises a ValueError in its place, once."""
+    model = apply_lora(nn.Sequential(nn.Linear(4, 4)), LoraConfig(["0"], r=2))
+    save_adapter(model, tmp_path)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    model[0].lora_b.default.data.fill_(1)
+
+    def opened(self, file):
+        made(self, file)
+        self._file = mock.Mock(wraps=file)
+        self._file.get_tensor.side_effect = [
+            ValueError("the shape of UntypedStorage"),
+            mock.DEFAULT,
+        ]
+
+    made = TensorFile.__init__
+    monkeypatch.setattr(TensorFile, "__init__", opened)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
 # ---- several at once ----
