@@ -169,34 +169,28 @@ def is_below(arch: str, least: int) -> bool:
 
 
 def with_90a(archs: list[str]) -> list[str]:
-    """["9.0+PTX"] -> ["9.0a", "9.0+PTX"]: code with Hopper's own kernels, whose PTX no later card
-    would run. Containers and torch's own list say 9.0, in which those kernels are empty.
+    """["8.0", "9.0+PTX"] -> ["8.0", "9.0a+PTX"]: with Hopper's own kernels. Containers and torch's
+    own list say 9.0, in which those are empty; a Hopper might load its code beside sm_90a.
     """
-    has_90a = "90a" in map(arch_number, archs)
-    taken = []
-    for arch in archs:
-        is_hopper = arch_number(arch) == "90"
-        if is_hopper and not has_90a:
-            taken.append("9.0a")
-            has_90a = True
-        if not is_hopper or arch.endswith("+PTX"):
-            taken.append(arch)
-    return taken
+    hopper = [arch for arch in archs if arch_number(arch) in ("90", "90a")]
+    name = "9.0a+PTX" if any(arch.endswith("+PTX") for arch in hopper) else "9.0a"
+    return [*dict.fromkeys(name if arch in hopper else arch for arch in archs)]
 
 
 def arch_flags(archs: list[str]) -> list[str]:
     """["8.0+PTX"] -> the -gencode flags for sm_80 code and compute_80 PTX.
 
-    Never for sm_90: a Hopper might load that beside sm_90a (`with_90a`), without its own kernels.
+    That is the PTX of 9.0a, too: no later card runs its own, and kernels are empty in that of 9.0.
     """
-    flags = []
+    flags = {}
     for arch in archs:
         number = arch_number(arch)
-        codes = ["compute"] if arch.endswith("+PTX") else []
-        if number != "90":
-            codes.insert(0, "sm")
-        flags += [f"-gencode=arch=compute_{number},code={code}_{number}" for code in codes]
-    return flags
+        codes = {"sm": number}
+        if arch.endswith("+PTX"):
+            codes["compute"] = "80" if number == "90a" else number
+        for code, own in codes.items():
+            flags[f"-gencode=arch=compute_{own},code={code}_{own}"] = None
+    return [*flags]
 
 
 def cards_here() -> list[int]:
