@@ -36,6 +36,7 @@ import pytest
 import torch
 import two_processes
 from helpers import EMULATED, EMULATED_ROUTE
+from other_library import other_library
 from rest import REST
 
 import lora_ext
@@ -94,6 +95,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("rest")
     if EMULATED:
         keep(config, items, lambda item: {"device", "isa"} & set(item.fixturenames))
+    if config.getoption("--other-library") is not None:  # which holds copies of its operands
+        keep(config, items, lambda item: "peak_bytes" not in item.function.__code__.co_names)
     if not has_card_or_names_it(config):
         keep(config, items, lambda item: not item.get_closest_marker("gpu"))
 
@@ -124,6 +127,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="kernels may take any time in the check of their first use, as under a sanitizer",
     )
+    parser.addoption(
+        "--other-library",
+        type=int,
+        metavar="SEED",
+        help="torch's products on the CPU round otherwise in each call: tests/other_library.py",
+    )
 
 
 def pytest_configure(config):
@@ -133,6 +142,10 @@ def pytest_configure(config):
         _C.set_cuda_route(EMULATED_ROUTE)
     if config.getoption("--no-check-timeout") and _C.with_cuda:
         lora_ext.kernels.set_check_timeout(None)
+    if (seed := config.getoption("--other-library")) is not None:
+        other = other_library(seed)
+        other.__enter__()
+        config.add_cleanup(lambda: other.__exit__(None, None, None))
     # Kernels that fail their check are replaced by the library route, which would pass the tests.
     config.addinivalue_line("filterwarnings", "error:lora_ext. the kernels")
 
