@@ -109,11 +109,11 @@ def test_a_compiled_model_in_another_task_or_thread_is_refused(
 
 
 def test_a_thread_that_has_the_context_of_the_block_is_in_it(subject):
-    """As of asyncio.to_thread."""
+    """As of asyncio.to_thread. torch's products may be divided among more threads there."""
     x = batch(subject)
     with lora_ext.use_adapters(subject.model, NAMES), ThreadPoolExecutor(1) as thread:
         y = thread.submit(contextvars.copy_context().run, subject, x).result()
-    assert torch.equal(y, run(subject, NAMES, x)["y"])
+    assert_close(y, run(subject, NAMES, x)["y"])
 
 
 def test_generators_that_take_turns_are_refused(subject):

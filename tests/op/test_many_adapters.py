@@ -282,9 +282,8 @@ def test_the_number_of_threads_changes_no_bit(isa, kind, rows):
 @pytest.mark.parametrize("ranks", [(4, 16, 7), (16, 16, 16)], ids=["ranks", "all of one rank"])
 def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows, ranks):
     """Slots of different ranks, or without ranks; free ones whose factors are NaN, and NaN beyond
-    the ranks."""
+    the ranks. The list has the pool's own memory, whose strides torch's products may look at."""
     many = make_many(rows, 40, 24, ranks, pair, device, given=pair[0], bias=False)
-    lists = run(many, 0.3)
     slots, places = 5, (4, 0, 2)
     pool_a = many.x.new_full((slots, 16, 40), math.nan, dtype=pair[1])
     pool_b = many.x.new_full((slots, 24, 16), math.nan, dtype=pair[1])
@@ -293,6 +292,8 @@ def test_a_pool_has_the_bits_of_a_list(isa, device, pair, rows, ranks):
     for g, (slot, rank) in enumerate(zip(places, ranks, strict=True)):
         pool_a[slot, :rank], pool_b[slot, :, :rank] = many.lora_a[g], many.lora_b[g]
         in_use[slot], scaling[slot] = rank, many.scaling[g]
+        many.lora_a[g], many.lora_b[g] = pool_a[slot, :rank], pool_b[slot, :, :rank]
+    lists = run(many, 0.3)
     is_ranked = len(set(ranks)) > 1
     # -1 goes to a free slot, whose rank is 0
     table = torch.tensor([*places, 3 if is_ranked else -1], dtype=torch.int32, device=device)
