@@ -8,6 +8,7 @@ REST = {
     "contract/test_distributed.py",
     "contract/test_recompile.py",
     "cpu",
+    "emulated/test_instrument.py",
     "experts/test_experts_compile.py",
     "experts/test_experts_types.py",
     "layers/test_distributed.py",

@@ -62,14 +62,14 @@ CELLS = [cell for cell in itertools.product(KINDS, WAYS, CHANGES) if exists(*cel
 
 def covering():
     """Few cells that have each pair of parts that any has, and rather what takes less time; each
-    kind of layer is compiled, three of them in all ways."""
+    kind of layer is compiled, two of them in all ways."""
 
     def cost(cell):
         return ("linear" not in cell[0]) + ("experts" in cell[0]) + 3 * bool(WAYS[cell[1]].graph)
 
     def pairs_of(cell):
         if WAYS[cell[1]].graph and cell[1] != "compiled":
-            return {cell[:2]} if cell[0] in ("ours linear", "peft linear", "peft saved") else set()
+            return {cell[:2]} if cell[0] in ("ours linear", "peft linear") else set()
         return set(itertools.combinations(enumerate(cell), 2))
 
     pairs = {cell: pairs_of(cell) for cell in CELLS}

@@ -98,8 +98,9 @@ def test_large_ranks(isa, device, ranks, pair, rows):
     check_errors(many, 0.1, pair, isa)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "ranges"])
-@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16)], ids=pair_id)
+@pytest.mark.parametrize(
+    ("kind", "pair"), [("mixed", (F32, F32)), ("ranges", (BF16, BF16))], ids=["mixed", "ranges"]
+)
 def test_a_thousand_adapters_of_one_row_each(isa, device, kind, pair):
     many = make_many(1000, 33, 20, [1 + g % 5 for g in range(1000)], pair, device)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
