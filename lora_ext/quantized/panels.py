@@ -21,7 +21,7 @@ def before_forward(layer: Any, args: tuple) -> None:
     """The hook: a forward that trains, or needs a gradient of x, reads the weight as quantised."""
     weight = layer._parameters["weight"]
     state = getattr(weight, "quant_state", None)
-    if not getattr(state, "packing_format_for_cpu", False):
+    if state is None or not getattr(state, "packing_format_for_cpu", False):
         if state is not None and not layer.training:
             state.before_panels = {name: getattr(state, name, None) for name in _SCALES}
         return
