@@ -69,8 +69,9 @@ class batch_invariant:
     Without it the last bits of a row may depend on the number of rows in the batch, as with
     ``F.linear``: decoding and scoring then do not give the same bits. Within the block, every row
     of `lora_linear` and of the layers that use it goes through the same products: by panels, or in
-    blocks of 32 rows, the last one padded with zeros. dX has the mode of its forward, at any
-    time and in any thread. Gradients of factors and biases are sums over all rows, the same as
+    blocks of 32 rows, the last one padded with zeros. In a batch with an adapter for each row it
+    has the bits of a call with its adapter alone. dX has the mode of its forward, at any time and
+    in any thread. Gradients of factors and biases are sums over all rows, the same as
     without it.
 
     It supports dense and quantised weights on the CPU, in every dtype, and an adapter for each row

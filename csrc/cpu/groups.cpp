@@ -62,7 +62,8 @@ Groups::Groups(const Update& update, const Base& base, const at::Tensor& x, at::
       y_(dtype_of(y)),
       dropout_(dropout_of(update.dropout)),
       keep_scale_(experts == nullptr ? static_cast<float>(update.dropout.keep_scale()) : 1.f),
-      uses_tiles_(update.is_one() || base.row_block == 0) {
+      uses_tiles_(update.is_one() || base.row_block == 0),
+      keeps_order_(experts != nullptr) {
   if (experts != nullptr && experts->mask_rows) {
     dropout_.rows = experts->mask_rows->const_data_ptr<int64_t>();
   }
@@ -79,10 +80,12 @@ Groups::Groups(const Update& update, const Base& base, const at::Tensor& x, at::
 
 std::optional<Dtype> Groups::panel_of(const at::Tensor& p, const Base& base, bool is_forward,
                                       const Experts* experts) const {
+  // Any rows of batch-invariant calls are rounded once, as those of one adapter are.
+  const bool is_invariant = base.row_block != 0;
   const bool has_rows = rows() >= kFusedRows * static_cast<int64_t>(segments().size());
-  if (!is_one() && (!has_rows || base.row_block != 0)) return {};
-  // The rows of an expert stay together only in their own order.
-  if (experts != nullptr && !order_of_all(p.size(0)).empty()) return {};
+  if (!is_one() && !has_rows && !is_invariant) return {};
+  // The rows of an expert stay together only in their own order, where an update has a few each.
+  if (keeps_order_ && !is_invariant && !are_consecutive()) return {};
   const std::optional<Dtype> panel = fused_panel(p, base, experts, is_forward);
   // Tiles of 32 rows with several adapters multiply each adapter's U by all of them.
   const bool fills = is_one() || rows() >= kFusedTileRows * static_cast<int64_t>(segments().size());
@@ -103,12 +106,23 @@ Groups::Rows Groups::rows_of(const Segment& segment, Range range) const {
   return {0, {at}};
 }
 
-std::vector<int32_t> Groups::order_of_all(int64_t rows) const {
+bool Groups::are_consecutive() const {
   const c10::ArrayRef<Segment> list = segments();
-  const bool are_consecutive = std::all_of(list.begin(), list.end(), [&](const Segment& segment) {
+  return std::all_of(list.begin(), list.end(), [&](const Segment& segment) {
     return rows_of(segment, {0, segment.count}).index.at == nullptr;
   });
-  if (are_consecutive) return {};
+}
+
+int64_t Groups::end_of_run(const Segment& segment, int64_t row) const {
+  if (rows_of(segment, {row, segment.count}).index.at == nullptr) return segment.count;
+  const int32_t* at = segments_.order.data() + segment.begin;
+  int64_t end = row + 1;
+  while (end < segment.count && at[end] == at[end - 1] + 1) ++end;
+  return end;
+}
+
+std::vector<int32_t> Groups::order_of_all(int64_t rows) const {
+  if (keeps_order_ || are_consecutive()) return {};
   std::vector<int32_t> order = segments_.order;
   std::vector<bool> has_adapter(static_cast<size_t>(rows), false);
   for (const int32_t row : order) has_adapter[static_cast<size_t>(row)] = true;

@@ -47,8 +47,11 @@ class Groups {
   };
   Rows rows_of(const Segment& segment, Range range) const;
   // All `rows` rows of the call in the order of the segments, then those without an adapter; empty
-  // if each segment has consecutive rows, which then stay in their own order.
+  // if they stay in their own order: each segment has consecutive rows, or the rows are of experts,
+  // which stay together only so.
   std::vector<int32_t> order_of_all(int64_t rows) const;
+  // Where the consecutive rows of a segment end that begin at `row`.
+  int64_t end_of_run(const Segment& segment, int64_t row) const;
   int64_t first_row(const Segment& segment) const { return rows_of(segment, {0, 1}).first; }
   const Dropout& dropout() const { return dropout_; }
   // The mask for those rows, from `column` on.
@@ -73,6 +76,7 @@ class Groups {
          const at::Tensor& p, bool is_forward, const Experts* experts);
   std::optional<Dtype> panel_of(const at::Tensor& p, const Base& base, bool is_forward,
                                 const Experts* experts) const;
+  bool are_consecutive() const;
   AdapterView view(at::TensorList factors, int64_t rank_dim, const Segment& segment) const;
 
   const Update& update_;
@@ -81,7 +85,7 @@ class Groups {
   Dtype x_, y_;
   Dropout dropout_;
   float keep_scale_;
-  bool uses_tiles_;
+  bool uses_tiles_, keeps_order_;
   std::optional<Dtype> panel_;
   int64_t few_rows_;
 };

@@ -111,11 +111,15 @@ inline LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& ord
                            const at::Tensor& t, bool is_forward) {
   LowRank found;
   for (const Segment& segment : groups.segments()) {
-    const int64_t first = order.empty() ? groups.first_row(segment) : segment.begin;
-    found.updates.push_back({{first, first + segment.count},
-                             Groups::dense_part(t, segment, 0),
-                             is_forward ? groups.b(segment) : groups.a(segment),
-                             is_forward ? groups.scaling(segment) : groups.keep_scale()});
+    for (int64_t row = 0, end = 0; row < segment.count; row = end) {
+      end = order.empty() ? groups.end_of_run(segment, row) : segment.count;
+      const int64_t first =
+          order.empty() ? groups.rows_of(segment, {row, end}).first : segment.begin;
+      found.updates.push_back({{first, first + end - row},
+                               Groups::dense_part(t, segment, row),
+                               is_forward ? groups.b(segment) : groups.a(segment),
+                               is_forward ? groups.scaling(segment) : groups.keep_scale()});
+    }
   }
   std::sort(found.updates.begin(), found.updates.end(),
             [](const RowUpdate& a, const RowUpdate& b) { return a.rows.begin < b.rows.begin; });

@@ -76,6 +76,10 @@ def test_a_token_has_the_same_bits_in_any_batch(dtype, given, kind):
             part = some(experts, up, down, index, first, count, dtype)
             for name, own, all_rows in zip(("y", "dx"), part, whole, strict=True):
                 assert torch.equal(own, all_rows[first : first + count]), (name, first, count)
+        for g in range(2 if given == "by row" else 0):
+            alone = some(experts, up[g : g + 1], down[g : g + 1], None, 0, TOKENS, dtype)
+            for own, all_rows in zip(alone, whole, strict=True):
+                assert torch.equal(own[index == g], all_rows[index == g]), g
 
 
 @pytest.mark.parametrize("sizes", [(16, 24), (17, 23)])

@@ -5,6 +5,7 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 
 import asyncio
 import gc
+import itertools
 import threading
 from dataclasses import replace
 
@@ -305,23 +306,46 @@ def test_an_adapter_for_each_row(isa, pair, is_quantised):
         with batch_invariant(), pytest.raises(NotImplementedError, match="by panels"):
             of_rows(make_problem(4, 8, 6, 2, pair), torch.arange(4), False)
         return
-    problem = make_problem(200, 70, 90, 9, pair)
+    problem = make_problem(300, 70, 90, 9, pair)
     with batch_invariant():
-        y, dx = of_rows(problem, torch.arange(200), is_quantised)
-        for rows in (torch.tensor([7]), torch.arange(3, 12), torch.arange(0, 200, 3)):
+        y, dx = of_rows(problem, torch.arange(300), is_quantised)
+        for rows in (torch.tensor([7]), torch.arange(3, 12), torch.arange(0, 300, 3)):
             own_y, own_dx = of_rows(problem, rows, is_quantised)
             assert torch.equal(own_y, y[rows])
             assert torch.equal(own_dx, dx[rows])
-    assert not torch.equal(y, of_rows(problem, torch.arange(200), is_quantised, 0)[0])
+        check_alone(problem, is_quantised)
+    assert not torch.equal(y, of_rows(problem, torch.arange(300), is_quantised, 0)[0])
+
+
+def check_alone(problem: Problem, is_quantised: bool) -> None:
+    """A row has its bits of a call with its adapter alone: adapters take turns, in runs of any
+    length, or one has all."""
+    runs = torch.tensor([2, 0, 1, -1, 0, 2, 1]), torch.tensor([1, 70, 2, 3, 5, 90, 129])
+    for count, p in itertools.product((1, 3, 31, 33, 300), (0.0, 0.4)):
+        rows = torch.arange(count)
+        for index in (rows % 4 - 1, runs[0].repeat_interleave(runs[1])[:count], 0 * rows):
+            mixed = of_index(problem, rows, is_quantised, index.int(), p)
+            for adapter in index.unique().clamp(0).tolist():
+                alone = of_index(problem, rows, is_quantised, adapter, p)
+                for own, one in zip(mixed, alone, strict=True):
+                    assert torch.equal(own[index == adapter], one[index == adapter])
 
 
 def of_rows(problem: Problem, rows: torch.Tensor, is_quantised: bool, shift: int = 1):
     """(y, dX) of some rows, each with one of three adapters or none."""
-    index = ((rows + shift) % 4 - 1).to(torch.int32)
+    return of_index(problem, rows, is_quantised, ((rows + shift) % 4 - 1).to(torch.int32))
+
+
+def of_index(problem: Problem, rows, is_quantised: bool, index, dropout_p: float = 0.0):
+    """The same by an index, or with the adapter of a number."""
     weight = quantized_rows(problem.weight.float()) if is_quantised else problem.weight
-    lora_a = [problem.lora_a * scale for scale in (1.0, 0.5, -1.0)]
-    x = problem.x[rows].clone().requires_grad_()
-    y = lora_ext.lora_linear(x, weight, lora_a, [problem.lora_b] * 3, index=index)
+    a = [problem.lora_a[:rank] * scale for rank, scale in ((9, 1.0), (4, 0.5), (9, -1.0))]
+    b = [problem.lora_b[:, :rank].contiguous() for rank in (9, 4, 9)]
+    x, words = problem.x[rows].clone().requires_grad_(), {"seed": torch.tensor(3)}
+    words |= {"bias": problem.bias, "dropout_p": dropout_p}
+    one = isinstance(index, int)
+    given = (a[index], b[index]) if one else (a, b)
+    y = lora_ext.lora_linear(x, weight, *given, **words, **({} if one else {"index": index}))
     return y.detach(), torch.autograd.grad(y, x, problem.grad[rows])[0]
 
 
