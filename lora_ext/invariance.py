@@ -87,8 +87,9 @@ class batch_invariant:
     Raises:
         NotImplementedError: at a call that it does not support: `lora_update`, embeddings, DoRA,
             CUDA; an adapter for each row, or experts, where there are no panels; or if torch's
-            products are needed and do not multiply all rows of a block alike, which is tested once
-            for each shape and dtype.
+            products are needed and do not multiply all rows of a block alike, filled up with zeros
+            to multiples of 16, 32 or 64 columns or not, which is tested once for each shape and
+            dtype.
         TypeError: mode is not a bool.
     """
 

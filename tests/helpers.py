@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -349,3 +351,27 @@ def assert_same_bits(run: Run, other: Run) -> None:
 def smallest_of_each_kind(tiles):
     """Of tiles' names, the last with each first word: plain, wgmma, fused-shrink, decode, ..."""
     return list({"" if tile[0].isdigit() else tile.split()[0]: tile for tile in tiles}.values())
+
+
+@contextmanager
+def products_alike_from(width: int | None):
+    """torch's products by a library that multiplies odd rows otherwise, unless the number of
+    columns is a multiple of `width`."""
+
+    def mm(a, b):
+        y = (a[:, :, None] * b).sum(1)
+        y[1::2] *= 1 + 1e-12 * (width is None or y.shape[1] % width > 0)
+        return y
+
+    def addmm(to, a, b, beta=1, alpha=1, out=None):
+        y = alpha * mm(a, b) + (beta * to if beta else 0)
+        return y if out is None else out.copy_(y)
+
+    def addmm_(to, *rest, **words):
+        return addmm(to, *rest, **words, out=to)
+
+    with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
+        warnings.simplefilter("ignore")
+        for name, own in {"mm": mm, "addmm": addmm, "addmm_": addmm_, "addmm.out": addmm}.items():
+            library.impl(name, own, "CPU")
+        yield

@@ -13,7 +13,7 @@ import op_calls
 import pytest
 import torch
 import torch.nn as nn
-from helpers import BF16, DTYPE_PAIRS, F32, F64, Problem, make_problem, pair_id
+from helpers import BF16, DTYPE_PAIRS, F32, F64, Problem, make_problem, pair_id, products_alike_from
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from quantized_helpers import quantized_rows
@@ -122,6 +122,25 @@ def test_each_layout_of_a_weight_is_tried_once():
 
     for weight in (problem.weight, problem.weight.t().contiguous().t(), wide):
         assert trials(weight) > 0 and trials(weight) == 0
+
+
+@pytest.mark.parametrize("least", [16, 64, None])
+def test_operands_are_filled_up_until_rows_are_alike(least):
+    """Also after a weight of zeros, which shows nothing of its products."""
+    size = 41 if least is None else 41 + least // 16  # of no other test: what was tried is kept
+    problem = make_problem(40, size, 59, 5, (F64, F64))
+    wanted = both(problem, 0, 40)
+    with products_alike_from(least), batch_invariant():
+        if least is None:
+            tried = rf"zeros: \[{size}, 59, 5\] \[{size}, 59, 16\].*\[64, 64, 64\];"
+            with pytest.raises(NotImplementedError, match=tried):
+                part(problem, 0, 40)
+            return
+        both(replace(problem, weight=torch.zeros_like(problem.weight)), 0, 40)
+        whole, own = both(problem, 0, 40), both(problem, 7, 20)
+    for each, rows in zip(whole, own, strict=True):
+        assert torch.equal(each[7:27], rows)
+    torch.testing.assert_close(whole, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_dx_follows_the_forward_in_any_thread():
