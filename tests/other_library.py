@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 # Op -> the factors' dimensions, and its forms.
-WITH_OUT, IN_PLACE = ("", ".out"), ("", ".out", "_")
 PRODUCTS = {
-    "mm": (2, 2, WITH_OUT),
-    "bmm": (3, 3, WITH_OUT),
+    "mm": (2, 2, ("", ".out")),
+    "bmm": (3, 3, ("", ".out")),
     "dot": (1, 1, ("",)),
-    "addmm": (2, 2, IN_PLACE),
-    "baddbmm": (3, 3, IN_PLACE),
-    "addmv": (2, 1, IN_PLACE),
+    "addmm": (2, 2, ("", ".out", "_")),
+    "baddbmm": (3, 3, ("", ".out", "_")),
+    "addmv": (2, 1, ("", ".out", "_")),
 }
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -45,24 +44,23 @@ def layout(tensor: Tensor) -> tuple:
 
 def shape_of(name: str, a: Tensor, b: Tensor, *start: Tensor) -> tuple[int, ...] | None:
     """The result's shape; None for what is left to torch: errors, and where nothing can be cut."""
-    tensors, summed = (a, b, *start), max(b.dim() - 2, 0)
+    summed = max(b.dim() - 2, 0)
+    shape = (*a.shape[:-1], *b.shape[summed + 1 :])
     if (
         (a.dim(), b.dim()) != PRODUCTS[name][:2]
         or not a.is_floating_point()
-        or any(t.dtype != a.dtype or t.layout != torch.strided or not t.is_cpu for t in tensors)
+        or any(t.dtype != a.dtype or t.layout != torch.strided for t in (a, b, *start))
         or (*a.shape[:summed], a.shape[-1]) != b.shape[: summed + 1]
+        or a.shape[-1] < 2
+        or 0 in shape
     ):
         return None
-    shape = (*a.shape[:-1], *b.shape[summed + 1 :])
-    for one in start:
-        pairs = zip_longest(reversed(one.shape), reversed(shape))
-        if any(own not in (None, 1, size) for own, size in pairs):
-            return None
-    return None if a.shape[-1] < 2 or 0 in shape else shape
+    sizes = [pair for t in start for pair in zip_longest(t.shape[::-1], shape[::-1])]
+    return shape if all(own in (None, 1, size) for own, size in sizes) else None
 
 
 def in_two(real, draw: random.Random, shape: tuple, a: Tensor, b: Tensor, *start: Tensor) -> Tensor:
-    """real(*start, a, b, **factors), rounded otherwise."""
+    """real(*start, a, b), rounded otherwise."""
     rows, length = a.dim() - 2, a.shape[-1]
     start = [one.expand(shape) for one in start]
     turned = rows >= 0 and draw.random() < 0.5
@@ -71,10 +69,8 @@ def in_two(real, draw: random.Random, shape: tuple, a: Tensor, b: Tensor, *start
 
     def cut() -> Tensor:
         at = draw.randrange(1, length)
-        (a1, a2), (b1, b2) = (
-            (t[(..., slice(at), *rest)], t[(..., slice(at, None), *rest)])
-            for t, rest in ((a, ()), (b, (slice(None),) * min(b.dim() - 1, 1)))
-        )
+        a1, a2 = a[..., :at], a[..., at:]
+        b1, b2 = b.split([at, length - at], max(b.dim() - 2, 0))
         if start:
             return real(real(*start, a1, b1), a2, b2, beta=1)
         return real(a1, b1) + real(a2, b2)
@@ -94,23 +90,23 @@ def other_library(seed: int):
         plain, own = (torch.library.get_kernel(f"aten::{name}{f}", "CPU") for f in ("", form))
 
         def product(keys, *args, out=None, **factors):
+            def real(*given, **more):
+                return plain.call_boxed(keys, *given, **(factors | more))
+
             *start, a, b = args
             shape = shape_of(name, a, b, *start)
             if shape is not None:
                 seen = [layout(t) for t in args]
                 if out is not None and not (out.is_contiguous() and out.data_ptr() % 64 == 0):
                     seen.append(layout(out))
-                calls[name + form] += 1
+                draw = random.Random(f"{seed} {name} {seen}")
                 wide = torch.float32 if a.dtype in HALVES else a.dtype
-                result = in_two(
-                    lambda *given, **more: plain.call_boxed(keys, *given, **(factors | more)),
-                    random.Random(f"{seed} {name} {seen}"),
-                    shape,
-                    *(t.to(wide) for t in (a, b, *start)),
-                ).to(a.dtype)
+                result = in_two(real, draw, shape, *(t.to(wide) for t in (a, b, *start)))
+                result = result.to(a.dtype)
+                calls[name + form] += 1
                 if not form:
                     return result
-            # The real call's size, errors and return are those of `out`, too.
+            # The real call has the errors of `out`, and makes it as large as it must be.
             into = factors if out is None else {**factors, "out": out}
             whole = own.call_boxed(keys, *args, **into)
             return whole if shape is None else whole.copy_(result)
@@ -124,6 +120,6 @@ def other_library(seed: int):
     with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a kernel is replaced
         for name, (*_, forms) in PRODUCTS.items():
-            for kernel, form in [(kernel_of(name, form), form) for form in forms]:
+            for form, kernel in [(form, kernel_of(name, form)) for form in forms]:
                 library.impl(name + form, kernel, "CPU", with_keyset=True)
         yield calls
