@@ -60,6 +60,11 @@ CUDA = {"cuda": "kernel", "cuda-hybrid": "hybrid", "cuda-library": "library"}
 
 GIB_PER_WORKER = 2
 
+COMPARING_BITS = {
+    *("equal", "differing", "assert_as_eager", "assert_equal", "assert_same"),
+    *("assert_same_bits", "assert_same_state", "check_product"),
+}
+
 
 def is_rest(path: Path) -> bool:
     """Whether a file, or a folder, is left to `make test-rest` as a whole."""
@@ -70,6 +75,11 @@ def is_rest(path: Path) -> bool:
 
 def is_left_out(config, marker: str) -> bool:
     return f"not {marker}" in config.option.markexpr
+
+
+def names_in(code) -> set[str]:
+    inner = (part for part in code.co_consts if hasattr(part, "co_names"))
+    return set(code.co_names).union(*map(names_in, inner))
 
 
 def has_card_or_names_it(config) -> bool:
@@ -96,7 +106,10 @@ def pytest_collection_modifyitems(config, items):
     if EMULATED:
         keep(config, items, lambda item: {"device", "isa"} & set(item.fixturenames))
     if config.getoption("--other-library") is not None:  # which holds copies of its operands
-        keep(config, items, lambda item: "peak_bytes" not in item.function.__code__.co_names)
+        keep(config, items, lambda item: "peak_bytes" not in names_in(item.function.__code__))
+        for item in items:
+            if names_in(item.function.__code__) & COMPARING_BITS:
+                item.add_marker("bits")
     if not has_card_or_names_it(config):
         keep(config, items, lambda item: not item.get_closest_marker("gpu"))
 
