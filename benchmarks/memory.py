@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -70,6 +71,13 @@ def peak_bytes(function: Function, device: str = "cpu", prepare: Function = lamb
     finally:
         if was_enabled:
             gc.enable()
+
+
+def process_peak() -> int:
+    """Bytes that this process has had in memory at most. `ru_maxrss` would begin at the peak of
+    the process that started it, and hide all below that."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def saved_bytes(function: Function, excluded: Iterable[Tensor]) -> int:

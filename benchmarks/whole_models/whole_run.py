@@ -9,7 +9,6 @@ memory, weights and all. `python -m benchmarks.whole_models.whole_run ID VARIANT
 from __future__ import annotations
 
 import itertools
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .. import minilm
 from ..markdown import Column, mebibytes, quotient, table_of
+from ..memory import process_peak
 from ..real_model import sentences
 from ..results import Row, ratio
 from ..shapes import DROPOUT
@@ -112,18 +112,24 @@ def table(rows: Sequence[Row]) -> str:
     def speed(row: Row, variant: str) -> str:
         return f"{1000 * row['tokens'] / row['timing'][variant]['ms']:.0f}"
 
+    def faster(row: Row) -> str:
+        return quotient(ratio(row, *VARIANTS), spread=True)
+
     def loss(row: Row, variant: str) -> str:
         return f"{row['losses'][variant][0]:.3f} -> {row['losses'][variant][-1]:.3f}"
 
     columns: list[Column] = [("model", lambda row: row["id"])]
-    for what, shown in (
-        ("tokens/s", speed),
-        ("peak of the process", lambda row, variant: mebibytes(row["memory"][variant]["peak"])),
-        ("loss, first -> last", loss),
+    for key, what, shown in (
+        ("timing", "tokens/s", speed),
+        ("memory", "peak of the process", lambda row, v: mebibytes(row["memory"][v]["peak"])),
+        ("losses", "loss, first -> last", loss),
     ):
+        if not all(key in row for row in rows):
+            continue
         for variant, label in zip(VARIANTS, ("PEFT", "accelerated"), strict=True):
             columns.append((f"{what}: {label}", lambda row, s=shown, v=variant: s(row, v)))
-    columns.insert(3, ("times as fast", lambda row: quotient(ratio(row, *VARIANTS), spread=True)))
+        if key == "timing":
+            columns.append(("times as fast", faster))
     return table_of(rows, columns)
 
 
@@ -131,4 +137,4 @@ if __name__ == "__main__":
     [asked] = [run for run in RUNS if run.id == sys.argv[1]]
     steps = training(make(asked, sys.argv[2]), batches())
     list(itertools.islice(steps, STEPS_FOR_MEMORY))
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # Linux has it in KiB
+    print(process_peak())

@@ -1,6 +1,8 @@
 """The benchmark of whole models: what gets adapters, what is compared, what the report says."""
 
 import copy
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -45,6 +47,14 @@ def test_variants_have_the_same_adapters(name):
 def test_what_is_not_on_the_op_is_not_measured():
     with pytest.raises(RuntimeError, match="not accelerated"):
         check_fused(net())
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """The kernel's ru_maxrss begins with the peak of the process that started it."""
+    held = b"x" * (1 << 30)
+    code = "from benchmarks.memory import process_peak; print(process_peak())"
+    peak = int(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert 1 << 26 < peak < len(held)
 
 
 def measured_once(functions, plan):
