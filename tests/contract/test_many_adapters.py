@@ -36,6 +36,13 @@ def test_rows_of_two_dimensions(kind, layer, adapters):
     with lora_ext.use_adapters(subject.model, ABC, index):
         flat = subject(three.flatten(0, 1))
         assert torch.equal(flat, subject(three).flatten(0, 1))
+    # Four rows may be two tokens of two samples, or one of each twice: the last x with 3 dimensions
+    # says it.
+    index = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32)
+    with lora_ext.use_adapters(subject.model, ABC, index, repeats=2):
+        for own in (three[:2, :2], three[:4, :1], three[:2, :2]):
+            y = subject(own)
+            assert_close(subject(own.flatten(0, 1)), y.flatten(0, 1))
 
 
 @cases(["linear", "embedding", "subclass"], ["three"])

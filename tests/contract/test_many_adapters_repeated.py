@@ -41,12 +41,11 @@ def step(subject, x, calls, within=None):
     return found_of(subject, y, x.grad)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("within", [None, ["c"] * 6], ids=["after", "in another"])
 @each_checkpoint
 @every_kind
-def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, within, dropout):
-    subject = kind.make("linear", "three", F64, dropout=dropout)
+def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, within):
+    subject = kind.make("linear", "three", F64, dropout=0.4)
 
     def part(x):
         return torch.tanh(subject(x))

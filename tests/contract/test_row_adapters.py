@@ -128,6 +128,15 @@ def test_under_autocast(kind, layer, adapters):
     assert_errors_at_most_twice(found, theirs, exact, 1e-5)
 
 
+@cases(["embedding"], ["three"])
+def test_an_embedding_under_autocast_is_as_without(kind, layer, adapters):
+    subject = kind.make(layer, adapters)
+    x = subject.x(120)
+    with torch.autocast("cpu", BF16):
+        found = run(subject, names_of(x), x)
+    assert_equal_steps(found, run(subject, names_of(x), x), 0.0)
+
+
 @pytest.mark.parametrize("ps", [(0.0, 0.9, 0.5), (0.4, 0.4, 0.4)], ids=["other", "same"])
 @cases(["linear", "conv2d", "merged_linear", *CALLED], ["three"])
 def test_each_adapter_has_its_own_dropout(kind, layer, adapters, ps):

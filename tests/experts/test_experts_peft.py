@@ -210,8 +210,10 @@ LACKS = {
 @pytest.mark.parametrize("release", LACKS)
 def test_experts_of_older_releases(release, kind):
     model = mixture(kind)
+    stated = experts_of(model).is_concatenated
     for name in LACKS[release]:
         experts_of(model).__dict__.pop(name, None)
+    assert decorated.is_concatenated(experts_of(model)) == stated
     fast, operands = accelerated(model), make_routes(9)
     assert {path for path, _ in reasons(fast)} == {"fused"}
     assert_close(run(fast, *operands), run(model, *operands), 1e-11)

@@ -203,15 +203,16 @@ def test_other_dtypes_have_none(panels):
 
 @pytest.mark.parametrize("panels", ["float32"], indirect=True)
 def test_a_product_is_torchs_in_all_else(panels):
-    """Views that only the dispatcher resolves, versions, and what torch refuses."""
+    """Views that only the dispatcher resolves, slices, versions, and what torch refuses."""
     p, q, bias = torch.randn(8, 10), torch.randn(10, 6), torch.randn(6)
     out = torch.empty(8, 6)
     version = out._version
-    for args in ((p._neg_view(), q, bias), (p, q._neg_view(), bias), (p, q, bias._neg_view())):
+    views = ((p._neg_view(), q, bias), (p, q._neg_view(), bias), (p, q, bias._neg_view()))
+    for args in (*views, (p, q, torch.randn(12)[::2])):
         _C.cpu_product(*args, out)
         assert torch.allclose(out, torch.addmm(args[2], *args[:2]), atol=1e-5)
     _C.cpu_product(p, q, bias, out)
-    assert out._version == version + 4
+    assert out._version == version + 5
     for other in (q[:9], q.double(), q.clone().requires_grad_()):
         with pytest.raises(RuntimeError):
             _C.cpu_product(p, other, None, out)

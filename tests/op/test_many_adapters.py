@@ -102,9 +102,10 @@ def test_large_ranks(isa, device, ranks, pair, rows):
     ("kind", "pair"), [("mixed", (F32, F32)), ("ranges", (BF16, BF16))], ids=["mixed", "ranges"]
 )
 def test_a_thousand_adapters_of_one_row_each(isa, device, kind, pair):
-    many = make_many(1000, 33, 20, [1 + g % 5 for g in range(1000)], pair, device)
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    index = order if kind == "mixed" else torch.arange(1000)
+    """5 chunks of rows of 1031 numbers: more counts than a scan on a GPU takes at once, 4096."""
+    many = make_many(1030, 33, 20, [1 + g % 5 for g in range(1030)], pair, device)
+    order = torch.randperm(1030, generator=torch.Generator().manual_seed(0))
+    index = order if kind == "mixed" else torch.arange(1030)
     many = replace(many, index=index.int().to(device))
     check_errors(many, 0.0, pair, isa)
 

@@ -30,6 +30,7 @@ def test_a_call_takes_the_panels_that_were_measured(transposed, monkeypatch, req
     model = LoRALinear(1000, 1040, r=4, fan_in_fan_out=transposed)
     plain = {panels: products(model, panels) for panels in ("none", "float32", "auto")}
     packing = pack_weights(model, (4, 64))
+    assert "in one pass" not in model.path(64)[1]
     assert "lora_ext in float32 at 4 rows (0.50 of the time" in str(packing)
     forward, backward = (F32, 1000, 1040, not transposed), (F32, 1040, 1000, transposed)
     for rows, panels in ((4, "float32"), (3, "float32"), (64, "none"), (20, "none")):

@@ -219,6 +219,8 @@ def test_what_an_optimizer_holds_of_a_former_adapter_reaches_no_slot():
     assert all(parameter.numel() == 0 for parameter in old)
     assert_same(values(pool, "a"), new)
     assert_served(pool)  # with alpha / r of the new rank
+    fewer = {key: value[:1] if "lora_a" in key else value[:, :1] for key, value in new.items()}
+    assert all(p.requires_grad for p in pool.replace_adapter("a", fewer, LoraConfig(LINEAR)))
     old = pool.parameters("b")
     pool.delete_adapter("b")
     assert all(parameter.numel() == 0 for parameter in old)
