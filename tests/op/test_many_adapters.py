@@ -135,6 +135,7 @@ def test_gradcheck(device, dropout_p, update):
 @pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32), (BF16, BF16)], ids=pair_id)
 @pytest.mark.parametrize("rows", [11, 130, 500])
 def test_each_adapter_has_the_bits_of_training_without_the_others(isa, device, pair, rows):
+    not_by_torch(isa)  # its rows lie at another address
     many = make_many(rows, 65, 48, pair=pair, device=device, given=pair[0], bias=False)
     together = run(many)
     for g in range(len(RANKS)):

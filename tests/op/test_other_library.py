@@ -59,11 +59,10 @@ def test_what_compares_the_bits_of_two_calls_is_red():
     alike, red = x[:1].repeat(6, 1), torch.zeros(5)
     for seed in range(8):
         with other_library(seed):
-            y, equal, narrow = x @ w.T, alike @ w.T, alike @ w[:9].T
+            y, narrow = x @ w.T, alike @ w[:9].T
             others = x[:5] @ w.T, CALLS["addmm"](x, w, b), x @ w.T.contiguous(), shifted @ w.T
             pairs = [*((one, y[: len(one)]) for one in others), (narrow[1], narrow[0])]
             red += torch.tensor([not torch.equal(*pair) for pair in pairs])
-            assert len(equal.unique(dim=0)) == 1 and torch.equal(narrow[2], narrow[0])
     assert red.min() >= 6, red
 
 
