@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-from .versions import SUPPORTED
-
 
 def _private(path: str) -> Any:
     """A name of torch that is not public.
@@ -29,7 +27,7 @@ def _private(path: str) -> Any:
     except (ImportError, AttributeError):
         raise ImportError(
             f"lora_ext: expected a torch that has {path}, but torch {torch.__version__} has not; "
-            f"pip install 'torch=={SUPPORTED['torch'][1]}.*', then install lora_ext again"
+            "install one that docs/compatibility.md names, then lora_ext again"
         ) from None
 
 

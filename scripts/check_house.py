@@ -65,9 +65,7 @@ FLOORS = [
     ["quantized", "packing", "kernels"],
     ["packed_weight"],
     ["measure", "dropout", "invariance", "reference", "model_layers"],
-    ["device"],
-    ["torch_state"],
-    ["dtypes", "versions", "build_info"],
+    ["torch_state", "device", "dtypes", "versions", "build_info"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")

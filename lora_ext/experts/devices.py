@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lora_ext._C as _C
 
-from ..device import is_right
+from ..quantized.devices import is_right
 
 _ops = torch.ops.lora_ext
 _found: dict[torch.device, bool] = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..device import is_right
+from ..torch_state import disabled_modes
 
 _ops = torch.ops.lora_ext
 _found: dict[torch.device, bool] = {}
@@ -29,6 +32,29 @@ def has_kernels(device: torch.device) -> bool:
 
 # As torch.compiler.assume_constant_result, which would import all of torch._dynamo: one second.
 has_kernels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def is_right(
+    device: torch.device, wrong: Callable[[torch.device], str], what: str, instead: str
+) -> bool:
+    """Whether kernels run on a device, with correct results for a small case; a warning where these
+    differ.
+
+    Args:
+        wrong: runs the case and names what differs, "" for nothing.
+        what, instead: what the kernels do, and what runs in their place, in the warning.
+    """
+    try:
+        with disabled_modes():  # of fake tensors, say, which have no values
+            found = wrong(device)
+    except torch.OutOfMemoryError:  # no information about the kernels
+        raise
+    except RuntimeError:  # includes NotImplementedError, raised if the op has no kernel
+        return False
+    if found:
+        text = f"the kernels that {what} failed their check on {device}, in {found}: {instead}"
+        warnings.warn(f"lora_ext: {text}", stacklevel=2)
+    return not found
 
 
 def _are_right(device: torch.device) -> bool:
