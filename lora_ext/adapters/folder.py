@@ -63,6 +63,9 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
         raise AdapterError(
             f"expected a folder with {CONFIG} and {WEIGHTS}, but got {_what_is_there(folder)}"
         )
+    wrong = AdapterError(
+        "expected files that stay the same while they are read, but they changed in each attempt"
+    )
     for _ in range(_ATTEMPTS):
         with ExitStack() as stack:
             name = _weights_name(folder)
@@ -71,17 +74,14 @@ def open_adapter(folder: str) -> Iterator[OpenAdapter]:
                 for part in (CONFIG, name):
                     opened[part] = _open_regular(folder, part)
                     stack.callback(os.close, opened[part])
-            except AdapterError:
-                if _weights_name(folder) == name:
-                    raise
+            except AdapterError as error:
+                wrong = error  # or a save has moved a file, even if the next one is as far again
                 continue
             # The name first: from a commit on it differs, until the weights, too, are replaced.
             if _weights_name(folder) == name and all(_is_same(folder, *o) for o in opened.items()):
                 yield OpenAdapter(_read_config(opened[CONFIG]), opened[name], name)
                 return
-    raise AdapterError(
-        "expected files that stay the same while they are read, but they changed in each attempt"
-    )
+    raise wrong
 
 
 def _weights_name(folder: str) -> str:

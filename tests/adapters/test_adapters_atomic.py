@@ -22,6 +22,7 @@ from torch import nn
 
 from lora_ext import LoraConfig, apply_lora
 from lora_ext.adapters import AdapterError, load_adapter, save_adapter
+from lora_ext.adapters import folder as adapter_folder
 from lora_ext.adapters.folder import open_adapter, replace_adapter
 from lora_ext.adapters.tensors import TensorFile
 
@@ -295,6 +296,20 @@ def test_a_second_save_at_the_same_time_is_refused(tmp_path):
     replace_adapter(str(tmp_path), b"{}", weights, CARD)
     assert held(tmp_path) == (b"{}", b"new")
     put(tmp_path, OLD)  # the lock is free again
+
+
+def test_a_file_that_a_save_has_moved_is_looked_for_again(tmp_path, monkeypatch):
+    """Though the folder then looks as before, since the next save is as far."""
+    put(tmp_path, OLD)
+    opened, lost = adapter_folder._open_regular, iter([AdapterError("gone"), None, None])
+
+    def open_later(*words):
+        if error := next(lost):
+            raise error
+        return opened(*words)
+
+    monkeypatch.setattr(adapter_folder, "_open_regular", open_later)
+    assert held(tmp_path) == OLD
 
 
 def test_readers_beside_a_writer(tmp_path):
