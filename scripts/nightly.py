@@ -67,6 +67,7 @@ def fresh_clone(target: str) -> Slice:
 
 
 DAILY = "-m 'not nightly and not kernels'"
+FIRST = "-m 'not rest and not nightly and not kernels'"
 NIGHTLY = "-m 'nightly and not kernels'"
 PROGRAMS = [path.stem for path in (ROOT / "tests/emulated/mutants/caught").glob("*.tsv")]
 SLICES = {
@@ -90,13 +91,16 @@ SLICES = {
     **parts("oneDNN by AVX-512", 3, f"{DAILY} {PRODUCTS}", ONEDNN_MAX_CPU_ISA="AVX512_CORE"),
     **parts("torch by SSE", 3, f"{DAILY} {PRODUCTS}", ATEN_CPU_CAPABILITY="default"),
     **{
-        f"another library {seed}": pytest(f"{DAILY} {PRODUCTS} --other-library {seed}")
+        name: each
         for seed in range(1, 11)
+        for name, each in parts(
+            f"another library {seed}", 2, f"{FIRST} {PRODUCTS} --other-library {seed}"
+        ).items()
     },
     **parts("kernels", 6, "-m kernels emulator tests/emulated --first-seed SEED", ORACLES),
     **parts("PTX", 4, "-m kernels tests/emulated/ptx", ORACLES),
     **{
-        f"mutants of {name}": Slice(
+        f"mutants: {name}": Slice(
             f"PYTHON -m emulated.mutants.verdicts --search {name}",
             (ORACLES,),
             {"PYTHONPATH": "tests"},

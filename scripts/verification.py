@@ -226,7 +226,7 @@ def nightly() -> str:
     known = json.loads((RESULTS / "nightly.json").read_text())
     groups: dict[str, list[str]] = {}
     for name in SLICES:
-        groups.setdefault(re.sub(r" \d+/\d+$", "", name), []).append(name)
+        groups.setdefault(re.sub(r"(:.*|( \d+)? \d+/\d+)$", "", name), []).append(name)
     rows = []
     for group, names in groups.items():
         ran = [known[name] for name in names if name in known]

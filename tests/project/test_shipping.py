@@ -55,15 +55,8 @@ def test_ci_fails_with_any_part_and_runs_all(tmp_path, failing):
         text=True,
     )
     ran = re.findall("^ran (.*)", done.stdout, re.M)
-    assert ran[1:] == [
-        "lint",
-        "test",
-        "test-rest",
-        "test-oldest",
-        "test-newest",
-        "test-kernels",
-        "nightly",
-    ]
+    own = ["lint", "test", "test-rest", "test", "test-oldest", "test-newest"]
+    assert ran[1:] == [*own, "test-kernels", "nightly"]
     assert done.returncode == bool(failing)
     assert ("failed: " in done.stdout) == bool(failing)
 
