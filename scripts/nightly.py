@@ -71,15 +71,6 @@ FIRST = "-m 'not rest and not nightly and not kernels'"
 NIGHTLY = "-m 'nightly and not kernels'"
 PROGRAMS = [path.stem for path in (ROOT / "tests/emulated/mutants/caught").glob("*.tsv")]
 SLICES = {
-    "trainers": pytest(f"{NIGHTLY} tests/peft/test_peft_trainers.py", PACKAGES),
-    "DeepSpeed": pytest(f"{NIGHTLY} tests/contract/test_deepspeed.py", PACKAGES),
-    "image models": pytest(f"{NIGHTLY} tests/peft/test_peft_diffusers.py", PACKAGES),
-    "QLoRA": pytest(f"{NIGHTLY} tests/quantized/test_qlora.py", PACKAGES),
-    "PEFT's suite": pytest(f"{NIGHTLY} tests/peft/test_peft_suite.py", PACKAGES),
-    "servers and sequences": pytest(
-        f"{NIGHTLY} tests/pool tests/layers tests/contract/test_joints_in_sequence.py"
-    ),
-    "quantised bases": pytest("tests/quantized tests/peft/test_peft_quantized.py", PACKAGES),
     **parts("joints", 24, f"{NIGHTLY} tests/contract/test_joints.py"),
     **{
         f"fresh clone: {each}": fresh_clone(each)
@@ -99,6 +90,15 @@ SLICES = {
     },
     **parts("kernels", 6, "-m kernels emulator tests/emulated --first-seed SEED", ORACLES),
     **parts("PTX", 4, "-m kernels tests/emulated/ptx", ORACLES),
+    "trainers": pytest(f"{NIGHTLY} tests/peft/test_peft_trainers.py", PACKAGES),
+    "DeepSpeed": pytest(f"{NIGHTLY} tests/contract/test_deepspeed.py", PACKAGES),
+    "image models": pytest(f"{NIGHTLY} tests/peft/test_peft_diffusers.py", PACKAGES),
+    "PEFT's suite": pytest(f"{NIGHTLY} tests/peft/test_peft_suite.py", PACKAGES),
+    "servers and sequences": pytest(
+        f"{NIGHTLY} tests/pool tests/layers tests/contract/test_joints_in_sequence.py"
+    ),
+    "QLoRA": pytest(f"{NIGHTLY} tests/quantized/test_qlora.py", PACKAGES),
+    "quantised bases": pytest("tests/quantized tests/peft/test_peft_quantized.py", PACKAGES),
     **{
         f"mutants: {name}": Slice(
             f"PYTHON -m emulated.mutants.verdicts --search {name}",
