@@ -41,6 +41,7 @@ OP_TESTS = (
     "conftest.py",
     "helpers.py",
     "many_helpers.py",
+    "other_library.py",
     "op_calls.py",
     "rest.py",
     "two_processes.py",
