@@ -88,7 +88,12 @@ SLICES = {
             f"another library {seed}", 2, f"{FIRST} {PRODUCTS} --other-library {seed}"
         ).items()
     },
-    **parts("kernels", 6, "-m kernels emulator tests/emulated --first-seed SEED", ORACLES),
+    **parts(
+        "kernels",
+        6,
+        "-m kernels emulator tests/emulated --ignore tests/emulated/ptx --first-seed SEED",
+        ORACLES,
+    ),
     **parts("PTX", 4, "-m kernels tests/emulated/ptx", ORACLES),
     "trainers": pytest(f"{NIGHTLY} tests/peft/test_peft_trainers.py", PACKAGES),
     "DeepSpeed": pytest(f"{NIGHTLY} tests/contract/test_deepspeed.py", PACKAGES),
