@@ -9,18 +9,19 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from .call import Decision, Path
 from .kernels.kernel_plan import CallPlan, explain_call
 from .model_layers import peft_layers
 from .models.model import lora_layers
 from .nn import LoRALayer
 from .packing import packed_bytes
-from .peft.reasons import HOOKED, PEFT, has_hooks
-from .peft.report import peft_path
+from .peft.reasons import HOOKED, has_hooks
+from .peft.report import peft_decision
 from .torch_state import is_sharded
 
 # Paths on which our kernels, or torch's products arranged by us, compute the update.
-ACCELERATED = {"fused", "packed", "library", "added"}
-_OTHERS = {"peft": "by PEFT's own forward", "base": "without an adapter now"}
+ACCELERATED = {Path.FUSED, Path.PACKED, Path.LIBRARY, Path.ADDED}
+_OTHERS = {Path.PEFT: "by PEFT's own forward", Path.BASE: "without an adapter now"}
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,7 @@ class LayerPath:
     Attributes:
         name: dotted path of the layer in the model.
         kind: its class.
-        path: "fused" (our kernels), "packed" (with a packed weight), "library" (torch's products),
-            "merged" (one product with the merged weight), "added" (the base's own forward, then
-            `lora_update`) or "base" (no update). For PEFT's layers also "peft" (PEFT's own
-            forward). "sharded": FSDP has sharded the parameters; the layer chooses its path when
-            they are gathered.
+        path: one of `lora_ext.call.Path`, each equal to its text such as "fused".
         reason: why.
         workspace_bytes: for a quantised base that is dequantised for the op, the size of the
             dequantised weight; else 0.
@@ -42,7 +39,7 @@ class LayerPath:
 
     name: str
     kind: str
-    path: str
+    path: Path
     reason: str
     workspace_bytes: int = 0
 
@@ -137,19 +134,16 @@ def explain(model, *arguments, **named):
 def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
     found = Explanation()
     managed = _managed_by_fsdp(model)
-    for name, layer in lora_layers(model):
+    for name, layer in [*lora_layers(model), *peft_layers(model)]:
         if _is_in_pieces(layer, managed):
-            found.append(_sharded(name, layer))
-            continue
-        path, reason = layer.path(rows)
-        nbytes = layer.workspace_bytes() if path == "fused" else 0
-        found.append(LayerPath(name, type(layer).__name__, path, reason, nbytes))
-    for name, layer in peft_layers(model):
-        has_shards = id(layer) in managed and any(map(is_sharded, layer.parameters()))
-        if has_shards or _is_in_pieces(layer, managed):
-            found.append(_sharded(name, layer))
-            continue
-        found.append(LayerPath(name, type(layer).__name__, *peft_path(layer, rows)))
+            decision = _sharded(layer)
+        elif isinstance(layer, LoRALayer):
+            decision = layer.decision(rows)
+        else:
+            decision = peft_decision(layer, rows)
+        path, reason = decision.explained()
+        kind, nbytes = type(layer).__name__, decision.workspace_bytes
+        found.append(LayerPath(name, kind, path, reason, nbytes))
     found.packed_bytes = packed_bytes(model)
     return found
 
@@ -165,15 +159,18 @@ def _managed_by_fsdp(model: nn.Module) -> set[int]:
 
 
 def _is_in_pieces(layer: nn.Module, managed: set[int]) -> bool:
-    """Whether FSDP1 or ZeRO-3 has sharded a layer: its parameters are parts of flat ones, or it
-    has none."""
-    whole = 0 if id(layer) in managed else 2
-    return max((parameter.dim() for parameter in layer.parameters()), default=whole) < 2
+    """Whether FSDP or ZeRO-3 has sharded a layer: its parameters are parts of flat ones, or it has
+    none; or it is PEFT's, some of whose are parts."""
+    own, is_managed = list(layer.parameters()), id(layer) in managed
+    if is_managed and not isinstance(layer, LoRALayer) and any(map(is_sharded, own)):
+        return True
+    return max((parameter.dim() for parameter in own), default=0 if is_managed else 2) < 2
 
 
-def _sharded(name: str, layer: nn.Module) -> LayerPath:
-    kind = type(layer).__name__
+def _sharded(layer: nn.Module) -> Decision:
     parts = [part for path, part in layer.named_modules() if path.startswith("lora_")]
     if isinstance(layer, LoRALayer) or not any(map(has_hooks, parts)):
-        return LayerPath(name, kind, "sharded", "sharded; the layer chooses when it is gathered")
-    return LayerPath(name, kind, PEFT, HOOKED)  # ZeRO-3's hooks, which remain when it is gathered
+        reason = "sharded; the layer chooses when it is gathered"
+        return Decision(layer.forward, Path.SHARDED, reason)
+    # ZeRO-3's hooks, which remain when it is gathered.
+    return Decision(layer.forward, Path.PEFT, HOOKED)

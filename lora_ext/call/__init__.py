@@ -1,5 +1,5 @@
 """One decision, one call: how a layer's forward is computed, and low-rank updates on a base."""
 
-from .decision import Decision
+from .decision import Call, Decision, Path
 
-__all__ = ["Decision"]
+__all__ = ["Call", "Decision", "Path"]

@@ -101,20 +101,20 @@ def apply(
     y: Any = None
     weight: Any = None
     bias = dtype = rounded_to = index_of = None
-    has_bias = not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
+    is_biased = has_bias(updates)
     if rows is not None:
         index_of = partial(rows.index_of, x.shape[:-1], x.device)
     if isinstance(base, Tensor):
-        if rows is None and (has_bias or _needs_torch(base, x, updates)):
+        if rows is None and (is_biased or _needs_torch(base, x, updates)):
             return _by_torch(base, x, updates)
         y, dtype = base, base.dtype
     elif isinstance(base, Dense):
         weight, bias = base
     else:
         weight, bias, dtype, x = base.weight, base.call_bias, base.y_dtype, x.to(base.dtype)
-    if has_bias and index_of is None:
+    if is_biased and index_of is None:
         bias = _with_biases(bias, updates)
-    elif has_bias:
+    elif is_biased:
         y = base_linear(x, weight, bias) if y is None else y
         rounded_to = y.dtype  # with the biases y is in at least float32
         y = _with_biases_of_rows(y, updates, index_of)
@@ -127,6 +127,11 @@ def apply(
         y = lora_update(y, x if is_fit else x.to(given), lora_a, lora_b, scaling, p, **groups)
     y = y if rounded_to is None else y.to(rounded_to)
     return y if dtype is None else y.to(dtype)
+
+
+def has_bias(updates: Sequence[Update] | Slots) -> bool:
+    """Whether any update has a lora_bias."""
+    return not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
 
 
 def _calls(

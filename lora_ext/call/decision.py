@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ..invariance import invariance_note, is_on
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
 from ..quantized.weight import QuantizedBase
-from .apply import Dense, Slots, Update, apply
+from .apply import Dense, Slots, Update, apply, has_bias
 from .row_index import RowIndex
 
 # The number of rows of x that represents "many".
@@ -24,64 +25,118 @@ MANY_ROWS = 2**31
 _HIGH_RANK = 96
 
 
+class Path(str, Enum):
+    """How a forward of a layer is computed, as `explain` shows it."""
+
+    FUSED = "fused"  # one call of `lora_linear` or `lora_experts`, our kernels
+    PACKED = "packed"  # the same with a packed weight
+    LIBRARY = "library"  # the same, whose products are torch's
+    ADDED = "added"  # the base's own forward, then the update
+    MERGED = "merged"  # one product with the merged weight
+    BASE = "base"  # no update
+    PEFT = "peft"  # PEFT's own forward
+    SHARDED = "sharded"  # decided when the parameters are gathered
+
+    __str__ = str.__str__
+
+
+class Call(NamedTuple):
+    """One forward of a layer.
+
+    Attributes:
+        x: of the layer; None of a module that has other arguments, before it is called.
+        rows: the block whose adapters the rows of x have, None for the active ones.
+        args, kwargs: what the forward gets besides x.
+    """
+
+    x: Any
+    rows: Any = None
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = {}
+
+
+def example(
+    layer: Any, dtype: torch.dtype, rows: int | None, block: RowIndex | None, *width: int
+) -> Tensor:
+    """An x ``[rows, *width]``, or of the rows of a block, of one element's memory.
+
+    Args:
+        layer: has parameters on the device of x.
+        rows: None for many.
+    """
+    lead: Any = (MANY_ROWS if rows is None else rows,) if block is None else block.index.shape
+    lead = (*lead, 1) if block is not None and len(lead) == 1 else lead
+    device = next((parameter.device for parameter in layer.parameters()), None)
+    return torch.empty((), dtype=dtype, device=device).expand(*lead, *width)
+
+
 class Decision(NamedTuple):
     """What a layer does with one x, whose rows have its active adapters or each their own.
 
-    A layer has one function that makes it, of the layer, x and the open block of `use_adapters`.
-    Its forward returns ``decision.run(x)``; `explain` asks the same function with x = None, which
-    stands for an x that suits the base, and shows `explained`. So what is shown is what runs.
+    A layer has one function that makes it, ``decide(call)``. Its forward returns
+    ``decision.run(x)``; `explain` asks the same function with an `example`, and shows `explained`.
+    So what is shown is what runs.
 
     Making one computes nothing and is cheap: what takes long to say is left to `detail`.
 
     Attributes:
-        run: y of x. Other arguments of the forward are bound in it; for x = None it is not called.
-        path: as `explain` shows it: "fused", "added", "library", "merged", "peft" or "base".
+        run: y of x. Other arguments of the forward are bound in it.
+        path: one of `Path`.
         reason: why it is not fused, or a note on how it is; may be "".
-        detail: number of rows of x, None for many -> the (path, reason) that `explain` shows
-            instead, such as the kernels of a fused call.
-        base: the `QuantizedBase` that is dequantised for it, if any.
+        detail: the (path, reason) that `explain` shows instead, such as the kernels of a call.
+        dequantized: whose workspace_bytes() are of the weight that is dequantised for it, if any.
     """
 
     run: Callable[..., Any]
-    path: str
+    path: Path
     reason: str = ""
-    detail: Callable[[int | None], tuple[str, str]] | None = None
-    base: Any = None
+    detail: Callable[[], tuple[Path, str]] | None = None
+    dequantized: Any = None
 
-    def explained(self, rows: int | None = None) -> tuple[str, str]:
-        """(path, reason) for `explain`.
+    def explained(self) -> tuple[Path, str]:
+        """(path, reason) for `explain`."""
+        return (self.path, self.reason) if self.detail is None else self.detail()
 
-        Args:
-            rows: number of rows of x as ``[rows, in]``; None for many.
-        """
-        return (self.path, self.reason) if self.detail is None else self.detail(rows)
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the dequantised weight, or of what there is of it at a time."""
+        return 0 if self.dequantized is None else self.dequantized.workspace_bytes()
+
+    def noted(self, note: str) -> Decision:
+        """The same, with a note behind its reason."""
+
+        def detail() -> tuple[Path, str]:
+            path, reason = self.explained()
+            return path, f"{reason}; {note}" if reason else note
+
+        return self._replace(detail=detail)
 
 
-def fused(
-    base: Dense | QuantizedBase, updates: Sequence[Update] | Slots, rows: RowIndex | None = None
-) -> Decision:
-    """That for one call of `lora_linear`, onto which only a lora_bias of each row is added:
-    arguments as of `apply`."""
-    run = partial(apply, base, updates=updates, rows=rows)
-    if rows is not None:
-        has_bias = not isinstance(updates, Slots) and any(each.bias is not None for each in updates)
-        return Decision(run, "added" if has_bias else "fused", of_rows(updates), None, base)
-    return Decision(run, "fused", "", partial(kernel_path, base, updates), base)
+def fused(call: Call, base: Dense | QuantizedBase, updates: Sequence[Update] | Slots) -> Decision:
+    """That for one call of `lora_linear`, onto which only a lora_bias of each row is added: base
+    and updates as of `apply`."""
+    run = partial(apply, base, updates=updates, rows=call.rows)
+    dequantized = base if isinstance(base, QuantizedBase) else None
+    if call.rows is None:
+        detail = partial(kernel_path, base, updates, call.x)
+        return Decision(run, Path.FUSED, "", detail, dequantized)
+    path = Path.ADDED if has_bias(updates) else Path.FUSED
+    names = call.rows.names if isinstance(updates, Slots) else updates
+    return Decision(run, path, of_rows(names), None, dequantized)
 
 
 def added(
+    call: Call,
     forward: Callable[[Tensor], Tensor],
     updates: Sequence[Update] | Slots,
-    rows: RowIndex | None,
     reason: str,
-    path: str = "added",
 ) -> Decision:
     """That for updates onto what the base's own forward returns, for a reason."""
 
     def run(x: Tensor) -> Tensor:
-        return apply(forward(x), x, updates, rows)
+        return apply(forward(x), x, updates, call.rows)
 
-    return Decision(run, path, reason, None if rows is None else lambda _: (path, of_rows(updates)))
+    return Decision(run, Path.ADDED, by_row(call, updates, reason))
 
 
 def of_rows(names: Sequence[Any]) -> str:
@@ -89,17 +144,22 @@ def of_rows(names: Sequence[Any]) -> str:
     return f"each row its own adapter, {len(names)} in this batch"
 
 
-def kernel_path(base: Dense | QuantizedBase, updates: Any, rows: int | None) -> tuple[str, str]:
-    """("fused", "packed" or "library", the reason) of one call of `lora_linear`.
+def by_row(call: Call, names: Sequence[Any], reason: str) -> str:
+    """A reason, after that of rows with adapters of their own."""
+    return reason if call.rows is None else f"{of_rows(names)}: {reason}"
+
+
+def kernel_path(base: Dense | QuantizedBase, updates: Any, x: Tensor) -> tuple[Path, str]:
+    """(`Path`, the reason) of one call of `lora_linear`.
 
     Args:
         base: what the updates are added to.
         updates: `Update`s.
-        rows: number of rows of x as ``[rows, in]``; None for many.
+        x: ``[..., in]``.
     """
     if isinstance(base, QuantizedBase):
-        return "fused", base.note
-    rows, operand = MANY_ROWS if rows is None else rows, base.weight
+        return Path.FUSED, base.note
+    rows, operand = x.shape[:-1].numel(), base.weight
     weight = operand.matrix if isinstance(operand, PackedWeight) else operand
     rank = sum(update.lora_a.shape[0] for update in updates)
     if weight.device.type == "cuda" and _C.with_cuda:
@@ -112,11 +172,12 @@ def kernel_path(base: Dense | QuantizedBase, updates: Any, rows: int | None) -> 
     else:
         reason = f"on {weight.device.type} torch's own matrix products compute the layer"
     if reason:
-        return "library", f"{reason}{invariance_note()}"
-    path, note = "fused", invariance_note()
+        return Path.LIBRARY, f"{reason}{invariance_note()}"
+    path, note = Path.FUSED, invariance_note()
     if isinstance(operand, PackedWeight) and not note:
         route, why = operand.route(rows)
-        path, note = ("packed", f", {why}") if route == "packed" else ("fused", f"; {why}")
+        is_packed = route == "packed"
+        path, note = (Path.PACKED, f", {why}") if is_packed else (Path.FUSED, f"; {why}")
     if rank > _HIGH_RANK and all(u.lora_a.dtype == torch.bfloat16 for u in updates):
         note += (
             "; sums are in float32: with bfloat16 adapters of so high a rank PEFT may be faster on "
@@ -125,21 +186,21 @@ def kernel_path(base: Dense | QuantizedBase, updates: Any, rows: int | None) -> 
     panels = None
     if is_on():
         panels = _C.cpu_panels(weight.dtype, batch_invariant=True)
-    elif path != "packed" and rows >= _C.cpu_panel_rows:
+    elif path != Path.PACKED and rows >= _C.cpu_panel_rows:
         out, within = weight.shape
         panels = _C.cpu_panels_of(weight.dtype, within, out, weight.stride(0) != 1, rows)
     one_pass = "" if panels is None else f" in one pass, products in {str(panels)[6:]}"
     return path, f"{_C.cpu_isa()} kernels{one_pass}, rank {rank}{note}"
 
 
-def cuda_path(device: torch.device, problem: _C.Problem) -> tuple[str, str]:
+def cuda_path(device: torch.device, problem: _C.Problem) -> tuple[Path, str]:
     """`kernel_path` on a device that supports the kernel route."""
     explained = _C.explain_problem(device, problem)
     forward, check = explained.plan, explained.check
     if not forward.kernel:
-        return "library", forward.reason
+        return Path.LIBRARY, forward.reason
     if check not in ("passed", "not yet"):
-        return "library", f"the CUDA kernels failed their check on {device}: {check}"
+        return Path.LIBRARY, f"the CUDA kernels failed their check on {device}: {check}"
     kernels = "beside cuBLAS's x W^T" if forward.hybrid else f"{forward.tile} tiles"
     basis = "predicted" if forward.predicted_us else forward.reason
-    return "fused", f"CUDA kernels, {kernels}, rank {problem.rank}: {basis}"
+    return Path.FUSED, f"CUDA kernels, {kernels}, rank {problem.rank}: {basis}"

@@ -17,13 +17,11 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from ..call import Decision
+from ..call import Call, Decision, Path
+from ..call.decision import example
 from .merging import merged_tensors
 from .named_adapters import NamedAdapters
 from .row_adapters import RowAdapters, current_row_adapters
-
-# Each forward of a layer takes one of these paths; `path` returns which one and why.
-PATHS = ("fused", "packed", "library", "merged", "added", "base")
 
 
 class LoRALayer(NamedAdapters):
@@ -151,58 +149,59 @@ class LoRALayer(NamedAdapters):
 
     # What a forward computes.
 
-    def path(self, rows: int | None = None) -> tuple[str, str]:
-        """(one of `PATHS`, the reason) of the next forward.
+    def path(self, rows: int | None = None) -> tuple[Path, str]:
+        """How the next forward on an x in the base's dtype is computed, and why.
 
         Args:
             rows: number of rows of x as ``[rows, in]``, which selects the kernel; None for many.
         """
-        path, reason = self.decide(None, self.adapters_of_rows()).explained(rows)
-        if self.merged and path != "base":
-            merged = f"merged: {', '.join(self.merged_adapters)}"
-            reason = f"{reason}; {merged}" if reason else merged
-        return path, reason
+        return self.decision(rows).explained()
 
-    def decide(self, x: Any, rows: RowAdapters | None) -> Decision:
-        """How a forward is computed.
+    def decision(self, rows: int | None = None) -> Decision:
+        """`decide` for the next forward, as for `path`."""
+        block = self.adapters_of_rows()
+        return self.decide(Call(self.example(rows, block), block))
 
-        Args:
-            x: None for an x in the base's dtype.
-            rows: `adapters_of_rows`.
-        """
+    def example(self, rows: int | None, block: RowAdapters | None) -> Any:
+        """An x that suits the base, for `decision`."""
+        return example(self, self.stored_weight.dtype, rows, block, self.matrix_shape[1])
+
+    def decide(self, call: Call) -> Decision:
+        """How a forward is computed."""
+        rows = call.rows
         if rows is None and not self.adapters:
             detail = None if self.pool is None else self._pool_path
-            return Decision(self.base_forward, "base", "no adapter", detail)
+            return Decision(self.base_forward, Path.BASE, "no adapter", detail)
         if self._disabled:
-            return Decision(self.base_forward, "base", "adapters are disabled")
+            return Decision(self.base_forward, Path.BASE, "adapters are disabled")
         if rows is not None:
             self.check_unmerged()
         names = self.added_adapters if rows is None else self.row_names(rows)
         if names:
-            return self._decide_for(names, x, rows)
+            found = self._decide_for(names, call)
+            return found.noted(self._merged_note()) if self.merged else found
         if rows is not None:
             reason = "none of the batch's adapters is in this layer"
-            return Decision(self.base_forward, "base", reason)
+            return Decision(self.base_forward, Path.BASE, reason)
         if self.merged:
-            return Decision(self.base_forward, "merged")
-        return Decision(self.base_forward, "base", "no adapter is active")
+            return Decision(self.base_forward, Path.MERGED, self._merged_note())
+        return Decision(self.base_forward, Path.BASE, "no adapter is active")
 
-    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
-        """`decide` for adapters of the layer, which all rows have, or with `rows` each its own."""
+    def _decide_for(self, names: Sequence[str], call: Call) -> Decision:
+        """`decide` for adapters of the layer, which all rows have, or each its own."""
         raise NotImplementedError
+
+    def _merged_note(self) -> str:
+        return f"merged: {', '.join(self.merged_adapters)}"
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The base's y, without adapters but those that are merged."""
         raise NotImplementedError
 
-    def _pool_path(self, rows: int | None) -> tuple[str, str]:
+    def _pool_path(self) -> tuple[Path, str]:
         used, capacity = len(self.pool.names), len(self.pool.ranks)
         what = f"a pool with {used} of {capacity} slots used, only in blocks of use_adapters"
-        return "base", what
-
-    def workspace_bytes(self) -> int:
-        """Bytes that a forward needs for a dequantised weight."""
-        return 0
+        return Path.BASE, what
 
     def adapters_of_rows(self) -> RowAdapters | None:
         """The open block of `use_adapters` that applies to a forward now, or None."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..call import Call, Decision
+from ..call.apply import Slots, Update
 from .fused import FusedLoRALayer
+from .row_adapters import RowAdapters
 
 
 class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
@@ -43,25 +47,36 @@ class LoRAConv2d(FusedLoRALayer, nn.Conv2d):
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, rows = input, self.adapters_of_rows()
-        if self._disabled or (rows is None and self.computes_base):
-            return self._conv_forward(x, *self.base_operands())
+    def base_forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self.base_operands())
+
+    def linear_forward(self, x: Tensor) -> Tensor:
+        return super().base_forward(x)
+
+    def example(self, rows: int | None, block: RowAdapters | None) -> Tensor:
+        return super().example(rows, block).movedim(-1, -2).unsqueeze(-1)
+
+    def _decide_with(self, updates: Sequence[Update] | Slots, call: Call) -> Decision:
+        x, rows = call.x, call.rows
         if x.dim() not in (3, 4):
             raise RuntimeError(
                 "lora_ext.nn.LoRAConv2d: expected x of shape [batch, channels, height, width] or "
                 f"[channels, height, width], but got {list(x.shape)}"
             )
-        down, right = self.stride
-        strided = x if down == right == 1 else x[..., ::down, ::right]
-        pixels = strided.movedim(-3, -1)
         if rows is not None and (x.dim() == 3 or rows.index.dim() == 2):
             raise ValueError(
                 "lora_ext.use_adapters: expected a LoRAConv2d to get [batch, channels, height, "
                 "width] and an index of samples [batch], but got x of shape "
                 f"{list(x.shape)} and an index of shape {list(rows.index.shape)}"
             )
-        return self.decide(pixels, rows).run(pixels).movedim(-1, -3)
+        found = super()._decide_with(updates, call._replace(x=self._pixels(x)))
+        return found._replace(run=lambda x: found.run(self._pixels(x)).movedim(-1, -3))
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """The rows of the product ``[..., channels]``."""
+        down, right = self.stride
+        strided = x if down == right == 1 else x[..., ::down, ::right]
+        return strided.movedim(-3, -1)
 
 
 def unsupported_reason(conv: nn.Module) -> str:

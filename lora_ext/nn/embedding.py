@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..call import Decision
+from ..call import Call, Decision, Path
 from ..call.apply import Update, mixed_lookup
-from ..call.decision import of_rows
+from ..call.decision import by_row, example
 from . import initialize
 from .adapter_spec import optional_spec
 from .base import LoRALayer
@@ -77,15 +76,17 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         initialize.embedding_(self.lora_a[name], self.lora_b[name])
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.decide(input, self.adapters_of_rows()).run(input)
+        return self.decide(Call(input, self.adapters_of_rows())).run(input)
+
+    def example(self, rows: int | None, block: RowAdapters | None) -> Tensor:
+        return example(self, torch.int64, rows, block)
 
     def base_forward(self, x: Tensor) -> Tensor:
         return self._look_up(x, self.base_operands()[0])
 
-    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
-        what = "an embedding's update is a lookup and a small product by torch"
-        reason = what if rows is None else of_rows(names)
-        return Decision(partial(self._added, names, rows), "library", reason)
+    def _decide_for(self, names: Sequence[str], call: Call) -> Decision:
+        what = by_row(call, names, "an embedding's update is a lookup and a small product by torch")
+        return Decision(partial(self._added, names, call.rows), Path.ADDED, what)
 
     def _added(self, names: Sequence[str], rows: RowAdapters | None, ids: Tensor) -> Tensor:
         # A sparse gradient cannot pass through the transposition.

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..call.decision import Decision, of_rows
+from ..call import Call, Decision, Path
+from ..call.decision import of_rows
 from ..dtypes import FLOATS
 from ..experts import Experts, ExpertsAdapter, lora_experts
 from ..experts.decorated import (
@@ -18,6 +19,7 @@ from ..experts.decorated import (
     operands,
     quantised_note,
     up_name,
+    workspace_bytes,
 )
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
@@ -94,9 +96,11 @@ class LoRAExperts(LoRAModule):
         layers: Any = self._modules["lora"]
         return layers[up_name(self)], layers["down_proj"]
 
-    def decide(self, names: Sequence[str], rows: RowAdapters | None) -> Decision:
+    def decide(self, call: Call) -> Decision:
+        names = self._names(call.rows)
+        rows: Any = call.rows if names else None
         if rows is None and not (any(map(_adds, self._pair())) or stacks_of(self)):
-            return super().decide(names, rows)
+            return super().decide(call)
         reason = self._obstacle() if rows is None else obstacle(self)
         if not reason and is_transformed():
             reason = "a transform of torch.func or forward-mode AD is active"
@@ -105,7 +109,7 @@ class LoRAExperts(LoRAModule):
             if rows is not None:
                 what = "rows with different adapters are refused"
             run = partial(self._by_others, rows, reason)
-            return Decision(run, "library", f"{reason}: {what}")
+            return Decision(run, Path.ADDED, f"{reason}: {what}")
 
         def run(*args: Any, **kwargs: Any) -> Any:
             found = operands(self, self.base_type, args, kwargs)
@@ -121,10 +125,16 @@ class LoRAExperts(LoRAModule):
             adapters = (self._adapters(layer, given) for layer in layers)
             return lora_experts(experts, *found, *adapters, adapter_index=index)
 
-        if rows is not None:
-            return Decision(run, "fused", of_rows(names))
-        what = "rows sorted by expert, base and update of each"
-        return Decision(run, "fused", detail=lambda _: ("fused", what + quantised_note(self)))
+        def detail() -> tuple[Path, str]:
+            what = "rows sorted by expert, base and update of each"
+            each = of_rows(names) if names else what
+            return Path.FUSED, each + quantised_note(self)
+
+        return Decision(run, Path.FUSED, "", detail, self)
+
+    def workspace_bytes(self) -> int:
+        """Bytes of the experts that are dequantised at a time."""
+        return workspace_bytes(self)
 
     def _adapters(
         self, layer: LoRAParameter, names: Sequence[str] | None

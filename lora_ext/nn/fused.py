@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from ..call import Decision
+from ..call import Call, Decision, Path
 from ..call.apply import Dense, Slots, Update, obstacle, takes_op
 from ..call.decision import added, fused
 from ..packed_weight import Base, Packable, PackedWeight, pack_weight
 from ..quantized.weight import QuantizedBase
 from ..torch_state import is_plain
 from .base import LoRALayer
-from .row_adapters import RowAdapters
 
 
 class FusedLoRALayer(Packable, LoRALayer):
@@ -25,8 +24,6 @@ class FusedLoRALayer(Packable, LoRALayer):
     Several active adapters become one with the sum of their ranks, and share one dropout mask.
     """
 
-    # The path of updates that are not one call with the weight.
-    added_path = "library"
     # Why `packable` has none.
     unpacked_reason = "the weight is not a matrix"
 
@@ -38,11 +35,19 @@ class FusedLoRALayer(Packable, LoRALayer):
         weight, bias = self.base_operands()
         return F.linear(x, self.matrix(weight), bias)
 
-    def decide(self, x: Any, rows: RowAdapters | None) -> Decision:
+    def linear_forward(self, x: Tensor) -> Tensor:
+        """The base's y of the rows x of its product."""
+        return self.base_forward(x)
+
+    def forward(self, input: Any) -> Any:
+        return self.decide(Call(input, self.adapters_of_rows())).run(input)
+
+    def decide(self, call: Call) -> Decision:
+        x, rows = call.x, call.rows
         if isinstance(x, Proxy) and not (rows is None and self.computes_base):
-            return Decision(self._traced, "fused")
-        if rows is None or x is None or self._disabled:
-            return super().decide(x, rows)
+            return Decision(self._traced, Path.FUSED)
+        if rows is None or self._disabled:
+            return super().decide(call)
         if x.is_nested:
             raise TypeError(
                 "lora_ext.use_adapters: expected a dense x, but got a nested tensor; pad it, or "
@@ -50,37 +55,27 @@ class FusedLoRALayer(Packable, LoRALayer):
             )
         pool = self.pool
         if rows.slots is None or pool is None or pool.needs_lists(self, x):
-            return super().decide(x, rows)
+            return super().decide(call)
         self.check_unmerged()
-        return self._call(x, pool.updates, rows)
+        return self._decide_with(pool.updates, call)
 
     def _traced(self, x: Any) -> Any:
         """torch.fx.symbolic_trace: the layer is one node, as nn.Linear is."""
         return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
 
-    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
-        return self._call(x, self._updates_of(names), rows)
+    def _decide_for(self, names: Sequence[str], call: Call) -> Decision:
+        return self._decide_with(self._updates_of(names), call)
 
-    def _call(
-        self, x: Any, updates: Sequence[Update] | Slots, rows: RowAdapters | None
-    ) -> Decision:
-        base = self.base_for(x, updates, rows)
+    def _decide_with(self, updates: Sequence[Update] | Slots, call: Call) -> Decision:
+        base = self.base_for(updates, call)
         if isinstance(base, str):
-            return added(self.base_forward, updates, rows, base, self.added_path)
-        return fused(base, updates, rows)
+            return added(call, self.linear_forward, updates, base)
+        return fused(call, base, updates)
 
-    def base_for(
-        self, x: Tensor | None, updates: Any, rows: RowAdapters | None
-    ) -> Dense | QuantizedBase | str:
-        """The base for one call of the op, or why its own forward has to be called.
-
-        Args:
-            x: ``[..., in]``; None for an x in the base's preferred dtype.
-            updates: as of `apply`.
-            rows: which of them each row has, None: all.
-        """
-        if rows is None:
-            if x is not None and not takes_op(x):
+    def base_for(self, updates: Any, call: Call) -> Dense | QuantizedBase | str:
+        """The base for one call of the op, or why its own forward has to be called."""
+        if call.rows is None:
+            if not takes_op(call.x):
                 return "a nested x, ONNX export or torch.func: added by torch"
             reason = obstacle(updates, self.weight.dtype)
             if reason:

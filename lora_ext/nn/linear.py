@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..call import Call
 from ..call.op import lora_linear
 from ..dtypes import HALVES
 from ..packed_weight import Base
@@ -134,7 +135,7 @@ class LoRALinear(FromLinear, nn.Linear):
             operands = fast_path_operands(self, input)
             if operands is not None:
                 return lora_linear(input, *operands)
-        return self.decide(input, rows).run(input)
+        return self.decide(Call(input, rows)).run(input)
 
 
 def is_conv1d(module: nn.Module) -> bool:

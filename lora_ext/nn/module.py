@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from ..call.decision import Decision, of_rows
+from ..call import Call, Decision, Path
+from ..call.decision import of_rows
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import parameter_names, parametrized, stack_of
 from ..torch_state import is_plain, is_transformed
 from .over import Over, check_own_forward, empty_over
 from .parameter import LoRAParameter
-from .row_adapters import RowAdapters
 from .rows_apart import by_adapter
 
 # The child that holds the adapters.
@@ -89,19 +89,18 @@ class LoRAModule(Over):
         return list(self._modules[_LAYERS]._modules.values())  # type: ignore[union-attr,return-value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.decide(*self._names_and_rows()).run(*args, **kwargs)
+        found = (layer.adapters_of_rows() for layer in self.layers())
+        rows = next((block for block in found if block is not None), None)
+        return self.decide(Call(None, rows)).run(*args, **kwargs)
 
-    def decide(self, names: Sequence[str], rows: RowAdapters | None) -> Decision:
-        """How a forward that gets the module's arguments is computed.
-
-        Args:
-            names: the adapters that rows have; not read where all rows have the active ones.
-            rows: the block that says which row has which; None: all have the active ones.
-        """
-        if rows is not None:
-            return Decision(partial(self._mixed, names, rows), "library", of_rows(names))
+    def decide(self, call: Call) -> Decision:
+        """How a forward that gets the module's arguments is computed."""
+        names = self._names(call.rows)
+        if names:
+            run = partial(self._mixed, names, call.rows)
+            return Decision(run, Path.ADDED, of_rows(names))
         reason = "the module's own forward with a full weight W + scaling B A"
-        return Decision(self._of_all_rows, "library", reason)
+        return Decision(self._of_all_rows, Path.ADDED, reason)
 
     def _of_all_rows(self, *args: Any, **kwargs: Any) -> Any:
         """A forward whose rows have the same adapters, or none."""
@@ -115,20 +114,17 @@ class LoRAModule(Over):
         }
         return self.with_tensors(weights).forward(*args, **kwargs)
 
-    def _names_and_rows(self) -> tuple[list[str], RowAdapters | None]:
-        """`decide`'s arguments for a forward now."""
-        found = (layer.adapters_of_rows() for layer in self.layers())
-        rows = next((block for block in found if block is not None), None)
+    def _names(self, rows: Any) -> list[str]:
+        """The adapters of a block that the module has; none of no block."""
         if rows is None:
-            return [], None
+            return []
         layers = [layer for layer in self.layers() if layer.adapters_enabled]
         for layer in layers:
             layer.check_unmerged()
         here = {name for layer in layers for name in layer.row_names(rows)}
-        names = [name for name in rows.names if name in here]
-        return names, rows if names else None
+        return [name for name in rows.names if name in here]
 
-    def _mixed(self, names: Sequence[str], rows: RowAdapters, *args: Any, **kwargs: Any) -> Any:
+    def _mixed(self, names: Sequence[str], rows: Any, *args: Any, **kwargs: Any) -> Any:
         """A forward whose rows have different adapters: one call for the rows of each."""
         x: Any = args[0] if len(args) == 1 and not kwargs else None
         if not is_plain(x) or x.dim() < 2 or is_transformed():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..call import Decision
+from ..call import Call, Decision
 from ..experts.factors import a_by_expert, b_by_expert
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stored_parameter, whole_parameter
@@ -171,13 +171,11 @@ class LoRAParameter(LoRALayer):
     def weight_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return repr(self.parameter)
 
-    def workspace_bytes(self) -> int:
-        """Bytes of one dequantised matrix of a quantised stack; else 0."""
-        stack = self.stack
-        return 0 if stack is None else stack.matrix_bytes
+    def example(self, rows: int | None, block: RowAdapters | None) -> None:
+        return None
 
-    def _decide_for(self, names: Sequence[str], x: Any, rows: RowAdapters | None) -> Decision:
-        return self.module.decide(names, rows)
+    def _decide_for(self, names: Sequence[str], call: Call) -> Decision:
+        return self.module.decide(call)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}: {list(self.weight_shape)}{super().extra_repr()}"

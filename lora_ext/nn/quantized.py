@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..call import Call
 from ..call.apply import takes_op, updates_obstacle
+from ..call.decision import example
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
-from ..quantized.weight import workspace_bytes
 from ..torch_state import is_plain
 from .fused import FusedLoRALayer
 from .linear import FromLinear
@@ -50,7 +51,6 @@ class LoRAQuantizedLinear(Over, FromLinear):
         *("packed", "pool", "row_adapters", "merged_weight", "merged_bias"),
         *TABLES,
     }
-    added_path = "added"
     can_merge = False
     unpacked_reason = "the weight is quantised"
 
@@ -132,27 +132,26 @@ class LoRAQuantizedLinear(Over, FromLinear):
 
     # What a forward computes.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decide(x, self.adapters_of_rows()).run(x)
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The forward of the base layer, without adapters."""
         return self.base_type.forward(self, x)
 
-    def base_for(
-        self, x: Tensor | None, updates: Any, rows: RowAdapters | None
-    ) -> QuantizedBase | str:
-        if rows is None and x is not None and not (is_plain(x) and takes_op(x)):
+    def example(self, rows: int | None, block: RowAdapters | None) -> Tensor:
+        found = quantized_base(self, None, self.base_type)
+        dtype = found.dtype if isinstance(found, QuantizedBase) else torch.float32
+        return example(self, dtype, rows, block, self.in_features)
+
+    def base_for(self, updates: Any, call: Call) -> QuantizedBase | str:
+        x, rows = call.x, call.rows
+        if rows is None and not (is_plain(x) and takes_op(x)):
             return "a tensor subclass, ONNX export or torch.func: added by torch"
         found = quantized_base(self, x, self.base_type)
         if not isinstance(found, QuantizedBase):
             return found or "its weight is no longer quantised"
         return updates_obstacle(found.dtype, x, updates, rows) or found
-
-    def workspace_bytes(self) -> int:
-        """Bytes of the dequantised weight in the base's preferred dtype; 0 if the base is called
-        itself."""
-        return workspace_bytes(quantized_base(self, None, self.base_type))
 
     # Methods of nn.Module.
 

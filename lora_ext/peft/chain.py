@@ -8,12 +8,13 @@ import peft
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
+from ..call import Path
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
 from ..torch_state import has_any_global_hook, is_onnx_export, is_plain
 from .layer import NONE_ACTIVE, names_of
-from .reasons import BASE, PEFT, adapters_state, has_hooks, update_of
+from .reasons import adapters_state, has_hooks, update_of
 
 # Releases that do not remove the update of one adapter from a stack that already has a
 # parametrization.
@@ -68,18 +69,18 @@ def chain_of(outermost: Any, rows: RowAdapters | None = None) -> Chain:
     return Chain(targets, module)
 
 
-def chain_state(chain: Chain) -> tuple[str, str] | None:
+def chain_state(chain: Chain) -> tuple[Path, str] | None:
     """(path, reason) from the conditions that hold for chains around any module, or None: to
     compute what is added, or a quantised base, which the module would dequantise as a whole."""
     outermost = chain.targets[0].wrapper
     for wrapper, _, _ in chain.targets:
         if wrapper._disable_adapters and wrapper.merged_adapters:
-            return PEFT, "adapters are disabled and merged, which PEFT's forward undoes"
+            return Path.PEFT, "adapters are disabled and merged, which PEFT's forward undoes"
         state = adapters_state(wrapper)
-        if state is not None and state[0] == PEFT:
+        if state is not None and state[0] == Path.PEFT:
             return state
         if wrapper is not outermost and (has_hooks(wrapper) or "forward" in wrapper.__dict__):
-            return PEFT, "PEFT's wrapper of another parameter of the module has hooks"
+            return Path.PEFT, "PEFT's wrapper of another parameter of the module has hooks"
     if not has_updates(chain):
         is_observed = has_any_global_hook() or is_onnx_export()
         if is_observed or not stacks_of(chain.base):
@@ -87,18 +88,18 @@ def chain_state(chain: Chain) -> tuple[str, str] | None:
     for name in parametrized(chain.base):
         reason = _parametrization_reason(chain, name)
         if reason:
-            return PEFT, reason
+            return Path.PEFT, reason
     for wrapper, name, adapters in chain.targets:
         stored = stack_of(chain.base, name)
         if isinstance(stored, str):
-            return PEFT, stored
+            return Path.PEFT, stored
         is_dense = isinstance(stored, Tensor) and is_plain(stored)
         if not (is_dense or isinstance(stored, QuantizedStack)):
-            return PEFT, "a parameter is quantised or sharded"
+            return Path.PEFT, "a parameter is quantised or sharded"
         for adapter in adapters:
             found = update_of(wrapper, adapter)
             if isinstance(found, str):
-                return PEFT, found
+                return Path.PEFT, found
     return None
 
 
@@ -107,9 +108,9 @@ def has_updates(chain: Chain) -> bool:
     return any(target.adapters for target in chain.targets)
 
 
-def base_state(chain: Chain) -> tuple[str, str]:
+def base_state(chain: Chain) -> tuple[Path, str]:
     """(path, reason) of a forward that adds nothing."""
-    return adapters_state(chain.targets[0].wrapper) or (BASE, NONE_ACTIVE)
+    return adapters_state(chain.targets[0].wrapper) or (Path.BASE, NONE_ACTIVE)
 
 
 def _parametrization_reason(chain: Chain, name: str) -> str:

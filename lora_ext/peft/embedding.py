@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
-from ..call import Decision
+from ..call import Call, Decision, Path
 from ..call.apply import Update, mixed_lookup
+from ..call.decision import by_row, example
 from ..nn.row_adapters import RowAdapters
 from ..packed_weight import writes_weight
-from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
-from .reasons import ADDED, embedding_reason
+from .layer import Accelerated, by_peft, forward_over, names_of, settled
+from .reasons import embedding_reason
 from .row_blocks import combine
 from .variants import EMBEDDING, Variant, variant_of
 
@@ -48,17 +50,13 @@ class Embedding(Accelerated, peft_layers.Embedding):
             return by_peft(self, call, reason)
         other, scaling = self.lora_embedding_B, self.scaling
         updates = [Update(n, table[n], other[n], None, scaling[n], 0.0) for n in names]
-        what = "a lookup and a small product by torch"
-        if rows is not None:
-            what = "a lookup for each, and a small product"
-        elif variant is not None:
-            what = f"{variant.name}: {what}"
-        return Decision(
-            lambda ids: _added(self, ids, updates, variant, rows), ADDED, by_row(rows, names, what)
-        )
+        what = "" if variant is None else f"{variant.name}: "
+        what = by_row(call, names, f"{what}a lookup and a small product by torch")
+        run = partial(_added, self, updates=updates, variant=variant, rows=rows)
+        return Decision(run, Path.ADDED, what)
 
-    def example(self: Any, rows: RowAdapters | None) -> Tensor:
-        return example_of(self, rows, torch.int64)
+    def example(self: Any, rows: int | None, block: RowAdapters | None) -> Tensor:
+        return example(self, torch.int64, rows, block)
 
 
 def _added(

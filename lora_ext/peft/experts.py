@@ -15,6 +15,7 @@ from typing import Any
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
+from ..call import Path
 from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
 from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import MAX_RANK, check_dropout
@@ -23,7 +24,7 @@ from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
 from ..versions import TOO_OLD
 from .chain import EXPERT_DROPOUT, Chain, Target, chain_of, chain_state, has_updates
-from .reasons import PEFT, has_hooks
+from .reasons import has_hooks
 
 with contextlib.suppress(ImportError):  # before transformers 5
     import transformers.integrations.moe  # noqa: F401
@@ -226,6 +227,6 @@ def _chains(model: nn.Module) -> dict[str, Chain]:
 def _obstacle(chain: Chain) -> str:
     """Why the update of a chain needs PEFT's own forward, or ""."""
     state = chain_state(chain)
-    if state is not None and state[0] == PEFT:
+    if state is not None and state[0] == Path.PEFT:
         return state[1]
     return reason(chain)

@@ -12,35 +12,18 @@ Cases that are not computed here are left to that loop if a name for each sample
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from ..call import Decision
-from ..call.decision import MANY_ROWS, of_rows
+from ..call import Call, Decision, Path
 from ..nn.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
-from .reasons import BASE, PEFT, adapters_state
+from .reasons import adapters_state, is_passed_over
 from .variants import row_reason
 
 NONE_ACTIVE = "none of the active adapters is in this layer"
 NONE_OF_ROWS = "none of the batch's adapters is in this layer"
-
-
-class Call(NamedTuple):
-    """The arguments of one forward.
-
-    Attributes:
-        x: of the layer.
-        rows: the block whose adapters the rows of x have, None for the active ones.
-        args, kwargs: what PEFT's forward gets besides x.
-    """
-
-    x: Tensor
-    rows: RowAdapters | None = None
-    args: tuple = ()
-    kwargs: Mapping[str, Any] = {}
 
 
 class Accelerated:
@@ -49,16 +32,20 @@ class Accelerated:
     row_adapters: Any = None  # as in lora_ext.nn.LoRALayer
 
     decide: Any  # (self, call) -> how a forward is computed, and why
-    example: Any  # (self, rows) -> an x that suits the base
+    example: Any  # (self, rows, block) -> an x that suits the base, as `LoRALayer.example`
 
-    def decision(self: Any) -> Decision:
-        """`decide` for the next forward on an x that suits the base."""
-        rows = rows_of(self, {})
-        return self.decide(Call(self.example(rows), rows))
+    def path(self, rows: int | None = None) -> tuple[Path, str]:
+        """As `LoRALayer.path`."""
+        return self.decision(rows).explained()
 
-    def path(self, rows: int | None = None) -> tuple[str, str]:
-        """How the next forward on an x in the base's dtype is computed, and why."""
-        return self.decision().explained(rows)
+    def decision(self: Any, rows: int | None = None) -> Decision:
+        """`decide` for the next forward, as `LoRALayer.decision`."""
+        block = rows_of(self, {})
+        found = self.decide(Call(self.example(rows, block), block))
+        if found.path == Path.BASE or not is_passed_over(self):
+            return found
+        reason = "the layer's forward was replaced, as by hooks, before lora_ext.accelerate"
+        return Decision(self.forward, Path.PEFT, reason)
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         forget(self, adapter_name)
@@ -98,11 +85,6 @@ def names_of(layer: Any, table: Container[str], rows: RowAdapters | None) -> lis
     return [name for name in ([active] if isinstance(active, str) else active) if name in table]
 
 
-def by_row(rows: RowAdapters | None, names: list[str], kept: str) -> str:
-    """The reason of a path, for rows that have adapters of their own with their number."""
-    return kept if rows is None else f"{of_rows(names)}: {kept}"
-
-
 def settled(layer: Any, call: Call, names: list[str]) -> Decision | None:
     """The decision by conditions that hold for any layer, or None if there are updates to add."""
     rows, state = call.rows, adapters_state(layer)
@@ -114,17 +96,17 @@ def settled(layer: Any, call: Call, names: list[str]) -> Decision | None:
     if call.args or call.kwargs:
         return by_peft(layer, call, "the layer gets more arguments than x")
     if rows is None:
-        return None if names else by_peft(layer, call, NONE_ACTIVE, BASE)
+        return None if names else by_peft(layer, call, NONE_ACTIVE, Path.BASE)
     reason = row_reason(layer, names, rows.is_pefts)
     if reason:
         return by_peft(layer, call, reason, is_refused=True)
     if rows.is_pefts and (call.x.dim() == 0 or len(call.x) != len(rows.index)):
         return by_peft(layer, call, "x has another number of samples than the batch")
-    return None if names else Decision(layer._modules["base_layer"], BASE, NONE_OF_ROWS)
+    return None if names else Decision(layer._modules["base_layer"], Path.BASE, NONE_OF_ROWS)
 
 
 def by_peft(
-    layer: Any, call: Call, reason: str, path: str = PEFT, is_refused: bool = False
+    layer: Any, call: Call, reason: str, path: Path = Path.PEFT, is_refused: bool = False
 ) -> Decision:
     """PEFT's own forward; for rows its loop, if it supports the case and computes it correctly.
 
@@ -141,7 +123,7 @@ def by_peft(
             names = rows.sample_names(BASE_NAME)
             return layer.pefts_forward(x, *args, adapter_names=names, **kwargs)
 
-        return Decision(loop, PEFT, f"each row its own adapter, in PEFT's loop: {reason}")
+        return Decision(loop, Path.PEFT, f"each row its own adapter, in PEFT's loop: {reason}")
 
     def refuse(x: Tensor) -> Tensor:
         raise ValueError(
@@ -149,12 +131,4 @@ def by_peft(
             f"in a {type(layer).__name__} {reason}"
         )
 
-    return Decision(refuse, PEFT, f"each row its own adapter, which PEFT refuses: {reason}")
-
-
-def example_of(layer: Any, rows: RowAdapters | None, dtype: torch.dtype, *width: int) -> Tensor:
-    """A tensor ``[..., *width]`` of the rows of a block, else of many, of one element's memory."""
-    lead = (MANY_ROWS,) if rows is None else rows.index.shape
-    lead = (*lead, 1) if len(lead) == 1 else lead
-    device = next((parameter.device for parameter in layer.parameters()), None)
-    return torch.empty((), dtype=dtype, device=device).expand(*lead, *width)
+    return Decision(refuse, Path.PEFT, f"each row its own adapter, which PEFT refuses: {reason}")

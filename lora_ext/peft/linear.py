@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
-from ..call import Decision
+from ..call import Call, Decision, Path
 from ..call.apply import Dense, Update, apply, updates_obstacle
-from ..call.decision import fused
+from ..call.decision import by_row, example, fused
 from ..call.op import lora_linear
 from ..dtypes import FLOATS, HALVES
 from ..nn.adapter_spec import MAX_RANK
@@ -20,8 +20,8 @@ from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.weight import QuantizedBase
 from ..torch_state import has_any_global_hook, is_forward_ad, is_plain, is_traced, transforms
-from .layer import Accelerated, Call, by_peft, by_row, example_of, forward_over, names_of, settled
-from .reasons import ADDED, base_obstacle, dequantized_base, input_reason, update_of
+from .layer import Accelerated, by_peft, forward_over, names_of, settled
+from .reasons import base_obstacle, dequantized_base, input_reason, update_of
 from .variants import LINEAR, variant_of
 
 _Parameter, _Linear, _Identity, _Dropout = nn.Parameter, nn.Linear, nn.Identity, nn.Dropout
@@ -50,21 +50,25 @@ class OverLinear(Accelerated):
         if reason:
             return by_peft(self, call, reason)
         if variant is not None:
-            what = base.note if isinstance(base, QuantizedBase) else "x W^T by torch"
+            what, dequantized = "x W^T by torch", None
+            if isinstance(base, QuantizedBase):
+                what, dequantized = base.note, base
             run = partial(_of_variant, self, variant.forward, updates[0], base)
-            return Decision(run, ADDED, f"{variant.name}: added to {what}", None, base)
+            reason = f"{variant.name}: added to {what}"
+            return Decision(run, Path.ADDED, reason, None, dequantized)
         if kept:
-            return Decision(partial(_added, self, call, updates), ADDED, by_row(rows, names, kept))
-        return fused(base, updates, rows)
+            run = partial(_added, self, call, updates)
+            return Decision(run, Path.ADDED, by_row(call, names, kept))
+        return fused(call, base, updates)
 
-    def example(self: Any, rows: RowAdapters | None) -> Tensor:
+    def example(self: Any, rows: int | None, block: RowAdapters | None) -> Tensor:
         base = self._modules["base_layer"]
         found = dequantized_base(base, None)
         stored = (base._parameters.get("weight"), *self._modules["lora_A"].parameters())
         dtypes = [tensor.dtype for tensor in stored if tensor is not None]
         dtype = next((dtype for dtype in dtypes if dtype in FLOATS), torch.float32)
         dtype = found.dtype if isinstance(found, QuantizedBase) else dtype
-        return example_of(self, rows, dtype, self.in_features)
+        return example(self, dtype, rows, block, self.in_features)
 
 
 _forward = forward_over(peft_layers.Linear)

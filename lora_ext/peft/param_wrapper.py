@@ -1,8 +1,8 @@
 """PEFT's wrapper of a parameter (`target_parameters`) with another forward.
 
-PEFT nests one wrapper in another for each parameter of a module, and each registers a
+Path.PEFT nests one wrapper in another for each parameter of a module, and each registers a
 parametrization, W + B A, during the module's forward. Here the outermost wrapper processes the
-whole chain, also for rows with different adapters, which PEFT refuses:
+whole chain, also for rows with different adapters, which Path.PEFT refuses:
 
     experts     `lora_experts`, with the adapters of all tokens or of each
     matrices    the module is called with W + B A; for rows, once for each adapter
@@ -14,14 +14,13 @@ from typing import Any, NoReturn
 
 from peft.tuners.lora import layer as peft_layers
 
-from ..call import Decision
+from ..call import Call, Decision, Path
 from ..call.decision import of_rows
 from ..experts import decorated
 from ..nn.row_adapters import RowAdapters
 from . import experts, matrices
 from .chain import Chain, base_state, chain_of, chain_state, has_updates
-from .layer import NONE_OF_ROWS, Accelerated, Call, forward_over
-from .reasons import ADDED, BASE, FUSED, PEFT
+from .layer import NONE_OF_ROWS, Accelerated, forward_over
 
 
 class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
@@ -52,17 +51,18 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
         merged = [each.wrapper.merged_adapters for each in chain.targets]
         if rows is not None and any(merged):
             names = next(filter(None, merged))
-            state = PEFT, f"{names} are merged into the weight; call unmerge_adapter first"
+            state = Path.PEFT, f"{names} are merged into the weight; call unmerge_adapter first"
         reason = "" if state is not None else kind.reason(chain, by_row=rows is not None)
         if reason:
-            state = (PEFT, reason) if has_updates(chain) else base_state(chain)
+            state = (Path.PEFT, reason) if has_updates(chain) else base_state(chain)
         if state is not None:
             return _of_others(self, chain, call, *state)
         reason = "these arguments, or a transform of torch.func, are not supported"
-        others = _of_others(self, chain, call, PEFT if has_updates(chain) else BASE, reason)
-        path, names, note = FUSED if kind is experts else ADDED, [], ""
+        others = Path.PEFT if has_updates(chain) else Path.BASE
+        others = _of_others(self, chain, call, others, reason)
+        path, names, note = Path.FUSED if kind is experts else Path.ADDED, [], ""
         if not has_updates(chain):  # quantised
-            path, note = base_state(chain) if rows is None else (BASE, NONE_OF_ROWS)
+            path, note = base_state(chain) if rows is None else (Path.BASE, NONE_OF_ROWS)
             rows = None
         elif rows is not None:
             here = {name for target in chain.targets for name in target.adapters}
@@ -73,12 +73,12 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
             found = kind.forward(chain, (x, *args), kwargs, names, rows)
             return others.run(x) if found is NotImplemented else found
 
-        def detail(_: int | None) -> tuple[str, str]:
+        def detail() -> tuple[Path, str]:
             return path, (note and f"{note}: ") + kind.note(chain, by_row=rows is not None)
 
-        return Decision(run, path, detail=detail)
+        return Decision(run, path, "", detail, self)
 
-    def example(self, rows: Any) -> Any:
+    def example(self, rows: int | None, block: RowAdapters | None) -> None:
         return None
 
     def workspace_bytes(self) -> int:
@@ -86,7 +86,7 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
         return decorated.workspace_bytes(chain_of(self).base)
 
 
-def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> Decision:
+def _of_others(layer: Any, chain: Chain, call: Call, path: Path, reason: str) -> Decision:
     """The decision for PEFT's own forward; for rows the module alone, or an error."""
     _, rows, args, kwargs = call
 
@@ -96,10 +96,10 @@ def _of_others(layer: Any, chain: Chain, call: Call, path: str, reason: str) -> 
 
     if rows is None:
         return Decision(run, path, reason)
-    if path == BASE:
-        return Decision(lambda x: chain.base(x, *args, **kwargs), BASE, NONE_OF_ROWS)
-    why = f"each row its own adapter, which PEFT refuses: {reason}"
-    return Decision(lambda _: _refuse(chain, rows, reason), PEFT, why)
+    if path == Path.BASE:
+        return Decision(lambda x: chain.base(x, *args, **kwargs), Path.BASE, NONE_OF_ROWS)
+    why = f"each row its own adapter, which Path.PEFT refuses: {reason}"
+    return Decision(lambda _: _refuse(chain, rows, reason), Path.PEFT, why)
 
 
 def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:

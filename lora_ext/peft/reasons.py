@@ -1,9 +1,4 @@
-"""Which path one forward of a PEFT layer takes, and why: used by each forward and by `explain`.
-
-    fused    one call of `lora_linear` computes base and update
-    added    the base module's own forward is called, `lora_update` adds onto its y
-    peft     PEFT's own forward
-    base     the base module alone: adapters disabled, merged, or none of the active ones is here
+"""Why one forward of a PEFT layer takes its path: used by each forward and by `explain`.
 
 A faster path is taken only if it is known to give PEFT's result; otherwise, for example with a hook
 on a part that would not be called, the next one is taken. Reasons are constants, so that this is
@@ -17,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..call import Path
 from ..call.apply import Update
 from ..dtypes import FLOATS
 from ..nn.linear import is_conv1d
@@ -24,28 +20,26 @@ from ..quantized.layers import QuantizedBase, quantized_base
 from ..quantized.panels import has_others
 from ..torch_state import has_any_global_hook, is_onnx_export, is_plain, is_transformed
 
-FUSED, ADDED, PEFT, BASE = "fused", "added", "peft", "base"
-
 HOOKED = "lora_A, lora_B or lora_dropout has hooks"
 _DEVICES = ("cpu", "cuda", "meta")
 # Attribute of a layer: the forward that replaced PEFT's on the instance before `accelerate`.
 REPLACED = "replaced_forward"
 
 
-def adapters_state(layer: Any) -> tuple[str, str] | None:
+def adapters_state(layer: Any) -> tuple[Path, str] | None:
     """(path, reason) for a layer that adds nothing, None for one that adds its active adapters.
 
     A forward on the instance is not a reason: if the layer's own forward runs, the one on the
     instance has called it.
     """
     if layer._disable_adapters:
-        return BASE, "adapters are disabled"
+        return Path.BASE, "adapters are disabled"
     if layer.merged_adapters:
-        return BASE, "merged into the base weight by PEFT"
+        return Path.BASE, "merged into the base weight by PEFT"
     if has_any_global_hook():
-        return PEFT, "a global module hook is registered, as by a profiler"
+        return Path.PEFT, "a global module hook is registered, as by a profiler"
     if is_onnx_export():
-        return PEFT, "ONNX has no operator for the fused call; PEFT's forward is exported"
+        return Path.PEFT, "ONNX has no operator for the fused call; PEFT's forward is exported"
     return None
 
 

@@ -1,29 +1,23 @@
-"""The paths of PEFT's layers, for `lora_ext.explain`."""
+"""How PEFT's layers compute their next forward, for `lora_ext.explain`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..quantized.weight import workspace_bytes
-from .reasons import BASE, FUSED, PEFT, adapters_state, is_passed_over
+from ..call import Decision, Path
+from .reasons import adapters_state
 
 
-def peft_path(layer: Any, rows: int | None = None) -> tuple[str, str, int]:
-    """(path, reason, bytes of workspace) of a PEFT layer's next forward, accelerated or not."""
+def peft_decision(layer: Any, rows: int | None = None) -> Decision:
+    """That of a PEFT layer's next forward, accelerated or not, as `LoRALayer.decision`."""
     if hasattr(type(layer), "decision"):
-        decision = layer.decision()
-        path, reason = decision.explained(rows)
-        if path != BASE and is_passed_over(layer):
-            replaced = "the layer's forward was replaced, as by hooks, before lora_ext.accelerate"
-            return PEFT, replaced, 0
-        is_of_experts = path == FUSED and hasattr(layer, "workspace_bytes")
-        nbytes = layer.workspace_bytes() if is_of_experts else workspace_bytes(decision.base)
-        return path, reason, nbytes
+        return layer.decision(rows)
     from .swap import classes
 
     state = adapters_state(layer)
     if state is not None:
-        return *state, 0
+        return Decision(layer.forward, *state)
+    reason = f"lora_ext has no forward for PEFT's {type(layer).__name__}"
     if type(layer) in classes():
-        return PEFT, "not accelerated; call lora_ext.accelerate(model)", 0
-    return PEFT, f"lora_ext has no forward for PEFT's {type(layer).__name__}", 0
+        reason = "not accelerated; call lora_ext.accelerate(model)"
+    return Decision(layer.forward, Path.PEFT, reason)

@@ -154,13 +154,12 @@ class QuantizedBase(NamedTuple):
     @property
     def note(self) -> str:
         """The note for `lora_ext.explain`."""
-        mib = self.weight.workspace_bytes(self.dtype) / 2**20
+        mib = self.workspace_bytes() / 2**20
         return f"{self.weight.format}, dequantised into {mib:.3g} MiB"
 
-
-def workspace_bytes(found: QuantizedBase | str | None) -> int:
-    """Bytes of the dequantised weight of `quantized_base`'s result, 0 if it is not dequantised."""
-    return found.weight.workspace_bytes(found.dtype) if isinstance(found, QuantizedBase) else 0
+    def workspace_bytes(self) -> int:
+        """Bytes of the dequantised weight."""
+        return self.weight.workspace_bytes(self.dtype)
 
 
 def stored_base(

@@ -384,4 +384,4 @@ def test_explain_of_ours():
     model = of_ours("qwen3_moe")
     with lora_ext.use_adapters(model, ["fr", "it"]):
         paths = {each.name.rpartition(".")[2]: each.path for each in lora_ext.explain(model)}
-    assert paths["down_proj"] == paths["q_proj"] == "fused" and paths["weight"] == "library"
+    assert paths["down_proj"] == paths["q_proj"] == "fused" and paths["weight"] == "added"

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lora_ext import pack_weight
+from lora_ext.call import Call
 from lora_ext.nn import AdapterSpec
 from lora_ext.nn.linear import fast_path_operands
 
@@ -93,7 +94,7 @@ def test_the_fast_path_has_the_operands_of_the_full_one(change, monkeypatch):
     with region(change, layer):
         operands = fast_path_operands(layer, x)
         if CHANGES[change][0]:
-            layer.decide(x, None).run(x)
+            layer.decide(Call(x)).run(x)
     assert (operands is not None) == CHANGES[change][0]
     if operands is None:
         return

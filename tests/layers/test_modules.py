@@ -83,7 +83,7 @@ def test_a_small_lora_bias_is_not_lost(dtype):
     assert_no_worse_than_peft(layer, x)
     with torch.no_grad():
         assert (layer(x).double() - exact(layer, x)).mean().abs() < 2e-4
-    assert (layer.path()[0] == "library") == (dtype == BF16)
+    assert (layer.path()[0] == "added") == (dtype == BF16)
 
 
 def test_lora_bias_without_a_bias():

@@ -272,7 +272,7 @@ def test_explain_names_every_path():
     assert found["l0"] == ("base", "adapters are disabled")
     assert found["l1"][0] == ("packed" if model.l1.packed.is_packed else "fused")
     assert found["l2"] == ("merged", "merged: a")
-    assert found["l3"] == ("library", "adapters 'a' and 'b' differ in dropout: added by torch")
+    assert found["l3"] == ("added", "adapters 'a' and 'b' differ in dropout: added by torch")
     assert found["l4"] == ("base", "no adapter is active")
     assert found["l5"] == ("base", "no adapter")
     assert found["l6"][0] == "library"

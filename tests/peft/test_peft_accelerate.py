@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_ext
 from benchmarks.memory import peak_bytes
+from lora_ext.call import Call
 from lora_ext.dropout import draw_seed
-from lora_ext.peft.layer import Call
 from lora_ext.peft.linear import OverLinear, fast_path_operands
 
 CASES = [

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from benchmarks.memory import peak_bytes
-from lora_ext.peft.layer import Call
+from lora_ext.call import Call
 
 WIDTH, HEIGHT = 128, 192
 WORDS = {
@@ -259,7 +259,7 @@ def test_explain_counts_the_workspace(dora):
     model = lora_ext.accelerate(MODELS["bnb 4 bits"](words, BF16))
     found = lora_ext.explain(model)
     assert found.workspace_bytes == WIDTH * HEIGHT * 2
-    assert str(found).endswith("shared by 1 layers, one at a time")
+    assert str(found).endswith("MiB, shared by 1 layers")
     with model.disable_adapter():
         assert lora_ext.explain(model).workspace_bytes == 0
     assert lora_ext.explain(lora_ext.decelerate(model)).workspace_bytes == 0

@@ -21,8 +21,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
-from lora_ext.peft.layer import Call, rows_of
-from lora_ext.peft.report import peft_path
+from lora_ext.call import Call
+from lora_ext.peft.layer import rows_of
+from lora_ext.peft.report import peft_decision
 from lora_ext.peft.swap import classes, swap
 from lora_ext.quantized.layers import is_quantized
 
@@ -70,7 +71,7 @@ class Recorder:
             if (args or kwargs) and not isinstance(layer, peft_layers.ParamWrapper):
                 self.paths["peft: arguments beside x"] += 1
             else:
-                path, reason, _ = peft_path(layer)
+                path, reason = peft_decision(layer).explained()
                 self.paths[f"peft: {reason}" if path == "peft" else path] += 1
             if _is_quantized(layer):  # for its x, not for one in the base's dtype
                 decision = layer.decide(Call(x, rows_of(layer, kwargs), args, kwargs))

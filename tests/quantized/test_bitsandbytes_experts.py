@@ -63,4 +63,4 @@ def test_blocks_across_rows_are_pefts():
         parametrize.replace_parameter_4bit(module, name, False, "nf4", 64)
     model = lora_ext.accelerate(mixture(base=module, dtype=F32))
     ((path, reason),) = reasons(model)
-    assert path == "peft" and reason.startswith("bitsandbytes' kernels on the CPU read blocks")
+    assert path == "peft" and reason.startswith("a block of 4-bit codes spans two rows")

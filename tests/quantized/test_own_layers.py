@@ -177,11 +177,11 @@ def test_path_and_workspace(kind):
     path, reason = layer.path()
     dtype = F32 if kind in ("int8", "gguf") else BF16
     assert path == "fused" and "dequantised into" in reason
-    assert layer.workspace_bytes() == HEIGHT * WIDTH * dtype.itemsize
+    assert layer.decision().workspace_bytes == HEIGHT * WIDTH * dtype.itemsize
     layer.eval()
     if kind == "int8":
         assert layer.path() == ("added", "in eval it quantises x, too")
-        assert layer.workspace_bytes() == 0
+        assert layer.decision().workspace_bytes == 0
     assert layer.pack_weight().reason == "the weight is quantised" and layer.packed is None
 
 
