@@ -1,6 +1,6 @@
 """Writes docs/adapter-folders.md: what PEFT and load_adapter make of folders of trainers.
 
-PYTHONPATH=tests:tests/adapters python scripts/adapter_table.py
+PYTHONPATH=tests:tests/adapters:tests/experts python scripts/adapter_table.py
 """
 
 from __future__ import annotations

@@ -49,6 +49,11 @@ def by_pickle(thing: Any) -> Any:
     return pickle.loads(pickle.dumps(thing))
 
 
+def packable(dtype: torch.dtype) -> bool:
+    supported = torch.backends.mkldnn.is_available()
+    return supported and (dtype == F32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.").replace("float", "f")
 

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from bench_helpers import summary
-from pack_helpers import packable
+from helpers import packable
 from peft_helpers import net
 from torch.utils._python_dispatch import TorchDispatchMode
 

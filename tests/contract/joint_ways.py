@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from helpers import F64
-from row_helpers import Names, Step, gradient_of
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from contract.joints import NAMES, OTHERS, block, of_pool, x_of
+from contract.row_helpers import Names, Step, gradient_of
 from contract.subject import Subject
 
 Forward = Callable[[Tensor], Tensor]

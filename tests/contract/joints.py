@@ -16,7 +16,6 @@ from helpers import F32, F64
 from peft import LoraConfig, get_peft_model
 from peft_helpers import randomize
 from quantized_models import gguf_eight_bits
-from row_helpers import Names
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +23,7 @@ import lora_ext
 from contract.accelerated import PEFT, PeftSubject
 from contract.bases import Routed
 from contract.ours import OURS, OurSubject
+from contract.row_helpers import Names
 from contract.subject import Subject
 from lora_ext import AdapterPool, apply_lora
 

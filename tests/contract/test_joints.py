@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import F32, F64
-from pack_helpers import packable
+from helpers import F32, F64, packable
 from torch._dynamo.exc import Unsupported
 
 import lora_ext

@@ -7,11 +7,11 @@ backward repeats, `test_many_adapters_in_tasks` which tasks and threads are in a
 import pytest
 import torch
 from helpers import F32, F64
-from row_helpers import assert_equal_steps, batch, differentiated, run, run_alone
 from torch import nn
 
 import lora_ext
 from contract.cases import assert_close, cases, every_kind
+from contract.row_helpers import assert_equal_steps, batch, differentiated, run, run_alone
 from lora_ext.call.row_index import _KEPT
 from lora_ext.nn.row_adapters import RowAdapters
 

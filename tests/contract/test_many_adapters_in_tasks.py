@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import F64
-from row_helpers import batch, run
 
 import lora_ext
 from contract.cases import assert_close, cases, every_kind
+from contract.row_helpers import batch, run
 
 NAMES = ["a", None, "c", "b", "a", "c"]
 

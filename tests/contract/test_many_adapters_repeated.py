@@ -8,12 +8,12 @@ import torch
 from helpers import F64
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from row_helpers import assert_equal_steps, batch, found_of, gradient_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_ext
 from contract.cases import every_kind
+from contract.row_helpers import assert_equal_steps, batch, found_of, gradient_of
 
 NAMES = ["a", None, "c", "b", "a", "c"]
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 from four_bit_experts import parts_of
 from helpers import F32, F64
-from row_helpers import assert_equal_steps, batch, differentiated, run_alone
 from step_helpers import run
 from torch import nn
 
 import lora_ext
 from contract.cases import EXPERTS, LAYERS, QUANTISED, assert_as_eager, assert_close, cases
+from contract.row_helpers import assert_equal_steps, batch, differentiated, run_alone
 
 MIXED = ("linear", "conv1d", "conv2d", "subclass", "embedding")
 ABC = ["a", "b", "c"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from helpers import BF16, F16, F32, F64, short
 from peft_helpers import as_float64
-from row_helpers import assert_equal_steps, assert_errors_at_most_twice, run, run_alone
 
 import lora_ext
 from contract import bases
 from contract.adapters import DIFFERENT
 from contract.cases import CALLED, LAYERS, LINEAR, QUANTISED, cases
+from contract.row_helpers import assert_equal_steps, assert_errors_at_most_twice, run, run_alone
 
 EVERYTHING = ("net", "linear without bias", *LAYERS, *CALLED)
 MIXTURES = tuple(bases.DENSE)

@@ -17,6 +17,7 @@ from helpers import (
     make_problem,
     masked,
     max_error,
+    packable,
     pair_id,
     run_float64,
     run_in_order,
@@ -27,7 +28,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from many_helpers import KINDS, make_many, run_loop
 from many_helpers import run as run_many
-from pack_helpers import packable
 
 import lora_ext
 from lora_ext import _C

@@ -4,8 +4,7 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, max_error
-from pack_helpers import packable
+from helpers import BF16, F16, F32, F64, max_error, packable
 
 import lora_ext
 from lora_ext import _C, measure

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BF16, F32, F64
-from pack_helpers import packable
+from helpers import BF16, F32, F64, packable
 from torch import nn
 
 from lora_ext.nn import LoRALinear

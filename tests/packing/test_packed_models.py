@@ -5,8 +5,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import BF16, F32, max_error
-from pack_helpers import packable
+from helpers import BF16, F32, max_error, packable
 from peft import LoraConfig, get_peft_model
 from peft_helpers import (
     HEIGHT,

@@ -4,9 +4,9 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 """
 
 import torch
-from dequantize_helpers import DTYPES, four_bit_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dequantize import DTYPES, four_bit_case
 
 from lora_ext import _C
 

@@ -40,7 +40,6 @@ OP_TESTS = (
     "op",
     "conftest.py",
     "helpers.py",
-    "many_helpers.py",
     "other_library.py",
     "op_calls.py",
     "rest.py",
@@ -53,7 +52,7 @@ EXPERTS_TESTS = {
     "experts/test_experts_dropout.py": 8,
     "experts/test_experts_compile.py": 1,
 }
-EXPERTS_FILES = (*EXPERTS_TESTS, "expert_helpers.py", "peft_helpers.py")
+EXPERTS_FILES = (*EXPERTS_TESTS, "experts/expert_helpers.py", "peft_helpers.py")
 TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in (*OP_TESTS, *EXPERTS_FILES)))
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from contract.subject import Subject
 from helpers import F64, max_error
 from torch import Tensor
 
 import lora_ext
+from contract.subject import Subject
 
 Names = Sequence[str | None]
 Step = dict[str, Tensor]
