@@ -23,7 +23,6 @@ SUITES = {
     "op/test_derivatives.py": 40,
     "op/test_dropout.py": 60,
     "op/test_many_adapters.py": 250,
-    "op/test_many_gradients.py": 20,
     **build.EXPERTS_TESTS,
     "op/test_many_random.py": 1,
 }

@@ -115,15 +115,19 @@ def make_many(
     )
 
 
-def differentiated(many: Many, forward, wanted=GRADIENTS) -> dict[str, Tensor]:
-    """y and gradients of forward(base, x, lora_a, lora_b, bias), which writes none of them."""
+def differentiated(many: Many, forward, wanted=GRADIENTS, frozen=()) -> dict[str, Tensor]:
+    """y and gradients of forward(base, x, lora_a, lora_b, bias), which writes none of them; frozen:
+    numbers of adapters without."""
 
     def own(name, tensor):
         return leaf(tensor) if name in wanted else tensor
 
     base = own("y", many.y) if many.weight is None else many.weight
     x, bias = own("x", many.x), own("bias", many.bias)
-    lora_a, lora_b = ([own(n, t) for t in getattr(many, n)] for n in ("lora_a", "lora_b"))
+    lora_a, lora_b = (
+        [t if g in frozen else own(n, t) for g, t in enumerate(getattr(many, n))]
+        for n in ("lora_a", "lora_b")
+    )
     inputs = [t for t in (base, x, bias, *lora_a, *lora_b, many.grad, many.index) if t is not None]
     before = [t.detach().clone() for t in inputs]
     y = forward(base, x, lora_a, lora_b, bias)
@@ -138,7 +142,14 @@ def differentiated(many: Many, forward, wanted=GRADIENTS) -> dict[str, Tensor]:
 
 
 def run(
-    many: Many, dropout_p=0.0, seed=1, row_offset=0, col_offset=0, offs=None, wanted=GRADIENTS
+    many: Many,
+    dropout_p=0.0,
+    seed=1,
+    row_offset=0,
+    col_offset=0,
+    offs=None,
+    wanted=GRADIENTS,
+    frozen=(),
 ) -> dict[str, Tensor]:
     seeds = torch.tensor(seed, device=many.x.device) if dropout_p else None
     groups = (many.scaling, None if offs is not None else many.index, offs, None)
@@ -149,7 +160,7 @@ def run(
             return op_calls.lora_update_grouped(base, x, lora_a, lora_b, groups, *tail)
         return op_calls.lora_linear_grouped(x, base, lora_a, lora_b, groups, bias, *tail)
 
-    return differentiated(many, forward, wanted)
+    return differentiated(many, forward, wanted, frozen)
 
 
 def run_loop(many: Many, dropout_p=0.0, seed=1, dtype=None) -> dict[str, Tensor]:

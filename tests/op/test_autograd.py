@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from helpers import (
     HALVES,
     accumulation_dtype,
     assert_same_bits,
+    leaf,
     make_problem,
     masked,
     pair_id,
     run_float64,
     run_ours,
 )
+from many_helpers import make_many
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -212,6 +215,16 @@ def test_saved_is_x_and_s_and_a_seed(isa, device, pair, dropout_p, rows):
     assert sum(of_our_own.values()) == x_bytes + s_bytes + (8 if dropout_p else 0)
 
 
+def test_many_adapters_save_no_copies(device):
+    """x, the factors, index and scaling as they are; and S and a seed of 8 bytes."""
+    many = make_many(60, 16, 24, (3, 5), device=device)
+    many = replace(many.each_factor(leaf), x=leaf(many.x))
+    call = partial(lora_ext.lora_linear, **many.arguments, dropout_p=0.5)
+    operands = (many.x, many.weight, *many.lora_a, *many.lora_b, many.scaling, many.index)
+    own = [t for t in storages_saved_by(call)[2] if address(t) not in map(address, operands)]
+    assert sorted(t.nbytes for t in own) == [8, 60 * 5 * 4]
+
+
 @pytest.mark.parametrize("view", ["transposed", "gaps", "expanded"])
 def test_no_copy_of_a_strided_x_is_saved(isa, device, view):
     x = {
@@ -316,8 +329,8 @@ def test_retain_graph(isa, device):
     y = lora_ext.lora_linear(**leaves, dropout_p=0.5)
     y.backward(problem.grad, retain_graph=True)
     first = {name: leaves[name].grad.clone() for name in INPUTS}
-    for leaf in leaves.values():
-        leaf.grad = None
+    for tensor in leaves.values():
+        tensor.grad = None
     y.backward(problem.grad)
     for name, gradient in first.items():
         assert torch.equal(gradient, leaves[name].grad), name

@@ -55,7 +55,7 @@ def refused(error, *words, call=lora_ext.lora_linear, **arguments):
     message = str(caught.value)
     assert message.startswith("lora_ext."), message
     assert "expected" in message, message
-    assert re.search(r"but got|: an int64 tensor", message), message
+    assert re.search(r"but got|: an int64 tensor|: those of a list", message), message
     for word in words:
         assert word in message, f"{word!r} is not in: {message}"
 
@@ -266,14 +266,8 @@ def test_device_of_real_tensors(name):
 
 def test_seed_on_another_device():
     seed = torch.zeros((), dtype=torch.int64, device="meta")
-    refused(
-        RuntimeError,
-        "seed",
-        "cpu",
-        "meta",
-        call=op_calls.lora_linear,
-        **LINEAR | SEED | {"seed": seed},
-    )
+    given = LINEAR | SEED | {"seed": seed}
+    refused(RuntimeError, "seed", "cpu", "meta", call=op_calls.lora_linear, **given)
 
 
 @pytest.mark.parametrize("name", ["grad", "s"])
@@ -284,12 +278,6 @@ def test_backward_op_on_two_devices(name):
 
 
 # ---- what is accepted, and what an error leaves ----
-
-
-@pytest.mark.parametrize("rank", [1, 512])
-def test_the_ends_of_the_rank_range_are_accepted(isa, device, rank):
-    adapters = {"lora_a": torch.zeros(rank, 7), "lora_b": torch.zeros(6, rank)}
-    assert lora_ext.lora_linear(**good(device, x=torch.zeros(60, 7), **adapters)).shape == (60, 6)
 
 
 def test_zero_and_negative_scaling_are_accepted(isa, device):

@@ -17,7 +17,7 @@ features = st.integers(1, 70) | st.just(128)
 EVERY = frozenset(GRADIENTS)
 DESCENDING = {"runs": [(1, 32), (0, 32)], "ranks": [16, 4], "pair": (F32, F32), "columns": (70, 65)}
 DESCENDING |= {"y": None, "dropout_p": 0.0, "strided": {}, "wanted": EVERY, "shuffled": False}
-DESCENDING |= {"threads": 1}
+DESCENDING |= {"frozen": frozenset(), "threads": 1}
 
 
 @settings(
@@ -34,6 +34,7 @@ DESCENDING |= {"threads": 1}
     dropout_p=st.sampled_from([0.0, 0.5]),
     strided=st.sets(st.sampled_from(TENSORS)),
     wanted=st.just(EVERY) | st.sets(st.sampled_from(GRADIENTS)),
+    frozen=st.sets(st.integers(0, 5)),
     shuffled=st.booleans(),
     threads=st.sampled_from([1, 2]),
 )
@@ -42,8 +43,21 @@ DESCENDING |= {"threads": 1}
 @example(**DESCENDING | {"pair": (BF16, F32), "strided": {"bias", "lora_b"}, "dropout_p": 0.5})
 @example(**DESCENDING | {"pair": (BF16, BF16), "threads": 2, "shuffled": True})
 @example(**DESCENDING | {"wanted": set()})
+@example(**DESCENDING | {"wanted": {"x", "lora_b"}, "frozen": {0}})
 def test_each_row_is_as_alone(
-    isa, two_threads, runs, ranks, pair, columns, y, dropout_p, strided, wanted, shuffled, threads
+    isa,
+    two_threads,
+    runs,
+    ranks,
+    pair,
+    columns,
+    y,
+    dropout_p,
+    strided,
+    wanted,
+    frozen,
+    shuffled,
+    threads,
 ):
     """y and gradients of any runs, beside float64 of one adapter's rows after the other's."""
     numbers = [min(g, len(ranks) - 1) for g, count in runs for _ in range(count)]
@@ -58,11 +72,12 @@ def test_each_row_is_as_alone(
     exact, sizes = (run_loop(m, dropout_p, dtype=F64) for m in (many, many.each(torch.abs)))
     torch.set_num_threads(threads)
     own = many.each(sliced, strided)
-    ours = run(own, dropout_p, wanted=wanted)
-    assert set(ours) == {"y"} | {n for n in exact if n[1:].split("[")[0] in wanted}
+    ours = run(own, dropout_p, wanted=wanted, frozen=frozen)
+    given = {n for n in exact if n[1:].split("[")[0] in wanted}
+    assert set(ours) == {"y"} | {n for n in given if "[" not in n or int(n[8:-1]) not in frozen}
     for name, value in ours.items():
         share = {F64: 1e-12, F32: 2**-14}.get(value.dtype, 4 * torch.finfo(value.dtype).eps)
         assert ((value.double() - exact[name]).abs() <= share * sizes[name] + 1e-7).all(), name
     if numbers == sorted(numbers) and -1 not in numbers:
         offs = (index.view(-1)[None] <= torch.arange(len(ranks))[:, None]).sum(1).int()
-        assert_equal(run(own, dropout_p, offs=offs, wanted=wanted), ours)
+        assert_equal(run(own, dropout_p, offs=offs, wanted=wanted, frozen=frozen), ours)

@@ -1,11 +1,14 @@
-"""The ops as torch sees them: schemas, dispatch keys, shapes without data, compile, export."""
+"""The ops as torch sees them: schemas, dispatch keys, shapes without data, compile, export; of one
+adapter and of many."""
 
 from dataclasses import replace
 
 import op_calls
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, HALVES, leaf, make_problem, run_ours
+from helpers import BF16, F16, F32, F64, HALVES, leaf, make_problem, run_ours, short
+from many_helpers import GRADIENTS, assert_at_most_twice, assert_equal, make_many, run, run_loop
+from test_many_adapters import has_half_pairs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,6 +75,36 @@ def test_opcheck_lora_linear(device, name, dropout_p):
     torch.library.opcheck(OPS.lora.default, inputs)
 
 
+def many_sample(name, device, **options):
+    lead, pair, _ = SAMPLES[name]
+    return make_many(lead, 16, 24, (3, 1, 5), pair, device, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("update", [False, True], ids=["linear", "update"])
+def test_opcheck_of_many_adapters(device, name, dropout_p, update):
+    many = many_sample(name, device, given=SAMPLES[name][1][0] if update else None)
+    many = many.each(leaf, GRADIENTS)
+    seed = torch.tensor(3, device=device) if dropout_p else None
+    groups = op_calls.grouped(many.scaling, many.index)
+    operands = (many.x, many.weight, many.y, many.lora_a, many.lora_b)
+    inputs = (*operands, *groups, many.bias, dropout_p, seed, 2, 1)
+    torch.library.opcheck(OPS.lora_grouped.default, inputs)
+
+
+@pytest.mark.parametrize("by", ["index", "offs"])
+def test_opcheck_of_a_pool(device, by):
+    a, b = torch.randn(4, 5, 16, device=device), torch.randn(4, 24, 5, device=device)
+    ranks = torch.tensor([5, 0, 1, 3], dtype=torch.int32, device=device)
+    many = make_many(30, 16, 24, (1,) * 4, device=device)
+    offs = torch.tensor([3, 9, 9, 25], dtype=torch.int32, device=device)
+    groups = (many.index, None, ranks) if by == "index" else (None, offs, ranks)
+    rest = op_calls.grouped(many.scaling, *groups)
+    inputs = (leaf(many.x), many.weight, None, [leaf(a)], [leaf(b)], *rest)
+    torch.library.opcheck(OPS.lora_grouped.default, inputs)
+
+
 def test_opcheck_strided_inputs(device):
     problem = sample("plain", device)
     x = torch.cat([problem.x] * 2, 1)[:, 16:].requires_grad_()
@@ -124,8 +157,43 @@ def test_meta_agrees_with_real(device, name):
         grads = op_calls.lora_linear_backward(there.grad, *there.operands, s, *tail, [True] * 4)
         return (op_calls.lora_linear(*there.operands, there.bias), y, s, *grads)
 
-    for real, meta in zip(outputs(device), outputs("meta"), strict=True):
-        assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
+    assert_agree(outputs(device), outputs("meta"))
+
+
+def assert_agree(every, every_meta):
+    for real, meta in zip(every, every_meta, strict=True):
+        assert (real is None) == (meta is None)
+        if real is not None:
+            assert (real.shape, real.dtype) == (meta.shape, meta.dtype)
+            assert real.stride() == meta.stride()
+
+
+MASKS = [
+    ([True, True], [True] * 3, [True] * 3),
+    ([False, False], [True, False, True], [False] * 3),
+    ([True, False], [False] * 3, [False, True, False]),
+    ([False, True], [False] * 3, [False] * 3),
+]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_meta_agrees_with_real_of_many_adapters(device, name, mask):
+    """And which outputs there are."""
+    many = many_sample(name, device)
+
+    def outputs(place):
+        there = many.each(lambda t: t.to(place))
+        groups = (many.scaling.to(place), many.index.to(place))
+        operands = (there.x, there.weight, there.lora_a, there.lora_b)
+        y, s = op_calls.lora_linear_grouped_forward(*operands, groups, there.bias)
+        dx, da, db, dbias = op_calls.lora_linear_grouped_backward(
+            there.grad, *operands, s, groups, mask
+        )
+        assert (len(da), len(db)) == (sum(mask[1]), sum(mask[2]))
+        return y, s, dx, *da, *db, dbias
+
+    assert_agree(outputs(device), outputs("meta"))
 
 
 def test_meta_of_a_layer_larger_than_memory():
@@ -154,11 +222,6 @@ def run_step(step, problem):
     return y.detach(), *(t.grad for t in tensors)
 
 
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_compiled_with_dynamic_rows_does_not_recompile(forget_graphs, device, counter):
     def step(x, lora_a, lora_b, weight, bias):
         return lora_ext.lora_linear(x, weight, lora_a, lora_b, bias, 0.7, dropout_p=0.3)
@@ -166,8 +229,33 @@ def test_compiled_with_dynamic_rows_does_not_recompile(forget_graphs, device, co
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     for rows in (8, 60, 51, 130, 1000):
         problem = make_problem(rows, 16, 24, 3, device=device)
-        assert_same(run_step(compiled, problem), run_step(step, problem))
+        assert all(map(torch.equal, run_step(compiled, problem), run_step(step, problem)))
     assert counter.frame_count == 1
+
+
+def test_many_adapters_with_dynamic_rows_do_not_recompile(forget_graphs, device, counter):
+    compiled = torch.compile(lora_ext.lora_linear, backend=counter, fullgraph=True)
+    for rows in (9, 60, 51, 130):
+        many = make_many(rows, 16, 24, device=device, bias=False)
+        many = replace(many, x=leaf(many.x))
+        torch._dynamo.mark_dynamic(many.x, 0)
+        torch._dynamo.mark_dynamic(many.index, 0)
+        y = compiled(**many.arguments)
+        y.backward(many.grad)
+        assert_equal({"y": y, "dx": many.x.grad}, run(many, wanted=("x",)))
+    assert counter.frame_count == 1
+
+
+def test_export_of_many_adapters(device):
+    many = make_many(60, 16, 24, device=device)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, index):
+            return lora_ext.lora_linear(**many.arguments | {"x": x, "index": index})
+
+    program = torch.export.export(Layer(), (many.x, many.index))
+    index = many.index.flip(0)
+    assert torch.equal(program.module()(many.x, index), Layer()(many.x, index))
 
 
 @pytest.mark.slow
@@ -215,6 +303,37 @@ def test_autocast_does_not_round_the_adapters(isa, device, dtype, rows, dropout_
     torch.testing.assert_close(leaves[3].grad.to(dtype), by_hand.dbias)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("rows", [9, 70])
+def test_autocast_of_many_adapters(isa, device, dtype, rows):
+    many = make_many(rows, 40, 24, device=device)
+    with torch.autocast(device, dtype):
+        ours = run(many)
+    # Adapters stay float32, as do the gradients of the leaves, which are.
+    half = replace(many.to(dtype), lora_a=many.lora_a, lora_b=many.lora_b)
+    theirs, exact = run_loop(half), run_loop(half, dtype=F64)
+    assert ours["y"].dtype == dtype
+    theirs = {name: value.to(ours[name].dtype) for name, value in theirs.items()}
+    assert_at_most_twice(ours, theirs, exact, (dtype, F32), has_half_pairs(isa, (dtype, F32)))
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), [(BF16, F16), (F16, BF16)], ids=short)
+@pytest.mark.parametrize("given", [None, F32], ids=["linear", "update"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["list", "pool"])
+def test_autocast_casts_half_adapters_of_another_dtype(device, dtype, adapter, given, pooled):
+    """Both factors, with the bits of a cast by hand; gradients have the leaves' dtype."""
+    many = make_many(9, 40, 24, (8, 8), device=device, given=given, bias=False)
+    a, b = ([t.to(adapter) for t in factors] for factors in (many.lora_a, many.lora_b))
+    if pooled:
+        a, b = [torch.stack(a)], [torch.stack(b)]
+    many = replace(many, lora_a=a, lora_b=b)
+    with torch.autocast(device, dtype):
+        ours = run(many)
+    wanted = run(replace(many.to(dtype), y=many.y, grad=many.grad.to(given or dtype)))
+    assert ours["dlora_a[0]"].dtype == ours["dlora_b[0]"].dtype == adapter
+    assert_equal(ours, {name: value.to(ours[name].dtype) for name, value in wanted.items()})
+
+
 def test_autocast_leaves_float64_alone(device):
     """As torch's own linear: autocast never casts float64."""
     problem = make_problem(60, 40, 70, 5, (F64, F64), device)
@@ -243,7 +362,7 @@ def test_backward_inside_an_autocast_region(isa, device):
         if not inside:
             y.backward(problem.grad.to(BF16))
         gradients.append([t.grad for t in leaves])
-    assert_same(*gradients)
+    assert all(map(torch.equal, *gradients))
 
 
 # ---- other modes ----
