@@ -1,5 +1,6 @@
 """Random sequences of what users do to a model, each forward and backward beside a formula."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -67,10 +68,23 @@ class Sequences(RuleBasedStateMachine):
         self.unmerge()
         self.switch(data.draw(names))
 
+    @rule(data=st.data())
+    def merge(self, data):
+        """All that are active, or of ours some of them."""
+        kinds = self.subject.kind.mergeable(self.active)
+        self.merged = tuple(data.draw(st.sampled_from([self.active, *kinds])))
+        self.subject.merge(self.merged)
+
+    @rule(mode=st.booleans())
+    def train_or_eval(self, mode):
+        self.subject.model.train(mode)
+        if mode and self.family == "ours":
+            self.merged = ()
+
     @rule()
-    def merge(self):
-        self.subject.merge()
-        self.merged = tuple(self.active)
+    def go_on_with_a_copy(self):
+        self.subject = self.subject.holding(copy.deepcopy(self.subject.model))
+        self.forward = self.subject.model
 
     @rule()
     def unmerge(self):
@@ -155,6 +169,18 @@ class Sequences(RuleBasedStateMachine):
         x = self.x()
         with torch.no_grad():
             self.compare({"y": (self.subject(x.to(self.dtype)), self.exact(None, x))})
+            if self.family == "peft" and self.merged:
+                return  # which its block would unmerge
+            with self.subject.disabled():
+                self.compare({"y": (self.subject(x.to(self.dtype)), self.exact([None] * 4, x))})
+
+    @invariant()
+    def weights_stay_and_active_adapters_are_trained(self):
+        if self.family == "ours" or not self.merged:
+            self.compare({key: (p, self.weights[key]) for key, p in self.frozen().items()})
+        for name in self.here:
+            wanted = name in self.active
+            assert all(p.requires_grad == wanted for p in self.factors(name)), name
 
     def x(self):
         self.seed += 1

@@ -14,12 +14,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from step_helpers import IN, OUT, ROWS, Pair, assert_same, make, randomized, run, several
+from step_helpers import ROWS, Pair, assert_same, make, randomized, run, several
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 import lora_ext
-from lora_ext import LoraConfig, LoRALinear, apply_lora
+from lora_ext import LoraConfig, apply_lora
 from lora_ext.nn import AdapterSpec
 
 pytestmark = pytest.mark.usefixtures("forget_graphs")
@@ -105,28 +104,6 @@ def test_equal_blocks_share_a_graph(counter):
     assert counter.frame_count == 2
 
 
-def test_more_adapters_than_torch_keeps_graphs(counter):
-    """Each adapter has its graph: torch keeps 8 unless told otherwise, and then runs eagerly."""
-    layer = LoRALinear(IN, OUT, r=2)
-    names = [f"user{number}" for number in range(4)]
-    for name in names:
-        layer.add_adapter(name, AdapterSpec(2, 4))
-    randomized(layer)
-    x = torch.randn(ROWS)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        compiled = torch.compile(layer, backend=counter)
-        for name in names:
-            layer.set_adapter(name)
-            assert_same(run(compiled, layer, x), run(layer, layer, x))
-        assert counter.frame_count == 2
-        torch._dynamo.reset()
-        compiled = torch.compile(layer, backend=counter, fullgraph=True)
-        with pytest.raises(FailOnRecompileLimitHit):
-            for name in names:
-                layer.set_adapter(name)
-                compiled(x)
-
-
 @pytest.mark.parametrize("name", ["linear", "several, other dropout", "lora_bias"])
 def test_where_requires_grad_differs(counter, name):
     layer, x = make(name, 0.4)
@@ -148,14 +125,3 @@ def test_where_requires_grad_differs(counter, name):
             assert (eager["bias"] is not None) == ("bias" in wanted)
             assert_same(run(compiled, layer, x, "x" in wanted), eager)
     assert counter.frame_count == len(states)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_merged_without_grad_and_back(counter, mode):
-    module, x = make("merged lora_bias", 0.0)
-    compiled = torch.compile(module, backend=counter, fullgraph=True)
-    for _ in range(2):
-        with mode():
-            assert torch.equal(compiled(x), module(x))
-        assert_same(run(compiled, module, x), run(module, module, x))
-    assert counter.frame_count == 2

@@ -1,7 +1,7 @@
-"""The layers beside real PEFT with the same tensors: sums by torch, patterns and inits.
+"""The layers beside real PEFT with the same tensors: sums by torch, and inits.
 
 Of one call, `contract/test_numerics` compares outputs and gradients with PEFT's operations, and
-`adapters/test_adapters` outputs with those of PEFT's folders.
+`adapters/test_adapters` outputs with those of PEFT's folders; `models/test_apply` has configs.
 """
 
 import copy
@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import BF16, F32, F64, max_error, rms_error, short
+from helpers import BF16, F32, max_error, rms_error, short
 from layer_helpers import exact, randomize
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -114,76 +114,6 @@ def test_same_bits_where_torch_adds(dtype, different, reason):
         torch.manual_seed(11)  # the same dropout mask
         outputs.append(m(make_x(dtype)))
     assert torch.equal(*outputs)
-
-
-# ---- configs ----
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-
-    def forward(self, x):
-        return x + self.mlp(torch.tanh(self.q_proj(x)) * self.k_proj(x))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Block() for _ in range(11)])
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        {"target_modules": ["q_proj", "mlp.0"], "rank_pattern": {"q_proj": 3}},
-        {
-            "target_modules": ["q_proj", "k_proj"],
-            "rank_pattern": {"layers.1.q_proj": 2, "q_proj": 5},
-            "alpha_pattern": {"k_proj": 2.5},
-        },
-        {"target_modules": ["k_proj"], "rank_pattern": {"layers.1.k_proj": 2}, "use_rslora": True},
-        {"target_modules": ["mlp.0", "head"], "alpha_pattern": {"head": 1.0, "mlp.0": 7.0}},
-        {"target_modules": ["mlp.2"], "exclude_modules": ["layers.3.mlp.2", "0.mlp.2"]},
-    ],
-    ids=str,
-)
-def test_patterns_as_pefts(words):
-    """The same layers with the same ranks and scalings; layers.1 is not layers.10."""
-    words = {"r": 4, "lora_alpha": 8.0, **words}
-    model = Net().double()
-    ours, peft = ours_of(model, {"a": words}), peft_of(model, {"a": words})
-    theirs = {p: m for p, m in peft.base_model.model.named_modules() if is_peft(m)}
-    layers = dict(lora_layers(ours))
-    assert layers.keys() == theirs.keys()
-    for path, layer in layers.items():
-        assert layer.adapters["a"].r == theirs[path].r["a"], path
-        assert layer.adapters["a"].scaling == theirs[path].scaling["a"], path
-    give_factors(ours, peft)
-    x = torch.randn(5, 8, dtype=F64)
-    torch.testing.assert_close(ours(x), peft(x), rtol=1e-12, atol=1e-12)
-
-
-def trainable_names(model):
-    names = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    return {n.removeprefix("base_model.model.").replace(".base_layer", "") for n in names}
-
-
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_what_is_trained_as_in_peft(bias):
-    words = {"target_modules": ["q_proj"], "bias": bias}
-    model = Net()
-    assert trainable_names(ours_of(model, {"a": words})) == trainable_names(
-        peft_of(model, {"a": words})
-    )
 
 
 # ---- inits ----
