@@ -1,4 +1,4 @@
-"""Cases that run in two processes on the CPU, joined by gloo.
+"""Cases that run in two processes on the CPU, joined by gloo; training there beside one process.
 
 The processes start once and run all cases of a test module; a case that fails or hangs in one of
 them fails alone.
@@ -89,6 +89,47 @@ def train(model, batches, ranks, forward=None, optimizer=None, seeds=None):
             (y.float().square().mean() / len(ranks)).backward()
         optimizer.step()
     return gradients_of(model)
+
+
+def values_of(model, names=None):
+    """Name -> parameter, whole; of all, or of these."""
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return {name: whole(named[name]).detach().clone() for name in (names or named)}
+
+
+def assert_near(found, wanted, tolerance=0.0):
+    """The same names in the same order; values within a share of the largest of the wanted ones."""
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        limit = tolerance * value.abs().max()
+        assert found[name].dtype == value.dtype, name
+        assert ((found[name] - value).abs() <= limit).all(), name
+
+
+def assert_trained_alike(model, gradients, alone, expected, tolerance=0.0, names=None):
+    """The gradients of one process in the last step, and its parameters after it, or these."""
+    trained = [plain_name(name) for name, p in model.named_parameters() if p.requires_grad]
+    assert sorted(gradients) == sorted(trained)
+    assert all(value.abs().max() > 0 for value in expected.values())
+    assert_near(gradients, expected, tolerance)
+    assert_near(values_of(model, names), values_of(alone, names), tolerance)
+
+
+def shard(model, parts=(), **options):
+    """The parts and the model: parameters become DTensors on both processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    for part in parts:
+        fully_shard(part, **options)
+    return fully_shard(model, **options)
+
+
+def in_bfloat16(**options):
+    """Of FSDP2: parameters in bfloat16, reductions in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    return {"mp_policy": MixedPrecisionPolicy(**types, **options)}
 
 
 class CallsOfOps(TorchFunctionMode):

@@ -88,7 +88,7 @@ class PeftKind(Kind):
     layers = ("net", "linear", "linear without bias", "conv1d", "embedding", "subclass", "hooked")
     separate_path = "added"
     merged_path = "base"
-    sharded = 1e-6
+    sharded = 1e-5
 
     def has(self, layer, adapters):
         if bases.is_there(layer, is_pefts=True):

@@ -30,7 +30,7 @@ class Kind:
         layers: names of what `make` makes, some of those in `cases`.
         separate_path: of `lora_ext.explain`, where the active adapters are not one call of the op.
         merged_path: of a merged layer.
-        sharded: tolerance of training with FSDP2 beside one process.
+        sharded: tolerance of training with FSDP2 beside one process, a share.
     """
 
     name: str

@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 import two_processes
-from two_processes import WORLD, CallsOfOps, half
+from two_processes import WORLD, CallsOfOps, assert_near, half
 
 import lora_ext
-from contract.test_distributed import NEAR_PEFT, STEPS, alike, assert_near, train_alone, values
+from contract.test_distributed import NEAR_PEFT, STEPS, alike, train_alone, values
 from lora_ext.peft.reasons import HOOKED
 
 case, test_two_processes = two_processes.cases(__name__)
@@ -71,4 +71,4 @@ def zero_trains_as_one_process(rank):
             train_alone(alone)
             parameters = list(subject.model.parameters()) if stage == 3 else []
             with deepspeed.zero.GatheredParameters(parameters):
-                assert_near(values(subject), values(alone), 1e-6 if stage < 3 else NEAR_PEFT)
+                assert_near(values(subject), values(alone), 1e-5 if stage < 3 else NEAR_PEFT)

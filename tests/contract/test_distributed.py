@@ -11,9 +11,16 @@ from unittest import mock
 import pytest
 import torch
 import two_processes
-from helpers import BF16, F32
 from torch import nn
-from two_processes import WORLD, CallsOfOps, gradients_of, half, whole
+from two_processes import (
+    WORLD,
+    CallsOfOps,
+    assert_near,
+    gradients_of,
+    half,
+    in_bfloat16,
+    values_of,
+)
 
 import lora_ext
 import lora_ext.nn.experts
@@ -24,10 +31,9 @@ from contract.cases import KINDS
 case, test_two_processes = two_processes.cases(__name__)
 
 STEPS = 2
-EXACT = 0.0
-# PEFT's order of operations rounds otherwise, by 2e-5 after the steps on some processors; a step
-# changes values by 1e-2.
-NEAR_PEFT = 2e-4
+# Shares of the largest value. PEFT's order of operations rounds otherwise, by 2e-5 after the steps
+# on some processors; a step changes values by 1e-2.
+NEAR_PEFT = 1e-3
 
 
 def alike(*adapters, dropout=0.0, count=2, nets=("net",)):
@@ -52,21 +58,12 @@ def named(subject):
 
 
 def values(subject):
-    return {name: whole(parameter).detach().clone() for name, parameter in named(subject)}
+    return values_of(subject.model)
 
 
-def assert_near(found, wanted, tolerance):
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-
-
-def assert_trained_alike(subject, gradients, alone, seeds=None, tolerance=EXACT):
-    """The gradients of one process in the last step, and its parameters after it."""
+def assert_trained_alike(subject, gradients, alone, seeds=None, tolerance=0.0):
     wanted = train_alone(alone, seeds)
-    trained = [name for name, parameter in named(subject) if parameter.requires_grad]
-    assert sorted(gradients) == sorted(trained)
-    assert all(value.abs().max() > 0 for value in wanted.values())
-    assert_near(gradients, wanted, tolerance)
-    assert_near(values(subject), values(alone), tolerance)
+    two_processes.assert_trained_alike(subject.model, gradients, alone.model, wanted, tolerance)
 
 
 # ---- DistributedDataParallel ----
@@ -132,8 +129,8 @@ def ddp_with_an_adapter_for_each_sample(rank):
         gradients = through(parallel(subject), subject, [rank])
         wanted = through(alone.model, alone, range(WORLD))
         assert all(value.abs().max() > 0 for value in wanted.values())
-        assert_near(gradients, wanted, EXACT)
-        assert_near(values(subject), values(alone), EXACT)
+        assert_near(gradients, wanted)
+        assert_near(values(subject), values(alone))
         assert any(not torch.equal(value, before[name]) for name, value in values(subject).items())
 
 
@@ -142,11 +139,7 @@ def ddp_with_an_adapter_for_each_sample(rank):
 
 def shard(subject, by_layers=False, **options):
     """By layers with adapters and the root, or by the root alone."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in subject.layers if by_layers else ():
-        fully_shard(layer, **options)
-    fully_shard(subject.model, **options)
+    two_processes.shard(subject.model, subject.layers if by_layers else (), **options)
     assert all(hasattr(parameter, "full_tensor") for _, parameter in named(subject))
 
 
@@ -177,11 +170,8 @@ def fsdp2_trains_as_one_process(rank):
 @case
 def fsdp2_in_mixed_precision(rank):
     """Parameters and reductions in bfloat16: near float32's, every gradient there."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
     for subject, alone in alike("one"):
-        shard(subject, mp_policy=policy)
+        shard(subject, **in_bfloat16())
         gradients, wanted = train(subject, subject.model, [rank]), train_alone(alone)
         assert list(gradients) == list(wanted)
         assert all(value.abs().max() > 0 for value in gradients.values())
@@ -218,13 +208,9 @@ def fsdp2_after_another_adapter_was_set(rank):
 
 def shard_experts(subject):
     """Each module of them is a unit, its gathered weights one call's."""
-    from torch.distributed.fsdp import fully_shard
-
-    for path, module in list(subject.model.named_modules()):
-        if path.endswith("mlp.experts"):
-            fully_shard(module)
+    modules = dict(subject.model.named_modules())
+    two_processes.shard(subject.model, [modules[n] for n in modules if n.endswith("mlp.experts")])
     assert any(hasattr(p, "full_tensor") for name, p in named(subject) if "down" in name)
-    fully_shard(subject.model)
 
 
 @case
@@ -263,5 +249,5 @@ def fsdp1_trains_as_one_process(rank):
         assert calls.of["lora"] == STEPS * fused
         train_alone(alone)
         with FullyShardedDataParallel.summon_full_params(wrapped):
-            assert_near(values(subject), values(alone), 1e-6)
+            assert_near(values(subject), values(alone), 1e-5)
             assert "sharded" not in {layer.path for layer in lora_ext.explain(wrapped)}

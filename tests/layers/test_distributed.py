@@ -12,12 +12,23 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import two_processes
+from adapter_helpers import EVERYTHING, Zoo, make_zoo
 from helpers import BF16, F32
+from layer_helpers import randomize
 from step_helpers import under_autocast
 from torch import nn
-from two_processes import WORLD, gradients_of, half, plain_name, whole
+from torch.nn.parallel import DistributedDataParallel
+from two_processes import (
+    WORLD,
+    assert_near,
+    assert_trained_alike,
+    gradients_of,
+    half,
+    in_bfloat16,
+    values_of,
+    whole,
+)
 
 import lora_ext
 from lora_ext import LoraConfig, apply_lora
@@ -28,50 +39,17 @@ case, test_two_processes = two_processes.cases(__name__)
 BOTH = range(WORLD)
 
 
-# ---- models and steps ----
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(11, 16)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.mix = nn.Conv2d(16, 16, 1)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        x = self.mix(x.movedim(-1, 1).unsqueeze(-1)).squeeze(-1).movedim(1, -1)
-        return self.head(x)
-
-
-LAYERS = ("embed", "up", "down", "mix", "head")
-LINEAR = ("up", "down", "head")
+LAYERS = (*EVERYTHING, "head.0")
+LINEAR = ("q_proj", "mlp", "head.0")
 
 
 def make_net(dtype=F32, second=False, targets=LAYERS, **options):
     """The same in every process: an adapter in each layer, and another one if asked for."""
-    torch.manual_seed(0)
-    net = Net().to(dtype)
+    net = make_zoo(dtype).train()
     apply_lora(net, LoraConfig(targets, r=3, lora_alpha=6, **options))
     if second:
         apply_lora(net, LoraConfig(targets, r=2, lora_alpha=2, **options), "second")
-    for _, layer in lora_layers(net):
-        for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
-            for parameter in table.values():
-                nn.init.normal_(parameter, std=0.3)
-    return net
+    return randomize(net)
 
 
 def batches(steps=2):
@@ -85,26 +63,6 @@ def train(net, ranks, steps=2, forward=None, seeds=None):
     return two_processes.train(net, batches(steps), ranks, forward, optimizer, seeds)
 
 
-def values_of(net):
-    return {plain_name(n): whole(parameter).detach() for n, parameter in net.named_parameters()}
-
-
-def assert_equal(first, second):
-    """The same names in the same order, the same bits."""
-    assert list(first) == list(second)
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=0, atol=0, msg=name)
-
-
-def assert_trained_alike(net, alone, gradients, expected):
-    """Same gradients in the last of several steps, and the same parameters after it."""
-    trained = [plain_name(n) for n, p in net.named_parameters() if p.requires_grad]
-    assert sorted(gradients) == sorted(trained)
-    assert all(value.abs().max() > 0 for value in expected.values())
-    assert_equal(gradients, expected)
-    assert_equal(values_of(net), values_of(alone))
-
-
 def assert_raises(kind, text, function):
     with pytest.raises(kind, match=text):
         function()
@@ -113,29 +71,25 @@ def assert_raises(kind, text, function):
 # ---- DistributedDataParallel ----
 
 
-def parallel(net, **options):
-    return nn.parallel.DistributedDataParallel(net, **options)
-
-
 @case
 def ddp_trains_as_one_process(rank):
     for options in ({}, {"init_lora_weights": "pissa", "targets": LINEAR}, {"bias": "all"}):
         net, alone = make_net(**options), make_net(**options)
-        wrapped = parallel(net, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
         gradients = train(net, [rank], 3, wrapped)
-        assert_trained_alike(net, alone, gradients, train(alone, BOTH, 3))
+        assert_trained_alike(net, gradients, alone, train(alone, BOTH, 3))
 
 
 def checkpointed(net):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    for number, block in enumerate(net.blocks):
-        net.blocks[number] = checkpoint_wrapper(block)
+    for number, block in enumerate(net.layers):
+        net.layers[number] = checkpoint_wrapper(block)
     return net
 
 
 def compiled(net):
-    for block in net.blocks:
+    for block in net.layers:
         block.compile(backend="aot_eager")
     return net
 
@@ -144,18 +98,9 @@ def compiled(net):
 
 
 def shard(net, layers=False, **options):
-    """By blocks, or by layers, and the root: parameters become DTensors on both processes."""
-    from torch.distributed.fsdp import fully_shard
-
-    for module in [layer for _, layer in lora_layers(net)] if layers else net.blocks:
-        fully_shard(module, **options)
-    return fully_shard(net, **options)
-
-
-def bfloat16_policy():
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    return MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32, cast_forward_inputs=False)
+    """By blocks, or by layers, and the root."""
+    parts = [layer for _, layer in lora_layers(net)] if layers else net.layers
+    return two_processes.shard(net, parts, **options)
 
 
 @case
@@ -175,7 +120,7 @@ def fsdp_trains_as_one_process(rank):
         frozen = {n: p.detach().clone() for n, p in net.named_parameters() if not p.requires_grad}
         shard(net, layers)
         gradients = train(net, [rank], 2)
-        assert_trained_alike(net, alone, gradients, train(alone, BOTH, 2))
+        assert_trained_alike(net, gradients, alone, train(alone, BOTH, 2))
         assert all(value.dtype == F32 for value in gradients.values())
         for name, value in values_of(net).items():
             assert name not in frozen or torch.equal(value, frozen[name]), name
@@ -184,7 +129,6 @@ def fsdp_trains_as_one_process(rank):
 @case
 def fsdp_stores_the_weight_of_transposed_layers(rank):
     """fan_in_fan_out and PiSSA hand views and copies of gathered parameters to autograd."""
-    from torch.distributed.fsdp import fully_shard
 
     def make():
         torch.manual_seed(0)
@@ -197,11 +141,9 @@ def fsdp_stores_the_weight_of_transposed_layers(rank):
         return net
 
     net, alone = make(), make()
-    for layer in net[1:]:
-        fully_shard(layer)
-    fully_shard(net)
+    two_processes.shard(net, net[1:])
     gradients = train(net, [rank], 2)
-    assert_trained_alike(net, alone, gradients, train(alone, BOTH, 2))
+    assert_trained_alike(net, gradients, alone, train(alone, BOTH, 2))
 
 
 @case
@@ -209,7 +151,7 @@ def fsdp_mixed_precision(rank):
     """Its policy casts weights and factors to bfloat16: the gradients of such a model, averaged in
     float32."""
     net, half_net = make_net(), make_net()
-    shard(net, mp_policy=bfloat16_policy())
+    shard(net, **in_bfloat16(cast_forward_inputs=False))
     half_net.to(BF16)
     gradients = train(net, [rank], 1)
     halves = []
@@ -219,7 +161,7 @@ def fsdp_mixed_precision(rank):
         halves.append({name: value.float() for name, value in gradients_of(half_net).items()})
     expected = {name: (value + halves[1][name]) / WORLD for name, value in halves[0].items()}
     assert all(value.dtype == F32 for value in gradients.values())
-    assert_equal(gradients, expected)
+    assert_near(gradients, expected)
 
 
 @case
@@ -228,7 +170,7 @@ def fsdp_under_autocast(rank):
     shard(net)
 
     gradients = train(net, [rank], 1, under_autocast(net, "cpu"))
-    assert_equal(gradients, train(alone, BOTH, 1, under_autocast(alone, "cpu")))
+    assert_near(gradients, train(alone, BOTH, 1, under_autocast(alone, "cpu")))
 
 
 @case
@@ -241,10 +183,10 @@ def dropout_with_checkpointing_and_compile(rank):
     other = train(make_net(lora_dropout=0.4), BOTH, 2, seeds=[11, 13])
     assert any(not torch.equal(value, other[name]) for name, value in expected.items())
     for wrap in (checkpointed, compiled):
-        for way in (parallel, shard):
+        for way in (DistributedDataParallel, shard):
             net = wrap(make_net(lora_dropout=0.4))
             gradients = train(net, [rank], 2, way(net), seeds=seeds)
-            assert_trained_alike(net, alone, gradients, expected)
+            assert_trained_alike(net, gradients, alone, expected)
 
 
 # ---- state of sharded models ----
@@ -259,21 +201,24 @@ def state_dicts_of_shards(rank):
         set_model_state_dict,
     )
 
-    plain = make_net(second=True, modules_to_save=("blocks.1.up",), targets=("embed", "head"))
+    words = {"modules_to_save": ("layers.1.q_proj",), "targets": ("emb", "head.0")}
+    plain = make_net(second=True, **words)
     for net in (shard(copy.deepcopy(plain)), shard(checkpointed(copy.deepcopy(plain)))):
         whole_state = {key: whole(value) for key, value in net.state_dict().items()}
-        assert_equal(whole_state, dict(plain.state_dict()))
+        assert_near(whole_state, dict(plain.state_dict()))
         for options in ({}, {"adapter_name": "second"}, {"bias": "lora_only"}, {"bias": "all"}):
             ours = {k: whole(v) for k, v in lora_state_dict(net, **options).items()}
-            assert_equal(ours, lora_state_dict(plain, **options))
+            assert_near(ours, lora_state_dict(plain, **options))
         full = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))
-        loaded = make_net(second=True, modules_to_save=("blocks.1.up",), targets=("embed", "head"))
-        nn.init.normal_(loaded.head.weight)
+        loaded = make_net(
+            second=True, modules_to_save=("layers.1.q_proj",), targets=("emb", "head.0")
+        )
+        nn.init.normal_(loaded.head[0].weight)
         loaded.load_state_dict(full)
-        assert_equal(dict(loaded.state_dict()), dict(plain.state_dict()))
+        assert_near(dict(loaded.state_dict()), dict(plain.state_dict()))
         other = {key: value + 1 for key, value in full.items()}
         set_model_state_dict(net, dict(other), options=StateDictOptions(full_state_dict=True))
-        assert_equal(
+        assert_near(
             {k: whole(v) for k, v in lora_state_dict(net).items()},
             {key: value + 1 for key, value in lora_state_dict(plain).items()},
         )
@@ -289,13 +234,13 @@ def shards_made_on_the_meta_device(rank):
 
     plain = make_net()
     with torch.device("meta"):
-        net = apply_lora(Net(), LoraConfig(LAYERS, r=3, lora_alpha=6))
+        net = apply_lora(Zoo(), LoraConfig(LAYERS, r=3, lora_alpha=6))
     shard(net)
     net.to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(net, plain.state_dict() if rank == 0 else {}, options=options)
     gradients = train(net, [rank], 2)
-    assert_trained_alike(net, plain, gradients, train(plain, BOTH, 2))
+    assert_trained_alike(net, gradients, plain, train(plain, BOTH, 2))
 
 
 @case
@@ -309,7 +254,7 @@ def adapters_saved_from_shards(rank):
     if rank == 0:
         save_adapter(plain, "plain")
     for net in (
-        shard(make_net(), mp_policy=bfloat16_policy()),
+        shard(make_net(), **in_bfloat16(cast_forward_inputs=False)),
         shard(checkpointed(make_net())),
         checkpointed(make_net()) if rank == 0 else None,
     ):
@@ -322,7 +267,7 @@ def adapters_saved_from_shards(rank):
             files = [
                 load_file(f"{folder}/adapter_model.safetensors") for folder in ("plain", "ours")
             ]
-            assert_equal(*files)
+            assert_near(*files)
     dist.barrier()
     # A file in the folder's place: rank 0 fails, and the other hears of it.
     onto = partial(save_adapter, shard(make_net()), "plain/README.md")
@@ -344,12 +289,12 @@ def what_needs_whole_weights_is_refused(rank):
             merging = partial(assert_raises, RuntimeError, "merge: .*sharded .*before fully_shard")
             merging(partial(lora_ext.merge_adapter, net))
             merging(partial(lora_ext.merge_and_unload, net))
-            merging(net.blocks[0].up.merge)
+            merging(net.layers[0].q_proj.merge)
             refused = partial(assert_raises, RuntimeError, "expected a whole weight, but")
             refused(partial(lora_ext.unload, net))
             refused(partial(apply_lora, net, more, "third"))
-            refused(partial(net.blocks[0].up.add_adapter, "third", AdapterSpec(2, 2.0)))
-            refused(partial(net.blocks[0].up.delete_adapter, "second"))
+            refused(partial(net.layers[0].q_proj.add_adapter, "third", AdapterSpec(2, 2.0)))
+            refused(partial(net.layers[0].q_proj.delete_adapter, "second"))
             refused(partial(lora_ext.delete_adapter, net, "second"))
             assert all(not layer.merged for _, layer in lora_layers(net))
             assert {tuple(layer.adapters) for _, layer in lora_layers(net)} == {
@@ -373,7 +318,7 @@ def merged_and_then_sharded(rank):
 def packs_are_not_used_and_not_kept_after_sharding(rank):
     """A pack holds the whole weight, and would hide that a shard was loaded."""
     net, plain = make_net(), make_net()
-    layers = [net.blocks[0].up, net.blocks[1].down, net.head]
+    layers = [net.layers[0].q_proj, net.layers[1].mlp, net.head[0]]
     for layer in layers:
         assert layer.pack_weight().is_packed
     weights = [weakref.ref(layer.weight) for layer in layers]

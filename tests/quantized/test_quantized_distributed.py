@@ -11,7 +11,7 @@ from helpers import BF16, F32
 from peft_helpers import paths
 from quantized_models import MAKERS, bnb_four_bits, is_installed, make_x, quantized_net
 from torch import nn
-from two_processes import WORLD, CallsOfOps, train, whole
+from two_processes import WORLD, CallsOfOps, in_bfloat16, train
 
 import lora_ext
 
@@ -37,17 +37,8 @@ def batches(dtype=F32):
 
 def assert_trained_alike(model, found, alone, seeds=None, tolerance=0.0, dtype=F32):
     wanted = train(alone, batches(dtype), range(WORLD), seeds=seeds)
-    assert list(found) == list(wanted) and len(found) == 8
-    values = dict(model.named_parameters())
-    for name, parameter in alone.named_parameters():
-        if name not in wanted:
-            continue
-        for ours, theirs in (
-            (found[name], wanted[name]),
-            (whole(values[name]).detach(), parameter.detach()),
-        ):
-            scale = theirs.abs().max().item()
-            assert scale > 0 and (ours - theirs).abs().max() <= tolerance * scale, name
+    assert len(found) == 8
+    two_processes.assert_trained_alike(model, found, alone, wanted, tolerance, names=[*wanted])
 
 
 def parallel(kind, model):
@@ -85,11 +76,7 @@ def ddp_with_checkpoints_and_dropout(rank):
 
 
 def shard(model, **options):
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.base_model.model.blocks:
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
+    return two_processes.shard(model, model.base_model.model.blocks, **options)
 
 
 def bases(model):
@@ -130,16 +117,13 @@ def fsdp2_that_shards_the_bases(rank):
 
 @case
 def fsdp2_that_shards_the_bases_in_mixed_precision(rank):
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     if not is_installed("bnb nf4"):
         return
-    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
 
     def stored_as(storage):
         return lambda layer, dtype: bnb_four_bits(layer, dtype, storage)
 
-    words = {"dtype": BF16, "tolerance": 0.1, "mp_policy": policy}
+    words = {"dtype": BF16, "tolerance": 0.1, **in_bfloat16()}
     for storage in (torch.uint8, BF16):
         sharded_like_one_process(rank, "bnb nf4", stored_as(storage), **words)
     with pytest.raises(RuntimeError, match="expected codes of 4096 elements, but got 2048"):
