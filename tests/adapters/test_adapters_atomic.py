@@ -5,7 +5,6 @@ A kill before step n is a process that forks, runs n steps and is gone; where ma
 step after the n-th raises, so that no clean-up of the program can run either.
 """
 
-import copy
 import os
 import resource
 import shutil
@@ -16,12 +15,11 @@ from contextlib import contextmanager, suppress
 from unittest import mock
 
 import pytest
-import torch
-from adapter_helpers import CONFIG, WEIGHTS, read_tensors
+from adapter_helpers import CONFIG, WEIGHTS
 from torch import nn
 
 from lora_ext import LoraConfig, apply_lora
-from lora_ext.adapters import AdapterError, load_adapter, save_adapter
+from lora_ext.adapters import AdapterError, save_adapter
 from lora_ext.adapters import folder as adapter_folder
 from lora_ext.adapters.folder import open_adapter, replace_adapter
 from lora_ext.adapters.tensors import TensorFile
@@ -379,34 +377,3 @@ def test_files_get_the_usual_permissions(tmp_path):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes == {CONFIG: 0o640, WEIGHTS: 0o640, "README.md": 0o640}
-
-
-# ---- with models ----
-
-
-def test_adapters_of_models(tmp_path):
-    """A new config is a new rank; each state loads as the one or the other, tensors and all."""
-    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    two, three = (
-        apply_lora(copy.deepcopy(base), LoraConfig("*", r=r, init_lora_weights="gaussian"))
-        for r in (2, 3)
-    )
-    for step in range(10**6):
-        folder = tmp_path / str(step)
-        save_adapter(two, folder)
-        with killed_before(step):
-            try:
-                save_adapter(three, folder)
-            except Killed:
-                pass
-            else:
-                break
-        loaded = load_adapter(copy.deepcopy(base), folder)
-        wanted = three if loaded[0].adapters["default"].r == 3 else two
-        for layer, other in zip(loaded, wanted, strict=True):
-            assert torch.equal(layer.lora_a["default"], other.lora_a["default"])
-        save_adapter(three, folder)
-        assert names(folder) == {CONFIG, WEIGHTS, "README.md"}
-        key = "base_model.model.0.lora_A.weight"
-        assert torch.equal(read_tensors(folder)[key], three[0].lora_a["default"])
-    assert step > 10

@@ -14,7 +14,6 @@ ADAPTERS: dict[str, dict[str, dict[str, Any]]] = {
         "b": {"r": 3, "lora_alpha": 6, "lora_bias": True},
         "c": peft_helpers.ADAPTERS["three"]["c"],
     },
-    "opposite": {"a": {"r": 4, "lora_alpha": 3}, "minus": {"r": 4, "lora_alpha": -3}},
 }
 # Of "three", which are then not one call of the op.
 DIFFERENT = {"a": 0.4, "b": 0.6, "c": 0.4}

@@ -41,30 +41,6 @@ def step(subject, x, calls, within=None):
     return found_of(subject, y, x.grad)
 
 
-@pytest.mark.parametrize("within", [None, ["c"] * 6], ids=["after", "in another"])
-@each_checkpoint
-@every_kind
-def test_a_checkpoint_repeats_with_the_adapters_of_its_forward(kind, reentrant, within):
-    subject = kind.make("linear", "three", F64, dropout=0.4)
-
-    def part(x):
-        return torch.tanh(subject(x))
-
-    def kept(x):
-        return checkpoint(part, x, use_reentrant=reentrant)
-
-    def nested(x):
-        return checkpoint(lambda x: torch.sin(kept(x)), x, use_reentrant=reentrant)
-
-    for through, plain in ((kept, part), (nested, lambda x: torch.sin(part(x)))):
-        for calls in ([NAMES], [NAMES, NAMES[::-1]], [NAMES, None], [None, NAMES], [None]):
-            found, exact = (
-                step(subject, batch(subject), [(names, forward) for names in calls], within)
-                for forward in (through, plain)
-            )
-            assert_equal_steps(found, exact, 1e-10)
-
-
 @each_checkpoint
 def test_an_adapter_that_is_deleted_before_a_checkpoint_repeats_it(subject, reentrant):
     with lora_ext.use_adapters(subject.model, NAMES):
@@ -183,24 +159,6 @@ def test_blocks_on_some_layers_and_checkpoints_in_any_order(kind, program, withi
             subject.set_adapter(ABC)
         rows[row].backward(grad[row : row + 1])
     assert_equal_steps(found, found_of(both, torch.cat(rows), x.grad), 1e-10)
-
-
-@pytest.mark.parametrize("within", [None, NAMES[::-1]], ids=["after", "in another"])
-@each_checkpoint
-@every_kind
-def test_a_checkpoint_around_a_compiled_layer(forget_graphs, counter, kind, reentrant, within):
-    subject = kind.make("linear", "three", F64)
-    compiled = torch.compile(subject.model, backend=counter, fullgraph=True)
-
-    def kept(x):
-        return checkpoint(lambda x: torch.tanh(compiled(x)), x, use_reentrant=reentrant)
-
-    for calls in ([NAMES, ["c"] * 6], [None, NAMES]):
-        found, exact = (
-            step(subject, batch(subject), [(names, forward) for names in calls], within)
-            for forward in (kept, lambda x: torch.tanh(subject(x)))
-        )
-        assert_equal_steps(found, exact, 1e-10)
 
 
 def test_hooks_of_others_within_a_checkpoint(subject):

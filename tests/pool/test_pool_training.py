@@ -13,7 +13,6 @@ from pool_helpers import (
     each_kind,
     make_pool,
     mixed,
-    randomize,
     slots,
     values,
 )
@@ -21,24 +20,6 @@ from torch import nn
 
 import lora_ext
 from lora_ext import LoraConfig
-
-
-def test_an_optimizer_of_one_adapter_writes_the_pool_itself():
-    pool = make_pool()
-    others = values(pool, "b")
-    optimizer = torch.optim.Adam(pool.parameters("a"), lr=0.01)
-    before = values(pool, "a")
-    for _ in range(2):
-        mixed(pool).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(not torch.equal(before[key], t) for key, t in pool.tensors("a").items())
-    assert_same(values(pool, "b"), others)
-    assert_served(pool)
-    for path, layer in pool.layers.items():
-        assert torch.equal(
-            layer.pool.lora_a[pool.slot("a"), :4], pool.tensors("a")[f"{path}.lora_a"]
-        )
 
 
 def test_each_adapter_trains_as_it_does_alone():
@@ -61,20 +42,6 @@ def test_each_adapter_trains_as_it_does_alone():
     together = trained("a", "b")
     for name in together:
         assert_close(trained(name)[name], together[name], 1e-9)
-
-
-def test_adding_and_removing_does_not_touch_the_others():
-    pool = make_pool()
-    before, parameters = values(pool, "a"), pool.parameters("a")
-    y = mixed(pool).detach()
-    pool.add_adapter("c", LoraConfig(LINEAR, r=6))
-    randomize(pool.parameters("c"), 9)
-    assert torch.equal(mixed(pool).detach(), y)
-    pool.delete_adapter("c")
-    pool.delete_adapter("b")
-    pool.add_adapter("b2", LoraConfig(LINEAR, r=1))
-    assert_same(values(pool, "a"), before)
-    assert all(one is other for one, other in zip(pool.parameters("a"), parameters, strict=True))
 
 
 def test_parameters_are_not_the_models():
