@@ -5,22 +5,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from helpers import BF16
+from layer_helpers import randomize
 from torch import nn
 
 from lora_ext import LoraConfig, LoRALinear, apply_lora
-from lora_ext.models import lora_layers
 from lora_ext.nn import AdapterSpec, LoRAMergedLinear
 
 IN, OUT = 16, 24
-
-
-def randomized(module):
-    """No factor is zero: each of them takes part in y and gets a gradient."""
-    for _, layer in lora_layers(module):
-        for table in (layer.lora_a, layer.lora_b, layer.lora_bias):
-            for parameter in table.values():
-                nn.init.normal_(parameter, std=0.5)
-    return module
 
 
 def under_autocast(module, device):
@@ -42,7 +33,7 @@ def compiled_under_autocast(module, device, backend, inside):
 
 
 def linear(dropout=0.0, **options):
-    return randomized(LoRALinear(IN, OUT, r=3, lora_alpha=6, lora_dropout=dropout, **options))
+    return randomize(LoRALinear(IN, OUT, r=3, lora_alpha=6, lora_dropout=dropout, **options))
 
 
 def several(dropout=0.0, alphas=(6, 4), dropouts=None):
@@ -52,7 +43,7 @@ def several(dropout=0.0, alphas=(6, 4), dropouts=None):
     for name, rank, alpha, p in others:
         layer.add_adapter(name, AdapterSpec(rank, alpha, p))
     layer.set_adapter(["default", "second", "third"])
-    return randomized(layer)
+    return randomize(layer)
 
 
 def merged(dropout=0.0, **options):
@@ -85,12 +76,12 @@ def projections(dropout=0.0):
     layer = LoRAMergedLinear(IN, OUT, r=0)
     layer.enable_groups([True, False, True])
     layer.add_adapter("default", AdapterSpec(2, 4, dropout))
-    return randomized(layer)
+    return randomize(layer)
 
 
 def adapted(module, dropout=0.0, **options):
     holder = nn.Sequential(module)
-    return randomized(
+    return randomize(
         apply_lora(holder, LoraConfig("0", r=3, lora_alpha=6, lora_dropout=dropout, **options))
     )
 
@@ -140,7 +131,7 @@ def block(dropout=0.0):
     model = apply_lora(
         Block(), LoraConfig(names, r=3, lora_alpha=6, lora_dropout=dropout, bias="all")
     )
-    return randomized(model)
+    return randomize(model)
 
 
 ROWS = (60, IN)

@@ -7,12 +7,8 @@ or a method that has a name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-import torch
 from helpers import F32
 from torch import Tensor, nn
 
@@ -31,6 +27,17 @@ class Kind:
         separate_path: of `lora_ext.explain`, where the active adapters are not one call of the op.
         merged_path: of a merged layer.
         sharded: tolerance of training with FSDP2 beside one process, a share.
+
+    Methods:
+        has(layer, adapters): whether the kind has such a layer with such adapters.
+        make(layer, adapters, dtype, adapter_dtype, dropout): a Subject of one layer, or of "net",
+            several kinds of layer on token ids. Two calls make the same values; adapters are
+            float32 if `adapter_dtype` is None.
+        mergeable(active): names that may be merged beside the other active ones without a change of
+            the output.
+        has_blocks(layer, adapters): whether the layer sums in blocks of rows, whose bits a graph
+            without blocks has not.
+        unmerged(dtype): tolerances for what is computed after unmerging.
     """
 
     name: str
@@ -40,39 +47,24 @@ class Kind:
     merged_path: str
     sharded: float
 
-    def has(self, layer: str, adapters: str) -> bool:
-        """Whether the kind has such a layer with such adapters."""
-        raise NotImplementedError
-
-    def make(
-        self,
-        layer: str,
-        adapters: str = "one",
-        dtype: torch.dtype = F32,
-        adapter_dtype: torch.dtype | None = None,
-        dropout: Dropout = 0.0,
-    ) -> Subject:
-        """A model of one layer, or "net", one of several kinds of layer on token ids.
-
-        Two calls make the same values. Adapters are float32 if `adapter_dtype` is None.
-        """
-        raise NotImplementedError
-
-    def mergeable(self, active: Sequence[str]) -> list[Sequence[str]]:
-        """Names that may be merged beside the other active ones without a change of the output."""
-        raise NotImplementedError
-
-    def has_blocks(self, layer: str, adapters: str) -> bool:
-        """Whether the layer sums in blocks of rows, whose bits a graph without blocks has not."""
-        raise NotImplementedError
-
-    def unmerged(self, dtype: torch.dtype) -> dict[str, float]:
-        """Tolerances for what is computed after unmerging."""
-        raise NotImplementedError
-
 
 class Subject:
-    """A model with adapters, and the verbs of its kind."""
+    """A model with adapters, and the verbs of its kind.
+
+    Methods of each kind:
+        x(rows, dtype): what the model takes, `rows` rows where that can be chosen, or ids.
+        factors(name): what is trained of one adapter: A, B, then what else there is.
+        trained(): what is trained of all adapters.
+        delta(name): scaling * B A of the only layer, laid out as its weight.
+        weight(): the only layer's weight, with what is merged.
+        set_adapter(names), delete(name), merge(names), unmerge(), disabled(): its verbs.
+        save(folder, name): one adapter, in PEFT's format.
+        load(folder, name): what `save` wrote into the same folder, as another adapter.
+        in_float64(): a copy that computes in float64, without dropout, by formulas that are none of
+            ours.
+        in_peft_order(): a copy that computes by PEFT's operations in the same dtypes, without
+            dropout.
+    """
 
     def __init__(self, kind: Kind, name: str, model: nn.Module) -> None:
         self.kind, self.name, self.model = kind, name, model
@@ -103,18 +95,6 @@ class Subject:
     def reasons(self) -> set[tuple[str, str]]:
         return {(layer.path, layer.reason) for layer in lora_ext.explain(self.model)}
 
-    def x(self, rows: int = 60, dtype: torch.dtype = F32) -> Tensor:
-        """What the model takes: `rows` rows where that can be chosen, or ids."""
-        raise NotImplementedError
-
-    def factors(self, name: str) -> list[nn.Parameter]:
-        """What is trained of one adapter: A, B, then what else there is."""
-        raise NotImplementedError
-
-    def trained(self) -> list[nn.Parameter]:
-        """What is trained of all adapters."""
-        raise NotImplementedError
-
     def active(self) -> set[tuple[str, ...]]:
         """The active adapters of each layer."""
         return {tuple(layer.active_adapters) for layer in self.layers}
@@ -123,44 +103,5 @@ class Subject:
         """The merged adapters of each layer."""
         return {tuple(layer.merged_adapters) for layer in self.layers}
 
-    def delta(self, name: str) -> Tensor:
-        """scaling * B A of the only layer, laid out as its weight."""
-        raise NotImplementedError
-
-    def weight(self) -> Tensor:
-        """The only layer's weight, with what is merged."""
-        raise NotImplementedError
-
-    def set_adapter(self, names: str | Iterable[str]) -> None:
-        raise NotImplementedError
-
-    def delete(self, name: str) -> None:
-        raise NotImplementedError
-
-    def merge(self, names: Sequence[str] | None = None) -> None:
-        raise NotImplementedError
-
-    def unmerge(self) -> None:
-        raise NotImplementedError
-
     def pack(self) -> None:
         """Keeps what speeds the forward up beside the parameters, where the kind has such."""
-
-    def save(self, folder: Path, name: str) -> None:
-        """One adapter, in PEFT's format."""
-        raise NotImplementedError
-
-    def load(self, folder: Path, name: str) -> None:
-        """What `save` wrote into the same folder, as another adapter."""
-        raise NotImplementedError
-
-    def disabled(self) -> AbstractContextManager:
-        raise NotImplementedError
-
-    def in_float64(self) -> nn.Module:
-        """A copy that computes in float64, without dropout, by formulas that are none of ours."""
-        raise NotImplementedError
-
-    def in_peft_order(self) -> nn.Module:
-        """A copy that computes by PEFT's operations in the same dtypes, without dropout."""
-        raise NotImplementedError

@@ -11,12 +11,11 @@ import weakref
 
 import pytest
 import torch
-from helpers import F64
 from peft_helpers import step
 
 import lora_ext
 from contract.adapters import DIFFERENT
-from contract.cases import CALLED, LAYERS, assert_close, cases, every_kind
+from contract.cases import cases, every_kind
 
 # ---- which path runs ----
 
@@ -48,48 +47,6 @@ def test_axolotl_3806_the_reason_is_told(kind, training):
     ((path, reason),) = subject.reasons()
     assert path == (kind.separate_path if training else "fused")
     assert ("differ in dropout" in reason) == training
-
-
-# ---- merging ----
-
-
-@cases(LAYERS, ["opposite"])
-def test_peft_2918_negative_weights(kind, layer, adapters):
-    """A negative weight changed the wrong factor: the product is what counts. a and -a cancel."""
-    subject = kind.make(layer, adapters, F64)
-    with torch.no_grad():
-        for own, other in zip(subject.factors("minus"), subject.factors("a"), strict=True):
-            own.copy_(other)
-    assert torch.equal(subject.delta("a"), -subject.delta("minus"))
-    x, weight = subject.x(dtype=F64), subject.weight().clone()
-    with subject.disabled():
-        base = subject(x)
-    assert_close(subject(x), base, rtol=1e-12, atol=1e-12)
-    subject.set_adapter("minus")
-    negative = subject(x)
-    subject.set_adapter("a")
-    assert (subject(x) - base).abs().max() > 0.1
-    assert_close(subject(x) - base, base - negative, rtol=1e-10, atol=1e-12)
-    subject.set_adapter(["a", "minus"])
-    subject.merge()
-    assert_close(subject.weight(), weight, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("names", [["a"], ["b", "a"], ["c", "a", "b"]], ids="".join)
-@cases(["net", *LAYERS, *CALLED], ["three"])
-def test_peft_3608_3763_several_adapters_merged_or_not(kind, layer, adapters, names):
-    """Merged adapters differed from unmerged ones, and merging a subset dropped the others. In
-    LoRAFusion a patched forward did not know of merged adapters, and added the update again."""
-    subject = kind.make(layer, adapters, F64)
-    x = subject.x(dtype=F64)
-    subject.set_adapter(names)
-    y = subject(x)
-    for part in kind.mergeable(names):
-        subject.merge(part)
-        assert len(part) < len(names) or subject.paths() == {kind.merged_path}
-        assert_close(subject(x), y, rtol=1e-10, atol=1e-12)
-    subject.unmerge()
-    assert_close(subject(x), y, **kind.unmerged(F64))
 
 
 # ---- compiled ----

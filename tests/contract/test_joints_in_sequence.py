@@ -43,13 +43,15 @@ class Sequences(RuleBasedStateMachine):
     @rule(name=ADAPTERS)
     def adapt(self, name):
         """Adds an adapter, or deletes one."""
-        self.unmerge()
+        if self.family == "peft":
+            self.unmerge()
         if name not in self.here:
             joints.add(self.subject, name)
             self.here.add(name)
         elif len(self.here) > 1:
             self.delete(name)
             self.here.remove(name)
+            self.merged = () if name in self.merged else self.merged
         self.switch(sorted(self.here))
 
     def delete(self, name):
@@ -64,9 +66,11 @@ class Sequences(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_adapter(self, data):
-        names = st.lists(st.sampled_from(sorted(self.here)), unique=True, min_size=1)
-        self.unmerge()
-        self.switch(data.draw(names))
+        names = data.draw(st.lists(st.sampled_from(sorted(self.here)), unique=True, min_size=1))
+        if self.family == "peft":
+            self.unmerge()
+        self.merged = self.merged if set(self.merged) <= set(names) else ()
+        self.switch(names)
 
     @rule(data=st.data())
     def merge(self, data):
@@ -178,6 +182,7 @@ class Sequences(RuleBasedStateMachine):
     def weights_stay_and_active_adapters_are_trained(self):
         if self.family == "ours" or not self.merged:
             self.compare({key: (p, self.weights[key]) for key, p in self.frozen().items()})
+        assert self.subject.merged() == {self.merged}
         for name in self.here:
             wanted = name in self.active
             assert all(p.requires_grad == wanted for p in self.factors(name)), name

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from helpers import F64
 
 import lora_ext
-from contract.cases import assert_close, cases, every_kind
+from contract.cases import assert_close, cases
 from contract.row_helpers import batch, run
 
 NAMES = ["a", None, "c", "b", "a", "c"]
@@ -170,18 +169,6 @@ def test_a_generator_that_goes_on_in_another_context_is_refused(subject):
             assert torch.equal(context.run(next, streaming), run(subject, NAMES, x)["y"])
             with pytest.raises(RuntimeError, match=match):
                 next(streaming)
-
-
-@every_kind
-def test_copies_and_pickles_are_in_no_block(kind):
-    subject = kind.make("net", "three", F64)
-    x = batch(subject, 2)
-    plain = subject(x)
-    with lora_ext.use_adapters(subject.model, ["a", "b"]):
-        copied = copy.deepcopy(subject.model)
-        pickled = pickle.loads(pickle.dumps(subject.model))
-    assert torch.equal(copied(x), plain)
-    assert torch.equal(pickled(x), plain)
 
 
 def test_another_thread_is_refused(subject):

@@ -12,7 +12,6 @@ from layer_helpers import (
     bits,
     delta,
     exact,
-    forward,
     make_input,
     make_layer,
     randomize,
@@ -56,18 +55,6 @@ def test_no_subset_changes_the_output(kind):
                         assert layer.path()[1].endswith(f"; merged: {', '.join(names)}")
             layer.merge(name for name in active)
             assert layer.merged_adapters == active
-
-
-def test_what_is_not_merged_still_trains(kind):
-    layer = make_layer(kind, {"a": AdapterSpec(4, 6.0), "b": AdapterSpec(3, 1.0)}, F64)
-    x = make_input(kind, F64)
-    layer.merge("a")
-    y = layer(x)
-    assert torch.allclose(y, exact(layer, x))
-    y.sum().backward()
-    for name in ("a", "b"):
-        assert (layer.lora_a[name].grad is not None) == (name == "b")
-        assert (layer.lora_b[name].grad is not None) == (name == "b")
 
 
 def test_only_active_adapters_merge(kind):
@@ -146,27 +133,6 @@ def test_unmerging_is_exact_and_w_is_never_written(kind):
     assert_same_state(layer, before)
     assert torch.equal(layer(x), y)
     assert layer.weight._version == version + 1  # load_state_dict alone
-
-
-def test_set_adapter_and_delete_while_merged(kind):
-    layer, x = make_layer(kind, three_specs(kind), F64), make_input(kind, F64)
-    layer.merge(["a", "b"])
-    layer.set_adapter(["b", "a"])
-    assert layer.merged_adapters == ("a", "b")
-    layer.add_adapter("d", AdapterSpec(2, 1.0))
-    layer.delete_adapter("c")
-    assert layer.merged_adapters == ("a", "b")
-    assert torch.allclose(layer(x), exact(layer, x, ["a", "b"]))
-    layer.delete_adapter("a")
-    assert not layer.merged
-    assert layer.active_adapters == ("b",)
-    assert torch.allclose(layer(x), exact(layer, x, ["b"]))
-    layer.merge()
-    layer.set_adapter("d")
-    assert not layer.merged
-    layer.merge()
-    layer.delete_adapter("d")
-    assert torch.equal(layer(x), forward(layer, x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])

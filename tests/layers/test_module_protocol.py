@@ -10,7 +10,6 @@ import torch
 from helpers import F32, F64
 from layer_helpers import (
     IN,
-    KINDS,
     MATRIX_KINDS,
     OUT,
     adapter_parameters,
@@ -18,7 +17,6 @@ from layer_helpers import (
     exact,
     make_input,
     make_layer,
-    randomize,
     snapshot,
 )
 from torch import nn
@@ -182,16 +180,6 @@ def test_a_layer_holds_nothing_alive():
 # ---- copies and state ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_has_the_base_in_it(kind):
-    layer, x = make_layer(kind), make_input(kind)
-    other = copy.deepcopy(layer)
-    randomize(layer, seed=9)
-    base, own = (one.as_base(one.weight, one.bias) for one in (layer, other))
-    assert type(own) is type(base)
-    assert torch.equal(own(x), base(x))
-
-
 def test_state_dict_keys():
     layer = make_layer("linear", {"a": AdapterSpec(2, 1.0, lora_bias=True)})
     assert list(layer.state_dict()) == ["weight", "bias", "lora_a.a", "lora_b.a", "lora_bias.a"]
@@ -241,14 +229,6 @@ def test_casting_drops_the_packed_and_casts_the_merged_weight(kind):
     assert layer.merged_weight.dtype == F64
     x = make_input(kind, F64)
     assert torch.allclose(layer(x), exact(layer, x), atol=1e-5)
-
-
-def test_meta_weights_are_given_later():
-    layer = LoRALinear(6, 5, device="meta").to_empty(device="cpu")
-    values = LoRALinear(6, 5).state_dict()
-    layer.load_state_dict(values)
-    x = torch.randn(3, 6)
-    assert torch.equal(layer(x), nn.functional.linear(x, values["weight"], values["bias"]))
 
 
 def test_repr_is_one_line():

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from step_helpers import IN, ROWS, Pair, assert_same, make, randomized, run
+from layer_helpers import randomize
+from step_helpers import IN, ROWS, Pair, assert_same, make, run
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -52,7 +53,7 @@ def test_checkpoint_wrapper_is_not_in_the_names(tmp_path):
         torch.manual_seed(0)
         model = nn.Sequential(Pair(), Pair(), nn.Linear(IN, 2))
         config = LoraConfig("all-linear", r=2, lora_dropout=0.4, modules_to_save=("2",))
-        return randomized(apply_lora(model, config))
+        return randomize(apply_lora(model, config))
 
     plain, wrapped = make_model(), make_model()
     wrapped[0] = checkpoint_wrapper(wrapped[0])

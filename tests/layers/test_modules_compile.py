@@ -75,19 +75,6 @@ def test_compiled_training_is_eager_training(counter):
     assert counter.frame_count == 1
 
 
-def test_packed_weight_is_not_used_in_a_graph(counter):
-    """oneDNN's layout has no fake tensors: the graph takes the plain weight, and its bits."""
-    layer, x = make("linear", 0.0)
-    eager = run(layer, layer, x)
-    assert layer.pack_weight(backward=True).is_packed
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    assert_same(run(compiled, layer, x), eager)
-    assert layer.packed is not None
-    layer.packed = None
-    assert_same(run(compiled, layer, x), eager)
-    assert counter.frame_count <= 2
-
-
 # ---- adapters changed inside the compiled function ----
 
 

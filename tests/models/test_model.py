@@ -284,15 +284,6 @@ def test_explain_names_every_path():
     assert lora_ext.explain(model.l3)[0].reason.endswith("rank 8; merged: a")
 
 
-def test_a_weight_put_in_the_place_of_a_packed_one():
-    layer = LoRALinear(64, 64)
-    layer.pack_weight()
-    layer.weight = nn.Parameter(torch.zeros(64, 64), requires_grad=False)
-    assert layer.path()[0] == "fused"
-    x = torch.randn(64, 64)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-
-
 def test_a_weight_that_is_kept_as_in_by_out_can_be_packed():
     """A square one, whose transpose would go unnoticed."""
     layer = LoRALinear(24, 24, fan_in_fan_out=True)

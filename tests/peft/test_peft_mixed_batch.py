@@ -218,16 +218,6 @@ def test_rows_that_only_pefts_loop_computes(change):
     torch.testing.assert_close(found, wanted(make_ids(), adapter_names=NAMES))
 
 
-@pytest.mark.usefixtures("forget_graphs")
-def test_compiled_with_adapter_names():
-    model = lora_ext.accelerate(net("three", F64)).eval()
-    wanted = model(make_ids(), adapter_names=NAMES)
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        found = compiled(make_ids(), adapter_names=NAMES)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-
-
 # ---- PEFT's argument, and blocks ----
 
 

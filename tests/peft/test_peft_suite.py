@@ -79,34 +79,6 @@ def test_made_models_load_by_name(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", LOADS], env=environment, check=True)
 
 
-def quantized_entry(outcome="passed", paths=(), lora=True, why=""):
-    found = entry(outcome, lora, why=why)
-    return {**found, "quantized_lora": lora, "quantized": dict.fromkeys(paths, 2)}
-
-
-def test_what_counts_of_quantised_bases():
-    """Cases with an adapter on a quantised layer; what a file makes of them is named."""
-    plain = {name: quantized_entry() for name in ("op", "base", "slow", "bare", "broken", "gone")}
-    plain |= {"dense": entry(), "large": quantized_entry("failed", why="no such model\nmore")}
-    accelerated = {
-        "op": quantized_entry(paths=["added", "fused"]),
-        "base": quantized_entry(paths=["added"]),
-        "slow": quantized_entry(paths=["peft"]),
-        "bare": quantized_entry(paths=["base"]),
-        "broken": quantized_entry("failed", paths=["fused"], why="assert 1 == 2"),
-        "large": quantized_entry("failed"),
-    }
-    pytest.importorskip("bitsandbytes")
-    other = {name: plain[name] for name in ("op", "base")}, {"op": accelerated["op"]}
-    text = quantized_suite.report({"test_some": (plain, accelerated)}, {"test_some": other})
-    assert "**1 of 2 cases that pass on plain PEFT pass accelerated**" in text
-    assert "**4 of 6 cases that pass on plain PEFT pass accelerated**" in text
-    assert "a fused path ran in 2 of them" in text
-    assert "| test_some | 6 | 4 | 1 of 2 | 1 of 1 | 1 of 1 | 1 of 2 |" in text
-    assert "- `broken`: failed. assert 1 == 2" in text and "- `gone`: missing." in text
-    assert "plain PEFT: 1 failed." in text and "- `large`: no such model" in text
-
-
 def test_edits_leave_assertions():
     edited = quantized_suite.edited
     text = 'x = model.to("cuda")\nassert x.device.type == "cpu"\n'
