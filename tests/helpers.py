@@ -66,6 +66,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return F32 if dtype in HALVES else dtype
 
 
+def made_of_half_pairs(isa, pair, dtype=None) -> bool:
+    """Where a float32 product runs as pairs of half terms, bfloat16's exact to 2^-17 each. CUDA's
+    tensor cores moreover may cut off their float32 sums, where a processor rounds them."""
+    if isa is None and pair in ((BF16, F32), (F16, F32)):
+        return True
+    # The emulated package leaves to this processor, which may have AMX, what CUDA's library takes.
+    return (isa == "amx" or EMULATED) and BF16 in (pair[0], dtype) and pair[1] != BF16
+
+
 @dataclass(frozen=True)
 class Problem:
     """One LoRA linear with the gradient of its output; M rows, K in, N out, rank r."""

@@ -1,21 +1,18 @@
 """lora_update: the low-rank part alone, added onto what any base returned."""
 
-import math
-
 import op_calls
 import pytest
 import torch
 from helpers import (
     BF16,
     DTYPE_PAIRS,
-    EMULATED,
     F16,
     F32,
     F64,
     accumulation_dtype,
     leaf,
+    made_of_half_pairs,
     make_problem,
-    mask_of,
     masked,
     max_error,
     pair_id,
@@ -70,14 +67,6 @@ def reference(y, problem, grad, dropout_p=0.0, dtype=None):
 
 
 # ---- values ----
-
-
-def made_of_half_pairs(isa, pair, dtype) -> bool:
-    """Where a float32 product runs as pairs of half terms, bfloat16's exact to 2^-17 each."""
-    if isa is None and pair in ((BF16, F32), (F16, F32)):
-        return True
-    # The emulated package leaves to this processor, which may have AMX, what CUDA's library takes.
-    return (isa == "amx" or EMULATED) and BF16 in (pair[0], dtype) and pair[1] != BF16
 
 
 @pairs
@@ -167,18 +156,6 @@ def test_a_seed_is_drawn_where_none_is_given(device):
     assert not torch.equal(first, second)
 
 
-def test_dropped_elements_do_not_propagate_nan(isa, device):
-    problem, y, _ = make(60, 40, 24, 5, device=device)
-    mask = mask_of(problem, 0.5)
-    problem.x[~mask] = math.nan
-    seed = torch.tensor(1, device=device)
-    factors = (problem.lora_a, problem.lora_b)
-    assert OP(y, problem.x, *factors, 1.0, 0.5, seed).isfinite().all()
-    y[2, 3] = math.nan
-    out = OP(y, problem.x, *factors, 1.0, 0.5, seed)
-    assert out.isnan().nonzero().tolist() == [[2, 3]]
-
-
 # ---- shapes and strides ----
 
 
@@ -215,18 +192,6 @@ def test_any_strides(isa, device, rows):
 
 
 # ---- autograd ----
-
-
-def test_only_what_is_wanted_is_computed(isa, device):
-    problem, y, grad = make(60, 40, 24, 5, device=device)
-    _, s = op_calls.lora_update_forward(
-        y, problem.x, problem.lora_a, problem.lora_b, 1.0, 0.0, None, 0, 0
-    )
-    for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
-        found = op_calls.lora_update_backward(
-            grad, problem.x, problem.lora_a, problem.lora_b, s, 1.0, 0.0, None, 0, 0, mask
-        )
-        assert [gradient is not None for gradient in found] == mask
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=short)

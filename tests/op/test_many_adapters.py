@@ -382,14 +382,6 @@ def test_half_rows_that_are_a_slice_of_columns(isa, device, columns):
     check_errors(replace(many, **slices), 0.0, (BF16, BF16), isa)
 
 
-def test_an_index_of_any_shape(isa, device):
-    many = make_many((2, 3, 5), 16, 24, device=device)
-    wanted = run(many)
-    flat = run(replace(many, index=many.index.view(-1)))
-    assert wanted["y"].shape == (2, 3, 5, 24)
-    assert_equal(wanted, flat)
-
-
 @pytest.mark.parametrize("shape", [(0, 16, 24), (5, 0, 24), (5, 16, 0)], ids=str)
 def test_nothing_to_compute(isa, device, shape):
     many = make_many(*shape, device=device, kind="mixed")

@@ -23,6 +23,7 @@ from helpers import (
     accumulation_dtype,
     assert_same_bits,
     differentiate,
+    made_of_half_pairs,
     make_problem,
     masked,
     max_error,
@@ -68,14 +69,6 @@ def allowed_ratio(isa) -> float:
     """Of rms errors, ours to PEFT's. The hybrid route rounds the update where PEFT rounds the base,
     and in these problems the update is the larger."""
     return 1.15 if isa is None and _C.cuda_route() == "hybrid" else 1.03
-
-
-def made_of_half_pairs(isa, pair) -> bool:
-    """Where a float32 product runs as pairs of half terms, bfloat16's exact to 2^-17 each. CUDA's
-    tensor cores moreover may cut off their float32 sums, where a processor rounds them."""
-    return (isa is None and pair in ((BF16, F32), (F16, F32))) or (
-        isa == "amx" and pair == (BF16, F32)
-    )
 
 
 @pairs

@@ -9,7 +9,6 @@ import torch
 from helpers import BF16, F16, F32, F64, HALVES, leaf, make_problem, run_ours, short
 from many_helpers import GRADIENTS, assert_at_most_twice, assert_equal, make_many, run, run_loop
 from test_many_adapters import has_half_pairs
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_ext
@@ -201,14 +200,6 @@ def test_meta_of_a_layer_larger_than_memory():
     weight = torch.empty(2**20, 2**20, dtype=BF16, device="meta")
     lora_a, lora_b = torch.empty(64, 2**20, device="meta"), torch.empty(2**20, 64, device="meta")
     assert lora_ext.lora_linear(x, weight, lora_a, lora_b, dropout_p=0.1).shape == x.shape
-
-
-def test_fake_mode(device):
-    problem = make_problem(60, 16, 24, 3, (BF16, F32), device)
-    with FakeTensorMode() as mode:
-        run = run_ours(problem.each(mode.from_tensor), 0.3)
-        assert run.y.shape == (60, 24)
-        assert run.dlora_a.dtype == F32
 
 
 # ---- torch.compile ----
