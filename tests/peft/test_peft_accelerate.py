@@ -19,7 +19,6 @@ from peft_helpers import (
     layer_model,
     lora_modules,
     make_x,
-    net,
     paths,
     peft_model,
     reasons,
@@ -211,15 +210,6 @@ def test_dora_against_finite_differences(kind, dropout):
 
     inputs = (magnitude,) if kind == "embedding" else (x.requires_grad_(), magnitude)
     assert torch.autograd.gradcheck(run, inputs)
-
-
-@pytest.mark.parametrize("adapters", [name for name in ADAPTERS if name != "lora_bias"])
-def test_paths_of_a_whole_model(adapters):
-    fast = accelerated(net(adapters, F64))
-    matrices = "added" if adapters == "dora" else "library"  # the kernels do not have float64
-    assert paths(fast) == dict.fromkeys(("up", "gate", "down"), matrices) | {"embed": "added"}
-    if adapters != "dora":
-        assert {paths(accelerated(net(adapters)))[name] for name in ("up", "down")} == {"fused"}
 
 
 CHANGES = {

@@ -205,26 +205,3 @@ def test_a_base_with_a_hook_is_called():
     assert reasons(model) == {("added", reason)}
     model(torch.randn(4, K).to(BF16))
     assert calls == [1]
-
-
-@pytest.mark.parametrize("layer", [four_bit_layer, eight_bit_layer], ids=["nf4", "int8"])
-def test_rows_with_adapters_of_their_own(layer):
-    model = with_lora(layer(), "a")
-    model.add_adapter("b", LoraConfig(r=4, target_modules=["0"]))
-    randomize(model)
-    x = torch.randn(6, 3, K).to(BF16)
-    names = ["a", None, "b", "a", "b", None]
-    wanted = []
-    for row, name in enumerate(names):
-        if name is None:
-            with model.disable_adapter():
-                wanted.append(model(x[row : row + 1]))
-        else:
-            model.set_adapter(name)
-            wanted.append(model(x[row : row + 1]))
-    lora_ext.accelerate(model)
-    with lora_ext.use_adapters(model, names):
-        found = model(x)
-        assert set(paths(model).values()) == {"fused"}
-    torch.testing.assert_close(found, torch.cat(wanted), rtol=3e-2, atol=3e-2)
-    found.float().sum().backward()

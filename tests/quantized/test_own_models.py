@@ -7,7 +7,7 @@ import pytest
 import torch
 from format_helpers import needs, plain_linear
 from helpers import BF16, F32
-from own_helpers import FEW, HEIGHT, KINDS, WIDTH, Net, adapted, base, gradients, make_grad, make_x
+from own_helpers import FEW, HEIGHT, KINDS, WIDTH, Net, adapted, base, gradients, make_x
 from torch import nn
 
 import lora_ext
@@ -15,7 +15,6 @@ from lora_ext import (
     AdapterPool,
     LoraConfig,
     autotune,
-    delete_adapter,
     disable_adapter,
     merge_adapter,
     merge_and_unload,
@@ -45,23 +44,6 @@ def test_apply_and_unload(kind):
     assert {n: type(m) for n, m in model.named_modules()} == classes
     assert all(p is weights[name] for name, p in model.named_parameters())
     assert torch.equal(model(x), y)
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_patterns(kind):
-    model = Net(kind)
-    lora_ext.apply_lora(model, LoraConfig(["up", "re:d.*"], r=4, rank_pattern={"up": 2}))
-    assert {p.name for p in lora_ext.explain(model)} == {"up", "down"}
-    assert model.up.adapters["default"].r == 2
-    assert type(model.other) is type(base(kind))
-    with pytest.raises(ValueError, match="expected a new adapter's name"):
-        lora_ext.apply_lora(model, LoraConfig("other"))
-    lora_ext.apply_lora(model, LoraConfig("*", r=4), "second")
-    assert list(model.other.adapters) == ["second"] and model.other.active_adapters == ()
-    set_adapter(model, "second")
-    assert model.up.active_adapters == ("second",)
-    delete_adapter(model, "second")
-    assert list(model.up.adapters) == ["default"] and not model.other.adapters
 
 
 def test_a_layer_that_cannot_be_adapted_leaves_the_model_alone():
@@ -99,17 +81,8 @@ def test_biases_are_trained_if_asked(kind):
     lora_ext.apply_lora(model, LoraConfig(["up"], r=4, bias="lora_only"))
     found = gradients(model, x)
     assert "up.bias" in found and "other.bias" not in found
-    torch.testing.assert_close(found["up.bias"], _bias_gradient(model, x), rtol=1e-4, atol=1e-4)
     mark_only_lora_as_trainable(model)
     assert not model.up.bias.requires_grad
-
-
-def _bias_gradient(model, x):
-    """By automatic differentiation of the sum after the layer."""
-    shift = torch.zeros(model.up.out_features, requires_grad=True)
-    y = model.down(torch.tanh(model.up(x).detach() + shift) + model.other(x).detach())
-    y.backward(make_grad(y))
-    return shift.grad
 
 
 def test_a_bias_that_is_no_parameter_stays_as_it_is():
@@ -309,17 +282,3 @@ def test_a_pool(kind, tmp_path):
     assert copy.deepcopy(model).up.pool is not model.up.pool
     unload(model)
     assert type(model.up) is type(base(kind)) and not hasattr(model.up, "pool")
-
-
-@pytest.mark.parametrize("kind", FEW)
-def test_a_compiled_pool(kind):
-    x = make_x(lead=(6, 12))
-    model = Net(kind).eval()
-    pool = AdapterPool(model, capacity=2, max_rank=8)
-    pool.add_adapter("a", LoraConfig("all-linear", r=4))
-    for parameter in pool.parameters("a"):
-        nn.init.normal_(parameter)
-    torch._dynamo.reset()
-    with lora_ext.use_adapters(model, ["a", None] * 3), torch.no_grad():
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-2)
