@@ -17,7 +17,7 @@ SUITES = {
     "op/test_numerics.py": 110,
     "op/test_peer_bugs.py": 60,
     "op/test_registration.py": 90,
-    "op/test_shapes.py": 110,
+    "op/test_shapes.py": 100,
     "op/test_lora_update.py": 150,
     "op/test_autograd.py": 100,
     "op/test_derivatives.py": 40,
