@@ -65,7 +65,7 @@ FLOORS = [
     ["quantized", "packing", "kernels"],
     ["packed_weight"],
     ["measure", "dropout", "invariance", "reference", "model_layers"],
-    ["torch_state", "device", "dtypes", "versions", "build_info"],
+    ["torch_state", "device", "dtypes", "versions", "build_info", "strict_json"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.
 EXECUTION_LAYER = ("csrc/ptx/target.h", "emulator/emulator.h")

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..models.config import BIASES
 from ..nn.adapter_spec import MAX_RANK, is_finite, is_integer
-from .errors import AdapterError, shown
-from .strict_json import parse_json
+from ..strict_json import parse_json
+from .errors import AdapterError, shown, telling
 
 # The version of PEFT whose format is written.
 PEFT_VERSION = "0.21.2"
@@ -212,7 +212,8 @@ def parse_config(data: bytes) -> AdapterConfig:
     """Reads and checks the bytes of adapter_config.json, at most 1 MiB, which the caller checks.
     AdapterError if it is not a JSON object, a value is not valid, or it requests something that is
     not supported; the message names the field."""
-    table = parse_json(data, max_depth=16)
+    with telling():
+        table = parse_json(data, max_depth=16)
     if not isinstance(table, dict):
         raise AdapterError(f"expected an object, but got {shown(table)}")
     if table.get("peft_type") != "LORA":

@@ -12,8 +12,7 @@ from typing import Any
 
 import lora_ext._C as _C
 
-from ..adapters.errors import AdapterError
-from ..adapters.strict_json import parse_json
+from ..strict_json import parse_json
 from .shape import Shape
 
 SCHEMA = "lora_ext.autotune"
@@ -106,7 +105,7 @@ def read_cache(path: Path) -> Cache:
         raise CacheError(f"{path}: expected at most {_MOST_BYTES} bytes, but got more")
     try:
         return _cache(parse_json(data, _DEPTH))
-    except (AdapterError, CacheError) as error:
+    except ValueError as error:
         raise CacheError(f"{path}: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate keys, limited nesting."""
+"""Strict JSON, of adapters' configs and cache files: no duplicate keys, limited nesting."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import json
 from collections import Counter
 from typing import Any
 
-from .errors import AdapterError, shown
-
 
 def parse_json(data: bytes, max_depth: int) -> Any:
     """The value of UTF-8 encoded JSON, of which the caller bounds the length; NaN and Infinity are
-    floats, as in Python's json module. AdapterError if it is not UTF-8 or JSON, has a key twice in
+    floats, as in Python's json module. ValueError if it is not UTF-8 or JSON, has a key twice in
     an object or a number that is too long, or is too deep; the message ends a sentence that begins
     with the file's name."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
         _check_depth(value, max_depth)
     except UnicodeDecodeError as error:
-        raise AdapterError(f"expected UTF-8, but got {error}") from None
+        raise ValueError(f"expected UTF-8, but got {error}") from None
     except RecursionError:
-        raise AdapterError(
-            f"expected at most {max_depth} levels of nesting, but got more"
-        ) from None
-    except AdapterError:
-        raise
+        raise ValueError(f"expected at most {max_depth} levels of nesting, but got more") from None
+    except KeyError as error:
+        raise ValueError(f"expected each key once, but got {error.args[0]!r:.80} twice") from None
     except ValueError as error:
-        raise AdapterError(f"expected JSON, but got {error}") from None
+        raise ValueError(f"expected JSON, but got {error}") from None
     return value
 
 
@@ -34,8 +30,7 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        twice = next(key for key, count in counts.items() if count > 1)
-        raise AdapterError(f"expected each key once, but got {shown(twice)} twice")
+        raise KeyError(next(key for key, count in counts.items() if count > 1))
     return table
 
 
