@@ -34,8 +34,12 @@ BUILT := $(VENV)/.built-$(if $(filter 0 no-card,$(CUDA)),cpu,cuda)
 
 build: $(BUILT)  ## builds and installs lora_ext in .venv
 
-help:  ## this list
-	@sed -nE 's/^([a-z%-]+):.*  ## (.*)/  make \1\t\2/p' Makefile | expand -t 24
+# What everybody needs has ## before its text, what is for builders ###.
+help:
+	@list() { sed -nE "s/^([a-z%-]+):.*  $$1 (.*)/  make \1\t\2/p" Makefile | expand -t 24; }
+	list '##'
+	echo 'for builders:'
+	list '###'
 
 # A PYTHON that has torch lends its packages to the environment, unless TORCH names another: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
@@ -128,7 +132,7 @@ test: $(VENV)/.extras  ## the tests that a newcomer needs, 5 minutes
 	$(PYTEST) --dist worksteal $(if $(filter tests% emulator%,$(ARGS)),,-m "not rest and $(DAILY)") $(ARGS)
 
 # A file stays on one worker: some start processes, and what a file sets up is set up once.
-test-rest: $(VENV)/.extras  ## the other tests that a change must pass
+test-rest: $(VENV)/.extras  ### the other tests that a change must pass
 	$(PYTEST) --dist loadfile -m "rest and $(DAILY)" $(ARGS)
 
 # CUTLASS's headers judge the kernels' PTX and layouts; the tests use none of its dependencies, 55 MB.
@@ -141,18 +145,18 @@ $(VENV)/.kernel-oracles: | $(VENV)/.extras $(VENV)/.cuda-headers
 # K=lora_decode: the clean runs and mutants of one program alone, which are compiled from csrc/kernels
 # itself: the extension is not built again, which takes three times as long.
 OF_ONE := tests/emulated/test_clean.py tests/emulated/test_mutants.py -k
-test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.kernel-oracles)  ## runs the CUDA kernels on the CPU
+test-kernels: $(if $(and $(K),$(wildcard $(VENV)/.kernel-oracles)),,$(VENV)/.kernel-oracles)  ### runs the CUDA kernels on the CPU
 	$(PYTEST) --dist loadfile -m 'kernels and not nightly' $(if $(K),$(OF_ONE) $(K),emulator tests/emulated) \
 	    --durations=25 $(ARGS)
 
-test-ptx: $(VENV)/.extras  ## runs the CUDA kernels on the CPU from nvcc's PTX
+test-ptx: $(VENV)/.extras  ### runs the CUDA kernels on the CPU from nvcc's PTX
 	$(PYTEST) --dist loadfile -m kernels tests/emulated/ptx --durations=25 $(ARGS)
 
 # On the emulated CUDA runtime, which is compiled first; nothing that is counted is run.
-count-launches: $(VENV)/.extras $(VENV)/.cuda-headers  ## what layers launch on a GPU, counted without one
+count-launches: $(VENV)/.extras $(VENV)/.cuda-headers  ### what layers launch on a GPU, counted without one
 	$(PY) scripts/count_launches.py $(ARGS)
 
-sass: $(VENV)/.kernel-oracles  ## registers and instructions of every CUDA kernel
+sass: $(VENV)/.kernel-oracles  ### registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)
 
 # Releases that lora_ext/versions.py names, for pip: 0 or 1, for the oldest or the newest, and packages.
@@ -165,7 +169,7 @@ AT_ENDS := tests/contract/test_numerics.py tests/contract/test_row_adapters.py t
     tests/experts/test_experts_apply.py tests/quantized/test_quantized_linear.py
 # What the oldest lack: models, PEFT's "all-linear".
 NOT_AT_ENDS := as_many_parameters or all_linear_reaches
-test-oldest: $(VENV)/.extras
+test-oldest: $(VENV)/.extras  ### a part of the tests on the oldest transformers and PEFT
 	venv=build/$@
 	$(PY) -m venv --clear --without-pip $$venv
 	site=$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -195,7 +199,7 @@ export END ENDS FOLDERS KERNELS
 # The newest that all tests ran with, as lora_ext/versions.py records them; another record is another environment.
 AT_NEWEST := $(AT_ENDS) tests/contract/test_joints.py tests/contract/test_many_adapters_repeated.py \
     tests/pool tests/project/test_docs.py tests/project/test_examples.py
-test-newest:
+test-newest:  ### a larger part on the newest torch, transformers and PEFT of lora_ext/versions.py
 	eval "$$END"
 	mkdir -p $(ENDS)
 	export PIP_CONSTRAINT=$(abspath $(ENDS))/newest.txt
@@ -205,7 +209,7 @@ test-newest:
 	end newest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
 
 # Whatever is newest today. Where it passes and is newer than the record, that is to be moved.
-test-latest:
+test-latest:  ### the same on what is newest today
 	eval "$$END"
 	rm -rf $(ENDS)/latest
 	PIP_CONSTRAINT=/dev/null end latest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
@@ -223,7 +227,7 @@ export NEWER
 
 # The oldest torch, and the oldest and the newest Python found.
 PYTHONS = $$(compgen -c python3. | grep -xE 'python3[.]1[0-9]' | sort -uV | sed -n '1p;$$p' | uniq)
-test-ends:
+test-ends:  ### a part on the oldest torch, the oldest and the newest Python
 	eval "$$END"
 	failed=
 	tests="$(AT_ENDS) -k 'not ($(NOT_AT_ENDS))' $(ARGS)"
@@ -241,32 +245,24 @@ $(VENV)/.integrations: pyproject.toml | $(VENV)/.extras
 
 # In slices, each of which takes minutes: TURN=N runs one of them, SLICES="..." some.
 nightly: export PYTHON := $(PYTHON)
-nightly: $(VENV)/.extras  ## all that takes long
+nightly: $(VENV)/.extras  ### all that takes long
 	$(PY) scripts/nightly.py $(if $(TURN),--turn $(TURN),--record) $(if $(SEED),--seed $(SEED)) $(SLICES)
-
-# The site, in build/site.
-$(VENV)/.docs: pyproject.toml | $(BUILT)
-	$(PIP) install 'lora_ext[docs]'
-	touch $@
-
-docs: $(VENV)/.docs  ## the documentation as a site, in build/site
-	$(PY) -m mkdocs build --strict $(ARGS)
 
 # With ARGS, which are those of the first, it runs alone.
 bench: $(VENV)/.extras  ## a table and plots of one LoRA layer on this machine, 5 minutes
 	$(PY) -m benchmarks $(ARGS)
 	$(if $(ARGS),,$(PY) -m benchmarks.adapters --short)
 
-bench-adapters: $(VENV)/.extras  ## many adapters in one batch
+bench-adapters: $(VENV)/.extras  ### many adapters in one batch
 	$(PY) -m benchmarks.adapters $(ARGS)
 
-bench-full: $(VENV)/.extras  ## one LoRA layer, every size
+bench-full: $(VENV)/.extras  ### one LoRA layer, every size
 	$(PY) -m benchmarks --full $(ARGS)
 
-bench-models: $(VENV)/.integrations  ## fine-tuning and steps of whole models, beside PEFT
+bench-models: $(VENV)/.integrations  ### fine-tuning and steps of whole models, beside PEFT
 	$(PY) -m benchmarks.whole_models $(ARGS)
 
-example-%: $(VENV)/.extras  ## finetune, mixture, two_tasks or clients: one of examples/
+example-%: $(VENV)/.extras  ### finetune, mixture, two_tasks or clients: one of examples/
 	$(PY) examples/$*.py
 
 # QUICK=1: what matters most, in 8 minutes. DEVICE=cpu: every stage without a GPU, to try the code.
@@ -276,14 +272,14 @@ example-%: $(VENV)/.extras  ## finetune, mixture, two_tasks or clients: one of e
 STARTED := $(shell date +%s)
 gpu: export TORCH_CUDA_ARCH_LIST = $(CARD)
 gpu: export LORA_EXT_CUDA = $(CUDA)
-gpu: $(BUILT)  ## everything that a GPU has to show; QUICK=1: in about 8 minutes
+gpu: $(BUILT)  ### everything that a GPU has to show; QUICK=1: in about 8 minutes
 	$(PY) -m benchmarks.gpu --started $(STARTED) $(if $(QUICK),--quick) \
 	    $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # In a copy, since an editable build would replace the extension that everything else uses. The
 # sanitizer must be loaded before Python is, and libstdc++ with it for exceptions to pass through.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-sanitize: $(VENV)/.extras
+sanitize: $(VENV)/.extras  ### all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/sanitize
 	cp -a setup.py pyproject.toml LICENSE README.md $(FOLDERS) build/sanitize
 	cd build/sanitize
@@ -291,6 +287,14 @@ sanitize: $(VENV)/.extras
 	$(abspath $(PY)) setup.py --quiet build_ext --inplace
 	preload=$$($${CXX:-c++} -print-file-name=libasan.so):$$($${CXX:-c++} -print-file-name=libstdc++.so)
 	LD_PRELOAD=$$preload ASAN_OPTIONS=detect_leaks=0 $(abspath $(PY)) -m pytest $(ARGS)
+
+# The site, in build/site.
+$(VENV)/.docs: pyproject.toml | $(BUILT)
+	$(PIP) install 'lora_ext[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site, in build/site
+	$(PY) -m mkdocs build --strict $(ARGS)
 
 # For other machines, into dist/: compiled in isolation, tied to its torch by name, given a manylinux tag,
 # then tested where there is no compiler. What torch brings stays torch's: a copy in the wheel would be

@@ -199,6 +199,14 @@ def targets() -> list[str]:
     return sorted({*named, *" ".join(phony).split()})
 
 
+def test_help_has_every_target_and_first_those_for_everybody(make):
+    parts = make("help").split("for builders:\n")
+    first, others = (re.findall(r"^  make (\S+) +\w", part, re.MULTILINE) for part in parts)
+    assert " ".join(first) == "build lint format test test-gpu bench docs wheel clean"
+    listed = {name.replace("-%", "-finetune") for name in (*first, *others)}
+    assert listed == {*targets(), "example-finetune"} - {"help"}
+
+
 def absent(recipe: str) -> list[str]:
     """Programs of the repository, and modules of Python, that a recipe calls but that are not."""
     folders = "scripts|tests|emulator|benchmarks|csrc|lora_ext|build_backend"
