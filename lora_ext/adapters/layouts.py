@@ -26,13 +26,13 @@ from .content import Content, alpha_of, most_common
 from .errors import AdapterError, some
 from .layout import PREFIX
 from .peft_config import AdapterConfig, parse_config
-from .separate_experts import with_stacks
+from .separate_experts import TODAY, with_stacks
 from .targets import anchored, module_names, named
 from .tensors import open_tensors
 
 LAYOUTS = ("peft", "per-expert", "stacked")
 _OUTER = (".w1.lora_A.weight", ".w3.lora_A.weight", ".w2.lora_B.weight")
-_SHORT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_SHORT = {today: short for short, today in TODAY.items()}
 
 
 def laid_out(
@@ -175,8 +175,8 @@ def check_written(
                 expected_a, expected_b, *expected_bias = map(rest.pop, keys)
                 random = torch.Generator().manual_seed(1)
                 x = torch.randn(expected_a[0].numel(), 4, dtype=torch.float64, generator=random)
-                expected = spec.scaling * _product(expected_a, expected_b, x, spec.r, count)
-                _compare(scaling * _product(lora_a, lora_b, x, rank, count), expected)
+                expected = spec.scaling * _product(expected_a, expected_b, x, count)
+                _compare(scaling * _product(lora_a, lora_b, x, count), expected)
                 for each, expected in zip(bias, expected_bias, strict=True):
                     _compare(each * scaling, expected * spec.scaling)
             for name, expected in rest.items():
@@ -191,10 +191,9 @@ def check_written(
         ) from None
 
 
-def _product(a: Tensor, b: Tensor, x: Tensor, rank: int, count: int) -> Tensor:
+def _product(a: Tensor, b: Tensor, x: Tensor, count: int) -> Tensor:
     """B A x ``[E, out, 4]`` of factors as PEFT stores them."""
-    inner = (a.double().flatten(1) @ x).view(count, rank, -1)
-    return b.double().reshape(len(b), rank, count).permute(2, 0, 1) @ inner
+    return b_by_expert(b.double(), count) @ (a_by_expert(a.double().flatten(1), count) @ x)
 
 
 def _compare(found: Tensor, expected: Tensor) -> None:

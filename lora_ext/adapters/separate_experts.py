@@ -47,7 +47,7 @@ from .tensors import Entry, TensorFile
 # is not public, and takes other arguments in 0.19 than in 0.21; it knows the configs of two model
 # types, wants gate and up together, and reads a stranger's tensors before it checks a shape.
 _PROJECTION = re.compile(r"(.+?)(?:\.(0|[1-9]\d{0,5}))?\.(gate_proj|up_proj|down_proj|w1|w3|w2)")
-_TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+TODAY = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 _ALL = -1  # in the place of an expert's number
 # (projection, "A" or "B") -> expert or _ALL -> its entry in the file
@@ -174,7 +174,7 @@ def with_stacks(
         path = _path_of_today(found[1], modules) if found else ""
         of = _PROJECTION.fullmatch(path)
         if found and of and of[1] in modules and is_experts(modules[of[1]]):
-            part, expert = _TODAY.get(of[3], of[3]), _ALL if of[2] is None else int(of[2])
+            part, expert = TODAY.get(of[3], of[3]), _ALL if of[2] is None else int(of[2])
             apart.setdefault(of[1], {}).setdefault((part, found[2]), {})[expert] = entry
             continue
         if id(modules.get(path)) in at_router:
