@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..experts.factors import a_by_expert, b_by_expert
+from ..torch_state import is_sharded
 from .named_adapters import NamedAdapters
 
 # Rows of the weight that are widened at a time: limits temporaries to 16 MiB at 4096 columns.
@@ -26,7 +27,7 @@ def merged_tensors(layer: NamedAdapters, names: Sequence[str]) -> tuple[Tensor, 
         RuntimeError: an update is not finite, a sum is beyond the weight's dtype, or the weight is
             sharded over processes.
     """
-    if hasattr(layer.weight, "full_tensor"):
+    if is_sharded(layer.weight):
         raise RuntimeError(
             f"lora_ext.nn.{type(layer).__name__}.merge: expected a whole weight, but it is sharded "
             "(DTensor); merge before fully_shard, or save the adapter and merge in one process"

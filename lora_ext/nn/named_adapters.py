@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..torch_state import is_sharded
 from . import initialize
 from .adapter_spec import DEFAULT_ADAPTER, MAX_RANK, AdapterSpec
 from .over import DropIn
@@ -228,7 +229,7 @@ class NamedAdapters(DropIn):
         """Raises RuntimeError if the weight is sharded over processes."""
         # FSDP keeps its own list of parameters: it would neither shard nor average a new one, and
         # would restore a deleted one.
-        if hasattr(self.stored_weight, "full_tensor"):
+        if is_sharded(self.stored_weight):
             raise RuntimeError(
                 f"lora_ext.nn.{type(self).__name__}.{method}: expected a whole weight, but it is "
                 f"sharded (DTensor); {method} before fully_shard"

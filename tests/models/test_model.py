@@ -16,8 +16,6 @@ from lora_ext import LoraConfig, LoRALinear, apply_lora
 from lora_ext.models import lora_layers
 from lora_ext.nn import AdapterSpec
 
-PISSA = LoraConfig("conv", 2, init_lora_weights="pissa")
-
 
 def model_with(*adapters):
     model = make_zoo()
