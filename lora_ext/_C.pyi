@@ -141,9 +141,7 @@ class AutotuneEntry:
         measured: str,
     ) -> None: ...
 
-def replace_autotune_cache(
-    card: str, entries: list[AutotuneEntry], pinned: bool = False
-) -> None: ...
+def replace_autotune_cache(card: str, entries: list[AutotuneEntry]) -> None: ...
 
 # Without CUDA kernels in the build (with_cuda) the rest finds no card and runs nothing.
 class Explained:

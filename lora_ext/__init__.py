@@ -37,7 +37,7 @@ except ImportError as error:
 from . import adapters, autotune, functional, kernels, loralib, models, nn, pool, reference  # noqa: F401
 from . import flops as flops  # registers the formulas with torch's FLOP counter
 from .adapters import load_adapter, save_adapter
-from .autotune import load_cached, warmup
+from .autotune import warmup
 from .functional import lora_linear, lora_update, pack_weight
 from .invariance import batch_invariant
 from .models.apply import apply_lora
@@ -59,7 +59,7 @@ from .reports import explain
 __version__ = version()
 
 if _C.with_cuda:
-    load_cached()
+    autotune.planner_cache.load_user_caches()
 
 __all__ = [
     "AdapterPool",

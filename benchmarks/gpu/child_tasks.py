@@ -98,11 +98,22 @@ def _check(fields: Fields, device: str) -> Fields:
 
 
 def _tune(fields: Fields, device: str) -> Fields:
-    import lora_ext
-    from lora_ext.autotune import Shape, cache_path, read_cache
+    import torch
 
-    path = cache_path(Path(fields["folder"]))
-    found = lora_ext.warmup([Shape(**fields["shape"])], cache=path)
+    import lora_ext
+    from lora_ext.autotune import Shape, read_cache
+
+    path, shape = Path(fields["folder"]) / "autotune.json", Shape(**fields["shape"])
+    layer = lora_ext.LoRALinear(
+        shape.in_features,
+        shape.out_features,
+        device="meta",  # sizes alone
+        dtype=torch.bfloat16,
+        r=shape.rank,
+        lora_dropout=0.05 if shape.dropout else 0.0,
+        adapter_dtype=torch.float32 if shape.float_adapters else torch.bfloat16,
+    )
+    found = lora_ext.warmup(layer, shape.rows, cache=path)
     if found.note:
         raise RuntimeError(found.note)
     entries = read_cache(path).entries

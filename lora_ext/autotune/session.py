@@ -19,8 +19,8 @@ from ..kernels.kernel_checks import check_kernels
 from ..packing import DECODE_AND_TRAINING, Packing, pack_weights
 from . import own_products
 from .cache_file import Cache, Entry, write_cache
-from .planner_cache import checked_cache, empty_cache, load_cached, pin, pinned, user_cache
-from .shape import Layers, Shape, shapes_of
+from .planner_cache import empty_cache, named_cache, use, user_cache, user_file
+from .shape import Shape, shapes_of
 from .trial import Trial, kernels_for, measure, route_by_planner
 
 Say = Callable[[str], object]
@@ -68,7 +68,7 @@ class Warmup:
 
 
 def warmup(
-    layers: Layers,
+    model: nn.Module,
     rows: int | Iterable[int] = DECODE_AND_TRAINING,
     *,
     device: torch.device | str | None = None,
@@ -77,7 +77,7 @@ def warmup(
     pack_budget: int | None = None,
     progress: bool | Say = True,
 ) -> Warmup:
-    """Checks the kernels that these layers can use, and measures which are fastest here.
+    """Checks the kernels that a model's layers can use, and measures which are fastest here.
 
         lora_ext.warmup(model, rows=(1, 4096))      # once
 
@@ -98,23 +98,21 @@ def warmup(
     has checked are not checked again. Layers with 4-bit weights of bitsandbytes are also timed with
     its own product.
 
-    Nothing is timed under ``torch.use_deterministic_algorithms``, where the cache is not used, nor
-    if a file is pinned (`pin_cache`): then kernels are only checked. Routes differ in rounding,
-    so a new entry can change the last bits of a result. The state of torch's random generators
-    does not change. Do not call it while a CUDA graph is captured, but before.
+    Nothing is timed under ``torch.use_deterministic_algorithms``, where the cache is not used: then
+    kernels are only checked. Routes differ in rounding, so a new entry can change the last bits of
+    a result. The state of torch's random generators does not change. Do not call it while a CUDA
+    graph is captured, but before.
 
     Args:
-        layers: a model with LoRA layers of this package or of PEFT; or a sequence of layers, each
-            (out_features, in_features, rank) or a dict with these names and, optionally,
-            float_adapters, dropout (bools) and rows.
+        model: with LoRA layers of this package or of PEFT.
         rows: batch times sequence length of later calls, one number or several. An entry is used
             from half to twice its rows.
         device: a CUDA device, or "cpu"; default: the model's, if that is CUDA, else the current
             CUDA device, else the CPU.
         dtype: of x and weight, bfloat16 or float16, which share their entries; default: bfloat16.
         cache: a file to use instead of the user's cache; it is created if it does not exist, and
-            pinned afterwards; shapes in it are not timed again. Ranks that load it with `pin_cache`
-            choose the same routes.
+            shapes in it are not timed again. Ranks that read it with
+            `lora_ext.autotune.load_cache` choose the same routes.
         pack_budget: bytes that packed copies may take on a CPU, a copy of the weight for each
             direction; None: a quarter of the available memory.
         progress: whether to print what is timed to stderr, or a function that is called with each
@@ -125,36 +123,35 @@ def warmup(
         and its note gives the reason.
 
     Raises:
-        ValueError: the model has no LoRA linear, a size is not valid, or the budget is negative.
-        TypeError: a layer or dtype of another kind.
+        ValueError: the model has no LoRA linear, rows are not valid, or the budget is negative.
+        TypeError: a model or dtype of another kind.
         CacheError: the file ``cache`` is corrupt, or not for this card and build; a ValueError.
         OSError: the file ``cache`` cannot be written (the user's: only a warning); the entries are
             in use in this process.
     """
     say = _printed if progress is True else progress or (lambda line: None)
-    shapes = shapes_of(layers, rows)
+    shapes = shapes_of(model, rows)
     counts = {shape.rows for shape in shapes}
     if dtype not in (None, *HALVES):
         raise TypeError(f"lora_ext.warmup: expected bfloat16 or float16, but got {dtype}")
-    if isinstance(layers, nn.Module) and _is_for_cpu(layers, device):
-        return Warmup(packing=pack_weights(layers, counts, budget=pack_budget, say=say))
-    device = _device_of(layers) if device is None else torch.device(device)
+    if _is_for_cpu(model, device):
+        return Warmup(packing=pack_weights(model, counts, budget=pack_budget, say=say))
+    device = _device_of(model) if device is None else torch.device(device)
     card = _card_of(device)
     if isinstance(card, str):
         nothing = f"there is nothing to warm up: {card}"
         say(nothing)
         return Warmup(note=nothing)
     device = indexed(device)
-    is_pinned, path = cache is None and card.name in pinned, Path(cache or "")
+    path = user_file(card.name) if cache is None else Path(cache)
     if cache is None:
-        known, path = pinned[card.name] if is_pinned else user_cache(card.name)
+        known = user_cache(path)
     else:
-        known = checked_cache(path, card.name) if path.exists() else empty_cache(card.name)
+        known = named_cache(path, card.name) if path.exists() else None
+    known = known or empty_cache(card.name)
     session = _Session(device, card, dtype or torch.bfloat16, known, path, say)
     note, own = "", []
-    if is_pinned:
-        note = f"nothing is timed while {path} is pinned (lora_ext.autotune.pin_cache)"
-    elif torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled():
         note = "nothing is timed under torch.use_deterministic_algorithms"
     kernels = kernels_for(card, shapes, session.dtype)
     failed = check_kernels(device, kernels, begins=lambda name: say(f"checking {name}"))
@@ -163,13 +160,9 @@ def warmup(
     try:
         if not note:
             session.time(shapes)
-            if isinstance(layers, nn.Module):
-                own = own_products.measure(layers, counts, device, say)
+            own = own_products.measure(model, counts, device, say)
     finally:
-        if cache is not None:
-            pin(session.cache, path)
-        elif not is_pinned:
-            load_cached(also=session.cache)
+        use(session.cache, path)
     if session.unwritten is not None:
         if cache is not None:
             raise session.unwritten
@@ -192,10 +185,9 @@ def _printed(line: str) -> None:
     print(f"lora_ext.warmup: {line}", file=sys.stderr, flush=True)
 
 
-def _device_of(layers: Layers) -> torch.device | None:
+def _device_of(model: nn.Module) -> torch.device | None:
     """The device of a model, if it is on CUDA."""
-    parameters = layers.parameters() if isinstance(layers, nn.Module) else ()
-    return next((each.device for each in parameters if each.is_cuda), None)
+    return next((each.device for each in model.parameters() if each.is_cuda), None)
 
 
 def _is_for_cpu(model: nn.Module, device: torch.device | str | None) -> bool:
@@ -237,7 +229,7 @@ class _Session:
         """Times the shapes that the cache does not have, and writes its file after each shape."""
         known = {entry.key for entry in self.cache.entries}
         todo = [shape for shape in shapes if {(shape, False), (shape, True)} - known]
-        with route_by_planner(self.card), torch.no_grad():
+        with route_by_planner(), torch.no_grad():
             for number, shape in enumerate(todo, 1):
                 try:
                     trial, entries = Trial(shape, self.device, self.dtype), []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,62 +58,29 @@ class Shape:
         return problem
 
 
-Layers = nn.Module | Sequence[tuple[int, int, int] | Mapping[str, Any] | Shape]
-
-
-def shapes_of(layers: Layers, rows: int | Iterable[int]) -> list[Shape]:
-    """The distinct shapes of LoRA linears, once for each number of rows.
+def shapes_of(model: nn.Module, rows: int | Iterable[int]) -> list[Shape]:
+    """The distinct shapes of a model's LoRA linears, once for each number of rows.
 
     Args:
-        layers: a model with lora_ext's layers, or PEFT's; or a sequence of layers, each
-            (out_features, in_features, rank), or a dict of these and, optionally, float_adapters
-            and dropout. A `Shape`, or a dict with rows, has its own rows.
+        model: with lora_ext's layers, or PEFT's.
         rows: batch times sequence length, as the model will see it.
 
     Raises:
-        ValueError: the model has no LoRA linear, or a size is not valid.
-        TypeError: a layer is none of these.
+        ValueError: the model has no LoRA linear, or a number of rows is not valid.
+        TypeError: it is no model, or rows are no numbers.
     """
     if not isinstance(rows, (int, Iterable)) or isinstance(rows, (str, bytes)):
         raise TypeError(f"lora_ext.warmup: expected rows as a number or several, but got {rows!r}")
-    counts = sorted({rows} if isinstance(rows, int) else set(rows))
-    if isinstance(layers, nn.Module):
-        found = set(_shapes_in(layers))
-        if not found:
-            raise ValueError(
-                "lora_ext.warmup: expected a model with LoRA linears, but it has none;"
-                " see lora_ext.apply_lora and lora_ext.accelerate"
-            )
-        return sorted(replace(layer, rows=count) for layer in found for count in counts)
-    if not isinstance(layers, Iterable) or isinstance(layers, (str, Mapping)):
-        raise TypeError(
-            "lora_ext.warmup: expected a model, or a sequence of layers such as"
-            f" [(4096, 4096, 16)], but got {layers!r}"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lora_ext.warmup: expected a model, but got {model!r:.60}")
+    counts = {rows} if isinstance(rows, int) else set(rows)
+    found = set(_shapes_in(model))
+    if not found:
+        raise ValueError(
+            "lora_ext.warmup: expected a model with LoRA linears, but it has none;"
+            " see lora_ext.apply_lora and lora_ext.accelerate"
         )
-    return sorted({shape for layer in layers for shape in _given(layer, counts)})
-
-
-def _given(layer: Any, counts: Sequence[int]) -> list[Shape]:
-    if isinstance(layer, Shape):
-        return [layer]
-    needed = ("out_features", "in_features", "rank")
-    if isinstance(layer, Mapping):
-        known = {field.name for field in fields(Shape)}
-        if not set(needed) <= set(layer) <= known:
-            raise TypeError(
-                f"lora_ext.warmup: expected a layer with {', '.join(sorted(needed))}, and of"
-                f" {', '.join(sorted(known - set(needed)))} any, but got {dict(layer)}"
-            )
-        own: dict[str, Any] = dict(layer)
-    elif isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 3:
-        own = dict(zip(needed, layer, strict=True))
-    else:
-        raise TypeError(
-            "lora_ext.warmup: expected a model, or layers as (out_features, in_features, rank) or"
-            f" dicts, but got {layer!r:.60}"
-        )
-    each = [own.pop("rows")] if "rows" in own else counts
-    return [Shape(rows=count, **own) for count in each]
+    return sorted(replace(layer, rows=count) for layer in found for count in counts)
 
 
 def _shapes_in(model: nn.Module) -> Iterator[Shape]:

@@ -15,7 +15,6 @@ import lora_ext._C as _C
 
 from ..measure import fastest, interleaved_us
 from .cache_file import Entry
-from .planner_cache import load_cached
 from .shape import Shape
 
 LIBRARY = "library"
@@ -94,17 +93,15 @@ class Trial:
 
 
 @contextmanager
-def route_by_planner(card: _C.Card) -> Iterator[None]:
-    """Within the block no route is set by the user; afterwards the planner has the cache files
-    again."""
+def route_by_planner() -> Iterator[None]:
+    """Within the block no route is set by the user; afterwards the caller gives the planner its
+    entries again."""
     route = _C.cuda_route()
     _C.set_cuda_route("auto")
     try:
         yield
     finally:
         _C.set_cuda_route(route)
-        _C.replace_autotune_cache(card.name, [])
-        load_cached()
 
 
 def _request(card: _C.Card, candidate: Entry) -> None:
@@ -135,11 +132,5 @@ def measure(trial: Trial, card: _C.Card, backward: bool) -> Entry:
             timed[candidate.name] = candidate
     calls = dict.fromkeys(timed, run)
     times = interleaved_us(calls, trial.device, lambda name: _request(card, timed[name]), True)
-    us = {name: _summary(sorted(values)) for name, values in times.items()}
+    us = {name: round(statistics.median(values), 3) for name, values in times.items()}
     return replace(timed[fastest(times, LIBRARY, _MOST_TIME)[0]], us=us)
-
-
-def _summary(ordered: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    p25, p75 = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
-    return round(statistics.median(ordered), 3), round(p25, 3), round(p75, 3)

@@ -205,8 +205,17 @@ call()
 # The clock gives the route that runs as many microseconds as it is told.
 WARM_UP = """
 from lora_ext import measure
-from lora_ext.autotune import Shape, trial
-shape = Shape(70, 96, 136, 16, True, True)
+from lora_ext.autotune import session, trial
+
+def warm_up(in_features=96, rank=16, p=0.1, adapters=None, **words):
+    layer = lora_ext.LoRALinear(in_features, 136, r=rank, lora_dropout=p, dtype=torch.bfloat16,
+                                adapter_dtype=adapters)
+    before = torch.get_rng_state()
+    found = lora_ext.warmup(layer, 70, device="cpu", **words)
+    assert torch.equal(torch.get_rng_state(), before)
+    return found
+
+session._is_for_cpu = lambda model, device: False  # the card of the emulation
 told = {"kernel 128 x 128": 10.0, "hybrid": 20.0}
 asked, request = [], trial._request
 
@@ -229,9 +238,7 @@ def test_warmup_times_every_route_and_the_planner_goes_by_it(tmp_path):
     code = (
         WARM_UP
         + """
-before = torch.get_rng_state()
-found = lora_ext.warmup([shape], device="cpu")
-assert torch.equal(torch.get_rng_state(), before)
+found = warm_up()
 forward, backward = found.entries
 tiles = {"kernel 128 x 128", "kernel 128 x 64"}
 for entry in (forward, backward):
@@ -242,9 +249,9 @@ for each in (plan.forward, plan.backward):
     assert "fastest as measured on this GPU" in each.reason and not each.predicted_us, plan
     assert each.tile == "128 x 128" and not each.hybrid, plan
 asked.clear()
-assert lora_ext.warmup([shape], device="cpu").timed == 0 and not asked
-odd = Shape(70, 97, 136, 4)  # rows that are no whole chunks, for which we have no base product
-for entry in lora_ext.warmup([odd], device="cpu").entries:
+assert warm_up().timed == 0 and not asked
+# rows that are no whole chunks, for which we have no base product
+for entry in warm_up(97, 4, 0.0, torch.bfloat16).entries:
     assert set(entry.us) == {"library", "hybrid"}, entry
 torch.use_deterministic_algorithms(True)
 _, plan = call()
@@ -256,23 +263,23 @@ print(found)
     assert "lora_ext.warmup: 1 of 1: 96x136 r=16 M=70" in said
     assert "2 of 2 entries are new" in said
     python(
-        """
-from lora_ext.autotune import Shape
+        WARM_UP
+        + """
 _, plan = call()
 assert "fastest as measured on this GPU" in plan.forward.reason, plan
-found = lora_ext.warmup([Shape(70, 96, 136, 16, True, True)], device="cpu")
+found = warm_up()
 assert found.timed == 0 and len(found.entries) == 2, found
 """,
         HOME=str(tmp_path),
     )
 
 
-def test_a_pinned_cache_file_gives_every_process_the_same_bits(tmp_path):
+def test_one_cache_file_gives_every_process_the_same_bits(tmp_path):
     path, results = str(tmp_path / "autotune.json"), str(tmp_path / "results.pt")
     python(
         WARM_UP
         + f"""
-lora_ext.warmup([shape], device="cpu", cache={path!r})
+warm_up(cache={path!r})
 results, plan = call()
 assert plan.forward.tile == "128 x 128" and {path!r} in plan.forward.reason, plan
 assert not same(results, library())
@@ -281,8 +288,7 @@ torch.save(results, {results!r})
     )
     python(
         f"""
-lora_ext.autotune.pin_cache({path!r}, "cpu")
-torch.use_deterministic_algorithms(True)
+lora_ext.autotune.load_cache({path!r}, "cpu")
 results, plan = call()
 assert plan.forward.tile == "128 x 128" and same(results, torch.load({results!r})), plan
 """
@@ -293,7 +299,7 @@ def test_kernels_that_fail_their_check_cannot_win(tmp_path):
     said = python(
         WARM_UP
         + """
-found = lora_ext.warmup([shape], device="cpu")
+found = warm_up()
 for entry in found.entries:
     assert set(entry.us) == {"library"} and entry.route == "library", entry
 print(found)
@@ -316,13 +322,14 @@ assert same(call()[0], hybrid)
 _C.set_cuda_route("auto")
 assert same(call()[0], planned)
 won = [Entry(Shape(70, 96, 136, 16, True, True), back, "hybrid", "", {}) for back in (0, 1)]
-planner_cache.install([planner_cache.empty_cache(card.name).with_entries(won)])
+measured = planner_cache.empty_cache(card.name)
+planner_cache.use(measured.with_entries(won), "a.json")
 assert same(call()[0], hybrid)
 torch.use_deterministic_algorithms(True)
-assert same(call()[0], planned)  # what was measured and not pinned counts no more
+assert same(call()[0], planned)  # what was measured counts no more
 torch.use_deterministic_algorithms(False)
 assert same(call()[0], hybrid)
-planner_cache.install([planner_cache.empty_cache(card.name)])
+planner_cache.use(measured, "a.json")
 assert same(call()[0], planned)
 """)
 
@@ -336,7 +343,7 @@ tiles = _C.tiles_of(card, backward=True, float_adapters=True, dropout=True)
 assert list(tiles) == ["128 x 128", "128 x 64", "wgmma 128 x 256", "pingpong 128 x 192"]
 for tile in tiles:
     won = [Entry(Shape(70, 96, 136, 16, True, True), back, "kernel", tile, {}) for back in (0, 1)]
-    planner_cache.install([planner_cache.empty_cache(card.name).with_entries(won)])
+    planner_cache.use(planner_cache.empty_cache(card.name).with_entries(won), "a.json")
     results, plan = call()
     assert plan.forward.tile == plan.backward.tile == tile, plan
     assert plan.forward_check == plan.backward_check == "passed", plan

@@ -6,15 +6,16 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lora_ext
 from lora_ext import _C, autotune, measure
 from lora_ext.autotune import planner_cache, trial
+from lora_ext.autotune.cache_file import SCHEMA
 
 CARD = "A card of the tests"
 H100 = (90, 132, 233472, 232448)
@@ -22,18 +23,28 @@ SHAPE = autotune.Shape(2048, 4096, 1024, 16)
 
 
 def entry(shape=SHAPE, backward=False, route="kernel", tile="128 x 128", us=None):
-    return autotune.Entry(shape, backward, route, tile, us or {"library": (2.0, 1.0, 3.0)})
+    return autotune.Entry(shape, backward, route, tile, us or {"library": 2.0})
 
 
-def cache(*entries, card=CARD):
-    return planner_cache.empty_cache(card).with_entries(entries)
+def cache(*entries):
+    return planner_cache.empty_cache(CARD).with_entries(entries)
+
+
+def use(*entries):
+    planner_cache.use(cache(*entries), Path("a.json"))
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """The user's folder of cache files."""
+    monkeypatch.setattr(planner_cache, "user_folder", lambda: tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def nothing_known_before_or_after():
     _C.replace_autotune_cache(CARD, [])
     yield
-    planner_cache.pinned.clear()
     _C.replace_autotune_cache(CARD, [])
 
 
@@ -53,13 +64,13 @@ def moved(**changes):
 def test_the_planner_takes_the_fastest_route_and_says_so():
     before = planned()
     assert not before.kernel and "predicted" in before.reason
-    planner_cache.install([cache(entry())])
+    use(entry())
     plan = planned()
     assert plan.kernel and not plan.hybrid and plan.tile == "128 x 128"
-    assert plan.reason == f"fastest as measured on this GPU with torch {torch.__version__}"
-    planner_cache.install([cache(entry(route="hybrid", tile=""))])
+    assert plan.reason == "fastest as measured on this GPU, in a.json"
+    use(entry(route="hybrid", tile=""))
     assert planned().hybrid
-    planner_cache.install([cache(entry(SHAPE, True, "library", ""))])
+    use(entry(SHAPE, True, "library", ""))
     backward = planned(backward=True)
     assert not backward.kernel and backward.reason.startswith("fastest as measured")
 
@@ -69,13 +80,13 @@ def test_the_planner_takes_the_fastest_route_and_says_so():
 )
 def test_every_tile_can_win(tile):
     shape = moved(rows=40) if tile == "decode" else SHAPE
-    planner_cache.install([cache(entry(shape, tile=tile))])
+    use(entry(shape, tile=tile))
     assert planned(shape).tile == tile
 
 
 def test_what_wins_with_few_rows_wins_for_no_more_than_it_can_take():
     few = moved(rows=40)
-    planner_cache.install([cache(entry(few, tile="decode"))])
+    use(entry(few, tile="decode"))
     assert "measured" in planned(moved(rows=64)).reason
     assert "measured" not in planned(moved(rows=65)).reason
 
@@ -99,39 +110,39 @@ LAYOUTS = ("aligned", "aligned_weight", "aligned_a", "aligned_b", "factor_rows",
     ids=str,
 )
 def test_what_was_not_measured_has_no_entry(other):
-    planner_cache.install([cache(entry())])
+    use(entry())
     assert "measured" in planned().reason and "measured" not in planned(**other).reason
 
 
 def test_rows_that_are_no_whole_chunks_were_measured_so():
     """Of a rank of 4, rows of a half lora_b are 8 bytes; of float32 ones 16."""
     small, wide = moved(rank=4), moved(rank=4, float_adapters=True)
-    planner_cache.install([cache(entry(small), entry(wide))])
+    use(entry(small), entry(wide))
     assert "measured" in planned(small, aligned_b=False).reason
     assert "measured" not in planned(small).reason
     assert "measured" in planned(wide).reason
     odd = moved(in_features=4100)
-    planner_cache.install([cache(entry(odd, route="hybrid", tile=""))])
+    use(entry(odd, route="hybrid", tile=""))
     unaligned = {"aligned": False, "aligned_weight": False, "aligned_a": False}
     assert "measured" in planned(odd, **unaligned).reason and "measured" not in planned(odd).reason
 
 
 @pytest.mark.parametrize("need", ["need_dx", "need_dlora_a", "need_dlora_b"])
 def test_entries_of_backward_are_those_of_all_gradients(need):
-    planner_cache.install([cache(entry(backward=True), entry())])
+    use(entry(backward=True), entry())
     assert "measured" in planned(backward=True).reason
     assert "measured" not in planned(backward=True, **{need: False}).reason
     assert "measured" in planned(**{need: False}).reason  # forward has none
 
 
 def test_what_the_user_asks_for_goes_before_what_was_measured():
-    planner_cache.install([cache(entry())])
+    use(entry())
     assert planned(choice="hybrid").hybrid
     assert planned(choice="library").reason == "the library route was asked for"
 
 
 def test_a_tile_that_the_card_does_not_have_is_not_taken():
-    planner_cache.install([cache(entry(tile="128 x 128"))])
+    use(entry(tile="128 x 128"))
     problem = _C.Problem(SHAPE.rows, SHAPE.out_features, SHAPE.in_features, SHAPE.rank)
     plan = _C.plan_forward(_C.Card(86, 72, 102400, 101376, CARD), problem)
     assert plan.kernel and plan.tile == "deep 128 x 128"
@@ -150,7 +161,7 @@ def test_the_nearest_rows_within_a_factor_of_two_count(measured, rows):
     """By C++'s rule, and without a limit by Python's."""
     tiles = ("128 x 128", "128 x 64")
     won = {count: tiles[i % 2] for i, count in enumerate(measured)}
-    planner_cache.install([cache(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))])
+    use(*(entry(moved(rows=m), tile=tile) for m, tile in won.items()))
     plan = planned(moved(rows=rows))
     nearest = min(sorted(measured), key=lambda m: max(m, rows) / min(m, rows))
     assert measure.near(rows, tuple((m, m) for m in sorted(measured))) == nearest
@@ -162,7 +173,7 @@ def test_the_nearest_rows_within_a_factor_of_two_count(measured, rows):
 
 def test_a_cache_survives_its_file(tmp_path):
     written = cache(entry(), entry(backward=True), entry(moved(rows=7, dropout=True)))
-    path = planner_cache.file_of(written, tmp_path / "new" / "folder")
+    path = tmp_path / "new" / "folder" / "cache.json"
     autotune.write_cache(written, path)
     assert autotune.read_cache(path) == written
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -205,63 +216,65 @@ def test_two_that_write_at_once_leave_one_whole_cache(tmp_path, monkeypatch):
 
 
 def spoiled():
-    us = {"library": [1.0, 1.0, 1.0]}
-    one = {**vars(SHAPE), "backward": False, "route": "kernel", "tile": "128 x 64", "us": us}
-    made = {"card": CARD, "torch": "2", "driver": "13.0", "lora_ext": "0", "build": "0f"}
-    document = {"schema": "lora_ext.autotune", "schema_version": 1, **made, "entries": [one]}
+    shape = vars(SHAPE)
+    one = {"shape": shape, "backward": False, "route": "kernel", "tile": "128 x 64", "us": {}}
+    document = {"schema": SCHEMA, "card": CARD, "versions": "2", "entries": [one]}
     yield "expected JSON", "{ half a docu"
     yield "expected JSON", "\ufeff{}"
-    yield "an object with 'schema'", "[]"
-    yield "lora_ext.autotune version 1", json.dumps({**document, "schema_version": 2})
-    yield "lora_ext.autotune version 1", json.dumps({**document, "schema": "another"})
-    yield "'build'", json.dumps({**document, "build": 1})
-    yield "'entries'", json.dumps({**document, "entries": {}})
-    yield "two", json.dumps({**document, "entries": [one, one]})
+    for text in ([], *({**document, name: 1} for name in document)):
+        yield f"an object of schema '{SCHEMA}', but got", json.dumps(text)
     for change, words in (
-        ({"rows": 0}, "sizes of at least 1"),
-        ({"rows": 2**40}, "below 2.40"),
-        ({"rows": True}, "'rows'"),
-        ({"rows": 1.5}, "'rows'"),
-        ({"dropout": 1}, "'dropout'"),
+        ({"shape": {**shape, "rows": 0}}, "sizes of at least 1"),
+        ({"shape": {**shape, "rows": 2**40}}, "below 2.40"),
+        ({"shape": {**shape, "rows": 1.5}}, "sizes of at least 1"),
+        ({"shape": {**shape, "dropout": "no"}}, "incompatible"),
+        ({"shape": {}}, "missing 4 required"),
+        ({"shape": 1}, "must be a mapping"),
+        ({"speed": 1}, "unexpected keyword argument 'speed'"),
         ({"route": "auto"}, "auto is no route"),
         ({"route": "other"}, "expected one of auto, hybrid, kernel, library, but got other"),
+        ({"route": None}, "incompatible"),
         ({"tile": "1 x 1"}, "no tile 1 x 1"),
-        ({"us": {"library": [1.0]}}, "three times"),
-        ({"us": {"library": [1.0, "fast", 1.0]}}, "a time"),
+        ({"us": [1.0]}, "has no attribute 'items'"),
+        ({"us": {"library": "fast"}}, "could not convert string to float"),
+        ({"us": {"library": 10**400}}, "too large"),
     ):
-        yield words, json.dumps({**document, "entries": [{**one, **change}]})
+        text = json.dumps({**document, "entries": [one | change]})
+        yield f"(?s)expected an entry, but got .*{words}", text
 
 
 @pytest.mark.parametrize(("words", "text"), list(spoiled()))
-def test_what_is_no_cache_file_is_ignored_with_a_word(words, text, tmp_path):
-    path = planner_cache.file_of(cache(), tmp_path)
+def test_what_is_no_cache_file_is_ignored_with_a_word(words, text, folder):
+    path = planner_cache.user_file(CARD)
     path.write_text(text)
     with pytest.raises(autotune.CacheError, match=words):
         autotune.read_cache(path)
     with pytest.warns(UserWarning, match=r"lora_ext ignores the autotune cache in .*\.json"):
-        assert autotune.load_cached(tmp_path) == []
+        planner_cache.load_user_caches()
     assert "measured" not in planned().reason
 
 
-def test_caches_are_read_and_those_of_other_versions_are_not(tmp_path):
-    mine = cache(entry())
-    autotune.write_cache(mine, planner_cache.file_of(mine, tmp_path))
-    for change in ({"torch": "1.0"}, {"card": "Older driver", "driver": "11.0"},
-                   {"card": "Older build", "build": "0f"}):  # fmt: skip
-        old = replace(mine, **change)
-        autotune.write_cache(old, planner_cache.file_of(old, tmp_path))
+@pytest.mark.parametrize("change", [{}, {"versions": "torch 1.0"}, {"card": "Another card"}])
+def test_caches_are_read_and_those_of_others_are_not(change, folder):
+    written = replace(cache(entry()), **change)
+    autotune.write_cache(written, planner_cache.user_file(CARD))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert autotune.load_cached(tmp_path) == [mine]
-        assert autotune.load_cached(tmp_path / "missing") == []
-    assert "measured" in planned().reason
+        planner_cache.load_user_caches()
+    for name in (CARD, "Another card"):
+        assert ("measured" in planned(name=name).reason) == (not change and name == CARD)
 
 
-def test_a_cache_under_another_s_name_is_ignored_with_a_word(tmp_path):
-    other = cache(entry(), card="Another card")
-    autotune.write_cache(other, planner_cache.file_of(cache(), tmp_path))
-    with pytest.warns(UserWarning, match="it was measured on Another card"):
-        assert autotune.load_cached(tmp_path) == []
+@pytest.mark.parametrize("folder", ["missing", None])
+def test_without_a_folder_or_a_home_there_are_no_caches(folder, monkeypatch, tmp_path):
+    def home():
+        if folder is None:
+            raise RuntimeError("Could not determine home directory.")
+        return tmp_path / folder
+
+    monkeypatch.setattr(Path, "home", home)
+    planner_cache.load_user_caches()
+    assert "measured" not in planned().reason
 
 
 def test_import_reads_the_user_s_caches(tmp_path):
@@ -281,26 +294,9 @@ def test_import_reads_the_user_s_caches(tmp_path):
     assert "fastest as measured" in done.stdout, done.stderr
 
 
-def test_where_choices_must_be_reproducible_only_pinned_entries_count(tmp_path, deterministic):
-    mine = cache(entry())
-    planner_cache.install([mine])
+def test_where_choices_must_be_reproducible_nothing_measured_counts(deterministic):
+    use(entry())
     assert planned().predicted_us and "measured" not in planned().reason
-    planner_cache.pin(mine, tmp_path / "pinned.json")
-    assert planned().tile == "128 x 128"
-    assert planned().reason == f"fastest as measured on {CARD}, pinned by {tmp_path}/pinned.json"
-
-
-def test_beside_a_pinned_file_the_cache_does_not_count(tmp_path):
-    other = moved(rows=64)
-    planner_cache.pin(cache(entry()), tmp_path / "pinned.json")
-    cached = cache(entry(tile="128 x 64"), entry(other))
-    autotune.write_cache(cached, planner_cache.file_of(cached, tmp_path))
-    autotune.load_cached(tmp_path)
-    assert planned().tile == "128 x 128" and "measured" not in planned(other).reason
-    autotune.pin_cache(None)
-    assert "measured" not in planned().reason
-    autotune.load_cached(tmp_path)
-    assert planned().tile == "128 x 64" and "measured" in planned(other).reason
 
 
 # ---- how the fastest is found ----

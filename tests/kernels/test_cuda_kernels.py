@@ -110,7 +110,7 @@ def assert_tiles_agree(shape, wide, dropout_p, chosen):
             assert plan.forward_check == plan.backward_check == "passed", plan
     finally:
         _C.replace_autotune_cache(card.name, [])
-        lora_ext.autotune.load_cached()
+        lora_ext.autotune.planner_cache.load_user_caches()
 
 
 def assert_decode_agrees(card, shape, wide):

@@ -3,6 +3,7 @@
 The kernels themselves are warmed up in tests/emulated/test_package.py.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,11 +13,11 @@ import torch
 import lora_ext
 from lora_ext import _C, autotune
 from lora_ext.autotune import CacheError, Entry, Shape, planner_cache, session
+from lora_ext.nn import LoRALinear
 
 CARD = "A card of the tests"
 H100 = _C.Card(90, 132, 233472, 232448, CARD)
 LAYER = (1024, 4096, 16)
-NAMED = {"out_features": 1024, "in_features": 4096, "rank": 16}
 
 
 class FakeCard:
@@ -40,7 +41,7 @@ class FakeCard:
     def measure(self, trial, card, backward):
         self.before_measure()
         self.timed.append((trial.shape, backward))
-        return Entry(trial.shape, backward, "kernel", "128 x 128", {"library": (2.0, 1.0, 3.0)})
+        return Entry(trial.shape, backward, "kernel", "128 x 128", {"library": 2.0})
 
 
 @pytest.fixture
@@ -63,12 +64,17 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(session, "measure", found.measure)
     monkeypatch.setattr(session, "check_kernels", found.check)
     yield found
-    planner_cache.pinned.clear()
     _C.replace_autotune_cache(CARD, [])
 
 
+def model(*dropouts):
+    """A linear layer of LAYER's sizes for each dropout; without memory."""
+    own = {"r": 16, "device": "meta", "dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16}
+    return torch.nn.Sequential(*(LoRALinear(4096, 1024, lora_dropout=p, **own) for p in dropouts))
+
+
 def warmed(rows=64, **words):
-    return lora_ext.warmup([LAYER], rows=rows, progress=False, **words)
+    return lora_ext.warmup(model(0.0), rows=rows, progress=False, **words)
 
 
 def planned(rows=2048):
@@ -78,7 +84,7 @@ def planned(rows=2048):
 def test_without_kernels_or_a_gpu_there_is_nothing_to_warm_up(capsys):
     if _C.with_cuda and torch.cuda.is_available():
         pytest.skip("there is a card")
-    found = lora_ext.warmup([LAYER])
+    found = lora_ext.warmup(model(0.0))
     assert found == autotune.Warmup(note=found.note) and str(found) == found.note
     assert "there is nothing to warm up: " in found.note and "CUDA" in found.note
     assert capsys.readouterr().err == f"lora_ext.warmup: {found.note}\n"
@@ -95,13 +101,13 @@ def test_without_kernels_or_a_gpu_there_is_nothing_to_warm_up(capsys):
 def test_on_a_card_without_kernels_there_is_nothing_to_warm_up(card, monkeypatch, found, words):
     monkeypatch.setattr(_C, "cuda_card", lambda device: found)
     said = []
-    assert words in lora_ext.warmup([LAYER], progress=said.append).note
+    assert words in lora_ext.warmup(model(0.0), progress=said.append).note
     assert len(said) == 1 and not card.timed
 
 
 def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     before = planned()
-    found = lora_ext.warmup([LAYER], progress=False)
+    found = lora_ext.warmup(model(0.0), progress=False)
     sizes = [1, 16, 2048]
     assert card.timed == [(Shape(m, 4096, 1024, 16), back) for m in sizes for back in (0, 1)]
     assert found.timed == len(found.entries) == 6 and not found.failed and not found.note
@@ -115,26 +121,39 @@ def test_layers_are_timed_with_decode_and_training_sizes_and_kept(card):
     assert _C.cuda_route() == "auto"
 
 
-def test_a_second_call_costs_nothing(card):
-    first = warmed()
-    card.timed.clear(), card.trials.clear()
-    again = warmed(rows=[64])
-    assert not card.timed and not card.trials
-    assert again == replace(first, timed=0) and again.path == first.path
-    assert planned(64).tile == "128 x 128"
-
-
-def test_another_process_checks_but_times_nothing(card):
-    warmed()
-    _C.replace_autotune_cache(CARD, [])
-    card.timed.clear(), card.checked.clear()
-    assert warmed().timed == 0
-    assert not card.timed and card.checked
+@pytest.mark.parametrize(
+    ("change", "rows", "timed"),
+    [
+        ("nothing", [64], set()),
+        ("nothing", (64, 512), {512}),
+        ("another process", 64, set()),
+        ("another driver", 64, {64}),
+        ("another build", 64, {64}),
+        ("a corrupt file", 64, {64}),
+    ],
+)
+def test_only_what_the_cache_does_not_have_is_timed(card, monkeypatch, change, rows, timed):
+    path = warmed().path
+    card.timed.clear(), card.trials.clear(), card.checked.clear()
+    if change == "another process":
+        _C.replace_autotune_cache(CARD, [])
+    elif change == "another driver":
+        monkeypatch.setattr(_C, "cuda_driver", lambda: "13.1", raising=False)
+    elif change == "another build":
+        monkeypatch.setattr(planner_cache, "build_id", lambda: "another")
+    elif change == "a corrupt file":
+        path.write_text("{ half a")
+    words = rf"ignores the autotune cache in {path}: .*expected JSON"
+    with pytest.warns(UserWarning, match=words) if "corrupt" in change else nullcontext():
+        found = warmed(rows=rows)
+    assert {shape.rows for shape, _ in card.timed} == {shape.rows for shape in card.trials} == timed
+    assert found.timed == len(card.timed) == 2 * len(timed) and card.checked
+    assert found.path == path and autotune.read_cache(path).entries == found.entries
     assert planned(64).tile == "128 x 128"
 
 
 def test_all_kernels_that_the_layers_can_take_are_checked_once_and_no_others(card):
-    lora_ext.warmup([LAYER, {**NAMED, "dropout": True}], rows=(64, 2048), progress=False)
+    lora_ext.warmup(model(0.0, 0.1), rows=(64, 2048), progress=False)
     checked = [kernels.name for kernels in card.checked]
     every = {kernels.name for kernels in _C.all_kernels(H100, True)}
     assert len(set(checked)) == len(checked) and set(checked) < every
@@ -144,41 +163,12 @@ def test_all_kernels_that_the_layers_can_take_are_checked_once_and_no_others(car
     assert not any("float32 adapters" in name or "element-wise" in name for name in checked)
 
 
-def test_only_what_is_missing_is_timed(card):
-    warmed()
-    card.timed.clear()
-    found = warmed(rows=(64, 512))
-    assert {shape.rows for shape, _ in card.timed} == {512} and found.timed == 2
-    assert len(found.entries) == 4
-
-
-@pytest.mark.parametrize("change", ["driver", "build"])
-def test_entries_of_another_driver_or_build_do_not_survive(card, monkeypatch, change):
-    path = warmed().path
-    card.timed.clear()
-    if change == "driver":
-        monkeypatch.setattr(_C, "cuda_driver", lambda: "13.1", raising=False)
-    else:
-        monkeypatch.setattr(planner_cache, "build_id", lambda: "another")
-    assert autotune.load_cached() == []
-    assert warmed().timed == 2
-    assert autotune.load_cached() == [autotune.read_cache(path)]
-
-
-def test_a_corrupt_cache_is_a_warning_and_made_anew(card):
-    path = warmed().path
-    path.write_text("{ half a")
-    with pytest.warns(UserWarning, match=rf"ignores the autotune cache in {path}: .*expected JSON"):
-        found = warmed()
-    assert found.timed == 2 and autotune.read_cache(path).entries == found.entries
-
-
 def test_progress_is_said(card, capsys):
-    lora_ext.warmup([LAYER], rows=64)
+    lora_ext.warmup(model(0.0), rows=64)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("lora_ext.warmup: 1 of 1: 4096x1024 r=16 M=64, forward: kernel 128")
     said = []
-    lora_ext.warmup([LAYER], rows=512, progress=said.append)
+    lora_ext.warmup(model(0.0), rows=512, progress=said.append)
     assert len(said) == 2 and capsys.readouterr().err == ""
 
 
@@ -189,58 +179,49 @@ def test_nothing_is_timed_under_deterministic_algorithms(card, deterministic):
     assert found.entries == () and found.path is None
 
 
-def test_a_cache_file_is_made_then_pinned_and_read(card, tmp_path):
+def test_ranks_that_read_one_file_make_the_same_choices(card, tmp_path):
+    """Whatever each has measured before; what the file does not have is predicted."""
     path = tmp_path / "autotune.json"
+    warmed(rows=512)
     found = warmed(cache=path)
-    assert found.timed == 2 and found.path == path and not planner_cache.user_folder().exists()
-    assert planned(64).reason == f"fastest as measured on {CARD}, pinned by {path}"
+    assert found.timed == 2 and found.path == path
+    choices = [planned(64).reason, planned(512).reason]
+    assert choices[0] == f"fastest as measured on this GPU, in {path}"
+    assert "measured" not in choices[1]
+    warmed(rows=(64, 512))  # another rank, with the user's cache
+    assert path.name not in planned(64).reason and "measured" in planned(512).reason
+    autotune.load_cache(path)
+    assert [planned(64).reason, planned(512).reason] == choices
     card.timed.clear()
     again = warmed(cache=str(path))
     assert again.timed == 0 and not card.timed and again.entries == found.entries
-    autotune.pin_cache(None)
-    assert "measured" not in planned(64).reason
-    autotune.pin_cache(path)
-    assert planned(64).tile == "128 x 128"
-    other = warmed(rows=512)
-    assert not card.timed and other.note.startswith(f"nothing is timed while {path} is pinned")
 
 
-def test_a_pinned_file_counts_under_deterministic_algorithms(card, tmp_path, deterministic):
-    torch.use_deterministic_algorithms(False)
-    warmed(cache=tmp_path / "autotune.json")
-    torch.use_deterministic_algorithms(True)
-    assert planned(64).tile == "128 x 128"
-
-
-@pytest.mark.parametrize("spoil", ["corrupt", "card", "torch", "driver", "build"])
+@pytest.mark.parametrize("spoil", ["corrupt", "card", "versions"])
 def test_a_given_file_that_does_not_fit_is_an_error_that_names_it(card, tmp_path, spoil):
     path = tmp_path / "autotune.json"
     warmed(cache=path)
-    autotune.pin_cache(None)
+    _C.replace_autotune_cache(CARD, [])
     if spoil == "corrupt":
         path.write_text(path.read_text()[:-20])
     else:
         autotune.write_cache(replace(autotune.read_cache(path), **{spoil: "another"}), path)
     card.timed.clear()
-    for call in (
-        lambda: autotune.pin_cache(path),
-        lambda: warmed(cache=path),
-    ):
+    for call in (lambda: autotune.load_cache(path), lambda: warmed(cache=path)):
         with pytest.raises(CacheError, match=f"{path}: expected"):
             call()
     assert not card.timed and "measured" not in planned(64).reason
 
 
-def test_a_file_that_is_not_there_cannot_be_pinned(card, tmp_path):
+def test_a_file_that_is_not_there_cannot_be_read(card, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        autotune.pin_cache(tmp_path / "none.json")
+        autotune.load_cache(tmp_path / "none.json")
 
 
 @pytest.mark.skipif(_C.with_cuda, reason="the build has CUDA kernels")
-def test_without_kernels_no_file_can_be_pinned(tmp_path):
+def test_without_kernels_no_file_can_be_read(tmp_path):
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        autotune.pin_cache(tmp_path / "none.json")
-    autotune.pin_cache(None)
+        autotune.load_cache(tmp_path / "none.json")
 
 
 def test_entries_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatch, tmp_path):
@@ -252,7 +233,7 @@ def test_entries_that_cannot_be_written_are_in_use_all_the_same(card, monkeypatc
         warmed(rows=(64, 512))
     assert len(card.timed) == 4 and planned(64).tile == planned(512).tile == "128 x 128"
     with pytest.raises(OSError, match="No space left"):
-        lora_ext.warmup([LAYER], rows=128, cache=tmp_path / "autotune.json", progress=False)
+        lora_ext.warmup(model(0.0), rows=128, cache=tmp_path / "autotune.json", progress=False)
     assert planned(128).reason.endswith("autotune.json")
 
 
@@ -265,7 +246,7 @@ def test_an_interrupt_keeps_the_shapes_timed_so_far(card):
     with pytest.raises(KeyboardInterrupt):
         warmed(rows=(64, 512))
     assert planned(64).tile == "128 x 128" and "measured" not in planned(512).reason
-    assert len(autotune.load_cached()[0].entries) == 2
+    assert len(planner_cache.user_cache(planner_cache.user_file(CARD)).entries) == 2
 
 
 def test_a_shape_that_does_not_fit_is_left_out(card):
@@ -285,51 +266,28 @@ def test_a_device_without_an_index_is_the_current_one(card, monkeypatch, tmp_pat
     asked = []
     monkeypatch.setattr(_C, "cuda_card", lambda device: asked.append(device) or H100)
     for device in ("cuda", torch.device("cuda"), None):
-        path = warmed(device=device).path
-        autotune.pin_cache(path, device)
-        autotune.pin_cache(None)
-        planner_cache.cache_path(tmp_path, None if device is None else torch.device(device))
+        autotune.load_cache(warmed(device=device).path, device)
     lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda"))
-    assert set(asked) == {torch.device("cuda", 3)} and len(asked) == 10
+    assert set(asked) == {torch.device("cuda", 3)} and len(asked) == 7
     lora_ext.kernels.plan(64, 64, 64, 8, card=torch.device("cuda", 1))
     assert asked[-1] == torch.device("cuda", 1)
 
 
-def test_layers_can_be_given_in_every_form():
-    expected = [Shape(8, 4096, 1024, 16), Shape(32, 4096, 1024, 16)]
-    named = NAMED
-    assert autotune.shapes_of([LAYER], [32, 8]) == expected
-    assert autotune.shapes_of([LAYER, named, named], (8, 32)) == expected
-    assert autotune.shapes_of([{**named, "rows": 8}, expected[1]], 4) == expected
-    wide = autotune.shapes_of([{**named, "float_adapters": True, "dropout": True}], 8)
-    assert wide == [Shape(8, 4096, 1024, 16, True, True)]
-
-
 @pytest.mark.parametrize(
-    ("layers", "rows", "error", "words"),
+    ("given", "error", "words"),
     [
-        ([(64, 64)], 8, TypeError, r"\(out_features, in_features, rank\)"),
-        (3, 8, TypeError, "expected a model, or a sequence of layers"),
-        (NAMED, 8, TypeError, "expected a model, or a sequence of layers"),
-        ([LAYER], None, TypeError, "expected rows as a number or several"),
-        ([LAYER], "4096", TypeError, "as a number or several, but got '4096'"),
-        (["abc"], 8, TypeError, r"\(out_features, in_features, rank\)"),
-        ([{"rank": 8}], 8, TypeError, "in_features, out_features, rank"),
-        ([{"out_features": 8, "in_features": 8, "rank": 8, "r": 8}], 8, TypeError, "but got"),
-        ([(64, 0, 8)], 8, ValueError, "at least 1"),
-        ([LAYER], 0, ValueError, "at least 1"),
-        ([LAYER], [8, 1.5], ValueError, "at least 1"),
+        ({"model": [LAYER]}, TypeError, r"expected a model, but got \[\(1024"),
+        ({"rows": None}, TypeError, "expected rows as a number or several"),
+        ({"rows": "4096"}, TypeError, "as a number or several, but got '4096'"),
+        ({"rows": 0}, ValueError, "at least 1"),
+        ({"rows": [8, 1.5]}, ValueError, "at least 1"),
+        ({"dtype": torch.float32}, TypeError, "expected bfloat16 or float16"),
     ],
     ids=str,
 )
-def test_layers_that_are_none_are_explained(layers, rows, error, words):
+def test_what_cannot_be_warmed_up_is_explained(given, error, words):
     with pytest.raises(error, match=words):
-        lora_ext.warmup(layers, rows)
-
-
-def test_only_half_dtypes_are_timed():
-    with pytest.raises(TypeError, match="expected bfloat16 or float16"):
-        lora_ext.warmup([LAYER], dtype=torch.float32)
+        lora_ext.warmup(**{"model": model(0.0), **given})
 
 
 def test_shapes_of_a_model():
@@ -355,17 +313,17 @@ def test_shapes_of_a_peft_model():
 
 @pytest.mark.gpu
 def test_a_warm_shape_is_not_slower_than_the_library_by_its_own_cache(cuda, tmp_path):
-    layer = {"out_features": 1024, "in_features": 1024, "rank": 16, "dropout": True}
+    own = {"dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16, "lora_dropout": 0.05}
     path = tmp_path / "autotune.json"
-    found = lora_ext.warmup([layer], 512, cache=path)
+    found = lora_ext.warmup(LoRALinear(1024, 1024, r=16, device=cuda, **own), 512, cache=path)
     try:
         assert autotune.read_cache(path).entries == found.entries
         for one in found.entries:
             chosen = f"{one.route} {one.tile}".strip()
-            assert one.us[chosen][0] <= one.us["library"][0]
+            assert one.us[chosen] <= one.us["library"]
         x = torch.randn(512, 1024, device=cuda, dtype=torch.bfloat16)
         w = torch.randn(1024, 1024, device=cuda, dtype=torch.bfloat16)
         a, b = w[:16], w[:, :16].contiguous()
         assert "fastest as measured" in str(lora_ext.explain(x, w, a, b, 0.05))
     finally:
-        autotune.pin_cache(None)
+        planner_cache.load_user_caches()

@@ -11,13 +11,9 @@ namespace {
 
 using Layers = std::map<Layer, ByRows<plan::Request>>;
 
-struct Table {
-  Layers layers;
-  bool pinned = false;
-};
 struct Tables {
   std::mutex mutex;
-  std::map<std::string, Table> by_card;
+  std::map<std::string, Layers> by_card;
   std::atomic<uint64_t> version{0};
 };
 Tables& tables() {
@@ -39,11 +35,11 @@ bool was_measured_so(const plan::Problem& p) {
 
 }  // namespace
 
-void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned) {
-  Table table{{}, pinned};
-  for (const Entry& entry : entries) table.layers[entry.layer][entry.rows] = entry.request;
+void replace(const std::string& card, const std::vector<Entry>& entries) {
+  Layers layers;
+  for (const Entry& entry : entries) layers[entry.layer][entry.rows] = entry.request;
   const std::lock_guard lock(tables().mutex);
-  tables().by_card[card] = std::move(table);
+  tables().by_card[card] = std::move(layers);
   ++tables().version;
 }
 
@@ -52,11 +48,9 @@ uint64_t version() { return tables().version; }
 plan::Request request_for(const plan::Card& card, const plan::Problem& p, plan::Choice choice,
                           bool reproducible) {
   const plan::Request asked{choice};
-  if (choice != plan::Choice::kAuto || !was_measured_so(p)) return asked;
+  if (choice != plan::Choice::kAuto || reproducible || !was_measured_so(p)) return asked;
   const std::lock_guard lock(tables().mutex);
-  const auto table = tables().by_card.find(card.name);
-  if (table == tables().by_card.end() || (reproducible && !table->second.pinned)) return asked;
-  const Layers& layers = table->second.layers;
+  const Layers& layers = tables().by_card[card.name];
   const auto by_rows = layers.find({p.backward, p.float_adapters, p.dropout, p.n, p.k, p.rank});
   if (by_rows == layers.end()) return asked;
   const plan::Request* found = nearest(by_rows->second, p.m, 2.0);

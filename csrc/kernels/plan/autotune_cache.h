@@ -23,15 +23,14 @@ struct Entry {
   plan::Request request;
 };
 
-// Replaces all entries of a card. The name is the driver's. Pinned: the user has supplied them, so
-// that they are the same in every run.
-void replace(const std::string& card, const std::vector<Entry>& entries, bool pinned);
+// Replaces all entries of a card. The name is the driver's.
+void replace(const std::string& card, const std::vector<Entry>& entries);
 // Number of replacements so far: plans made before the last one are no longer valid.
 uint64_t version();
 
-// Returns the user's request, unless that is kAuto and the card has an entry for the layer with half
-// to twice the rows: the nearest, of pinned ones alone if the choice must be reproducible. Entries
-// are for operands as torch allocates them and for all gradients.
+// Returns the user's request, unless that is kAuto, the choice need not be the same in every run,
+// and the card has an entry for the layer with half to twice the rows: the nearest. Entries are for
+// operands as torch allocates them and for all gradients.
 plan::Request request_for(const plan::Card& card, const plan::Problem& problem, plan::Choice choice,
                           bool reproducible);
 

@@ -93,8 +93,7 @@ void bind_autotune_cache(py::module& m) {
       .def(py::init(&autotune_entry), py::kw_only(), py::arg("backward"), py::arg("float_adapters"),
            py::arg("dropout"), py::arg("rows"), py::arg("out_features"), py::arg("in_features"),
            py::arg("rank"), py::arg("route"), py::arg("tile"), py::arg("measured"));
-  m.def("replace_autotune_cache", &autotune::replace, py::arg("card"), py::arg("entries"),
-        py::arg("pinned") = false);
+  m.def("replace_autotune_cache", &autotune::replace, py::arg("card"), py::arg("entries"));
   m.def(
       "tiles_of",
       [](const plan::Card& card, bool backward, bool float_adapters, bool dropout) {
