@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lora_ext._C as _C
+
 from ..dtypes import FLOATS, HALVES
 from ..invariance import refuse
 from ..packed_weight import PackedWeight
@@ -25,7 +27,7 @@ from ..torch_state import compute_dtype, is_autocast, is_onnx_export, is_plain, 
 from .op import base_linear, lora_linear, lora_update
 from .row_index import RowIndex
 
-MAX_RANK = 512  # kMaxRank of csrc/common/bounds.h
+MAX_RANK = _C.max_rank
 
 
 class Update(NamedTuple):

@@ -4,6 +4,7 @@
 
 #include <set>
 
+#include "common/bounds.h"
 #include "common/rows.h"
 #include "cpu/brgemm.h"
 #include "cpu/dispatch.h"
@@ -57,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("x_dtype"), py::arg("batch_invariant") = false);
   m.def("set_cpu_min_work", [](int64_t work) { cpu::min_work = work; }, py::arg("work") = 1 << 18);
   m.attr("cpu_panel_rows") = cpu::kMinPanelRows;
+  m.attr("max_rank") = lora_ext::kMaxRank;
   m.def(
       "cpu_panels_of",
       [](const at::ScalarType& x, int64_t depth, int64_t cols, bool transposed,
