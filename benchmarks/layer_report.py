@@ -39,8 +39,7 @@ _METHOD = """\
 - ours fp32 and PEFT default have float32 adapters on a half base, which is what PEFT does unless
   told otherwise; the others have adapters in the dtype of the base.
 - backward is that of an output made before. On a GPU, L2 is overwritten before each call; a graph
-  replay is one call captured in a CUDA graph, in turn with the others. Triton pair is the structure
-  of LoRAFusion in our own writing.
+  replay is one call captured in a CUDA graph, in turn with the others.
 - Memory is what torch's allocator holds at its peak above what was live before the call. Scratch
   memory that a library takes elsewhere is not seen. Saved bytes leave out weights and adapters.\
 """
@@ -51,7 +50,7 @@ _LATENCIES = {
     "Training step, as a multiple of frozen": STEP,
 }
 
-_PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "triton_pair", "compiled")
+_PEERS = ("peft", "peft_default", "naive", "loralib", "unsloth", "compiled")
 _OURS = ("ours", "ours_packed", "ours_fp32", *ROUTES)
 # Beside the floor that ratios refer to.
 _COLUMNS = {name: LABELS[name] for name in ("merged_packed", *_OURS, *_PEERS)}

@@ -43,7 +43,6 @@ LOOKS = {
     "naive": Look("naive", "#3b4a6b", "^"),
     "loralib": Look("loralib", "#2a9d5c", "v"),
     "unsloth": Look("Unsloth-style", "#7b52ab", "P"),
-    "triton_pair": Look("Triton pair", "#8fbc3b", "d"),
     "compiled": Look("torch.compile", "#00a3a3", "X"),
 }
 LABELS = {name: look.label for name, look in LOOKS.items()}
@@ -258,21 +257,6 @@ def unsloth(problem: Problem, dropout_p: float) -> Variant:
     return _adapted(AddmmLora.apply, problem)
 
 
-def triton_pair(problem: Problem, dropout_p: float) -> Variant:
-    """LoRAFusion's structure in Triton, in our own writing (CUDA)."""
-    if problem.bias is not None:
-        raise Unavailable("its fused kernel takes no bias")
-    from .triton_pair import TritonPair
-
-    return _adapted(
-        lambda x, weight, lora_a, lora_b, bias, *rest: TritonPair.apply(
-            x, weight, lora_a, lora_b, *rest
-        ),
-        problem,
-        dropout_p,
-    )
-
-
 Builder = Callable[[Problem, float], Variant]
 
 BUILDERS: dict[str, Builder] = {
@@ -292,7 +276,6 @@ BUILDERS: dict[str, Builder] = {
     "peft_default": partial(_peft, autocast_adapter_dtype=True),
     "loralib": loralib,
     "unsloth": unsloth,
-    "triton_pair": triton_pair,
     "compiled": compiled,
 }
 
@@ -318,7 +301,6 @@ def names_for(cell: Cell) -> list[str]:
         "naive": cell.all_peers,
         "loralib": cell.all_peers,
         "unsloth": cell.all_peers and not cell.dropout_p,
-        "triton_pair": half and cell.device == "cuda" and cell.all_peers,
         "compiled": cell.compiled,
     }
     return [floor_of(cell.mode), *(name for name, wanted in chosen.items() if wanted)]

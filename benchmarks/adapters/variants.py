@@ -36,7 +36,7 @@ LOOKS = {
     "loop_ours": Look("loop of ours", "loralib", "v"),
     "grouped": Look("grouped_mm", "unsloth", "P"),
     "gather": Look("gather", "compiled", "X"),
-    "bmm": Look("bmm", "triton_pair", "d"),
+    "bmm": Look("bmm", "naive", "d"),
 }
 LABELS = {name: look.label for name, look in LOOKS.items()}
 OURS = ("ours", "ours_offs", "ours_pool", "ours_kernel")

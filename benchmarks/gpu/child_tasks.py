@@ -21,7 +21,7 @@ from .child import MARK
 _ERROR_LENGTH = 300
 
 # Packages that stages use where they are installed.
-USED = ("pytest", "hypothesis", "numpy", "peft", "loralib", "triton", "transformers", "safetensors")
+USED = ("pytest", "hypothesis", "numpy", "peft", "loralib", "transformers", "safetensors")
 
 Fields = dict[str, Any]
 

@@ -20,10 +20,9 @@ a pool has 64 slots, as many used as there are rows. PEFT has a name for each sa
 rows of an adapter; "mixed" are tokens."""
 _EXPERTS = """\
 Layers without routers; each token's experts are drawn. frozen: transformers' own by grouped
-products, without adapters; with weights in NF4 all experts are dequantised, once a direction. ours,
-PEFT and the Triton pair have factors in the dtype of x, "ours fp32" and "PEFT default" in float32.
-Triton pair: a grouped product, and the update as another one onto it. Outputs and gradients of each
-are compared with float64 before; what disagrees is not timed."""
+products, without adapters; with weights in NF4 all experts are dequantised, once a direction. ours
+and PEFT have factors in the dtype of x, "ours fp32" and "PEFT default" in float32. Outputs and
+gradients of each are compared with float64 before; what disagrees is not timed."""
 _COUNTED = ("us", "DRAM bytes read", "DRAM bytes written", "tensor pipes busy, %")
 
 

@@ -1,8 +1,7 @@
 """The ways to compute a layer of experts, and whether each computes it.
 
 `frozen` is transformers' module without adapters, by its grouped products; of weights in NF4 also
-all experts are dequantised, once a direction. PEFT's layers are on the same module. A Triton pair
-is a grouped product, and the update onto it (triton_experts.py).
+all experts are dequantised, once a direction. PEFT's layers are on the same module.
 """
 
 from __future__ import annotations
@@ -287,29 +286,12 @@ def _peft(problem: Problem, float_factors: bool) -> Variant:
     return Variant(lambda x: model.experts(x, problem.index, weights), leaves)
 
 
-def _triton_pair(problem: Problem) -> Variant:
-    if problem.mixture.device != "cuda":
-        raise Unavailable("Triton compiles for GPUs")
-    if problem.codes:
-        raise Unavailable("its weights are dense")
-    from ..triton_experts import Stack, experts
-
-    *factors, weights = leaves = problem.leaves(getattr(torch, problem.mixture.dtype))
-    up, down = (
-        Stack(problem.dense[place], problem.biases[place], *factors[2 * place : 2 * place + 2])
-        for place in (0, 1)
-    )
-    given = problem.index, weights, up, down, problem.module._apply_gate, SCALING
-    return Variant(lambda x: experts(x, *given), leaves)
-
-
 BUILDERS: dict[str, Callable[[Problem], Variant]] = {
     "frozen": _frozen,
     "ours": partial(_ours, float_factors=False),
     "ours_fp32": partial(_ours, float_factors=True),
     "peft": partial(_peft, float_factors=False),
     "peft_default": partial(_peft, float_factors=True),
-    "triton_pair": _triton_pair,
 }
 
 

@@ -78,7 +78,7 @@ def measured_run(folder):
         run.document["cells"].append(result)
     times = {"merged": 1.0, "frozen": 1.0, "ours": 1.08, "ours_offs": 1.04, "peft": 9.0}
     run.document["adapters"] = [synthetic_case(case, times) for case in cases.many_cases()]
-    times = {"frozen": 1.0, "ours": 1.1, "ours_fp32": 1.2, "triton_pair": 1.7}
+    times = {"frozen": 1.0, "ours": 1.1, "ours_fp32": 1.2}
     run.document["mixtures"] = [synthetic_case(each, times) for each in mixtures.mixtures()]
     measure.predict(run)
     return run

@@ -26,7 +26,7 @@ from benchmarks.problem import make_problem
 def test_cuda_cells_time_every_route_and_baseline():
     cell = shapes.Cell(shapes.STEP, "bfloat16", 8, 16, 16, device="cuda")
     names = set(variants.names_for(cell))
-    peers = {"peft", "peft_default", "naive", "unsloth", "triton_pair", "loralib"}
+    peers = {"peft", "peft_default", "naive", "unsloth", "loralib"}
     assert {*variants.ROUTES, *peers} <= names
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, device="cpu")))
     assert not set(variants.ROUTES) & set(variants.names_for(replace(cell, dtype="float32")))
