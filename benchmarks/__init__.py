@@ -9,7 +9,7 @@ All but `.gpu` have their command from `suite`. Data flows one way:
 and from there, alike for every benchmark:
 
     results (JSON) -> report -> layer_report, gpu_report, ...    made of markdown
-                             -> layer_figures, gpu_figures, ...  made of figures
+                             -> layer_figures, models_figures, ...  made of figures
 
 `python -m benchmarks.report FILE` renders the report of an earlier run again, whatever it was.
 """

@@ -18,21 +18,20 @@ from typing import Any
 from . import results
 from .results import Document
 
-# kind -> its modules, without what they end with
+# kind -> its modules, without what they end with, where both are of one name
 _MODULES = {
-    "headline": "layer",
-    "full": "layer",
-    "few-rows": "layer",
-    "many-rows": "layer",
-    "gpu": "gpu.gpu",
+    **dict.fromkeys(("headline", "full", "few-rows", "many-rows"), "layer"),
     "models": "whole_models.models",
     "adapters": "adapters.adapters",
 }
+_APART = {("gpu", "report"): "gpu.gpu", ("gpu", "figures"): "layer"}
 
 
 def _of_kind(document: Document, what: str) -> Any:
     """The module that knows what to say of a document, or how to draw it."""
-    return import_module(f"{__package__}.{_MODULES[document['kind']]}_{what}")
+    kind = document["kind"]
+    name = _APART.get((kind, what)) or _MODULES[kind]
+    return import_module(f"{__package__}.{name}_{what}")
 
 
 def text(document: Document, images: Sequence[str] = ()) -> str:

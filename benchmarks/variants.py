@@ -116,7 +116,7 @@ def frozen(problem: Problem, dropout_p: float) -> Variant:
     return Variant(frozen_linear(problem.weight, problem.bias))
 
 
-def _adapted(
+def adapted(
     function: Callable[..., Tensor],
     problem: Problem,
     *more: object,
@@ -139,7 +139,7 @@ def ours(
     """lora_ext, with adapters in the dtype of x or in another; on CUDA on one of its routes."""
     from lora_ext import lora_linear
 
-    variant = _adapted(lora_linear, problem, dropout_p, dtype=dtype)
+    variant = adapted(lora_linear, problem, dropout_p, dtype=dtype)
     variant.route = route
     return variant
 
@@ -151,7 +151,7 @@ def ours_packed(problem: Problem, dropout_p: float) -> Variant:
     packed = problem.packed
     if not packed.is_packed:
         raise Unavailable(f"not packed: {packed.reason}")
-    variant = _adapted(lora_linear, problem, dropout_p, weight=packed)
+    variant = adapted(lora_linear, problem, dropout_p, weight=packed)
     route, reason = packed.route(problem.inputs[0].shape[:-1].numel())
     variant.note = f"{route} ({reason}); the packed copies take {packed.nbytes / 2**20:.1f} MiB"
     return variant
@@ -172,7 +172,7 @@ def _naive(
 
 def naive(problem: Problem, dropout_p: float) -> Variant:
     """Plain torch: base, A, B, mul, add."""
-    return _adapted(_naive, problem, dropout_p)
+    return adapted(_naive, problem, dropout_p)
 
 
 def compiled(problem: Problem, dropout_p: float) -> Variant:
@@ -181,7 +181,7 @@ def compiled(problem: Problem, dropout_p: float) -> Variant:
 
     torch._inductor.config.compile_threads = 1  # no worker processes beside the measurement
     torch.compiler.reset()
-    return _adapted(torch.compile(_naive, fullgraph=True, dynamic=False), problem, dropout_p)
+    return adapted(torch.compile(_naive, fullgraph=True, dynamic=False), problem, dropout_p)
 
 
 def _peft(problem: Problem, dropout_p: float, autocast_adapter_dtype: bool) -> Variant:
@@ -254,7 +254,7 @@ def unsloth(problem: Problem, dropout_p: float) -> Variant:
     """Unsloth's form, in our own writing; its fused path takes no dropout."""
     if dropout_p:
         raise Unavailable("its fused path has no dropout and falls back to PEFT")
-    return _adapted(AddmmLora.apply, problem)
+    return adapted(AddmmLora.apply, problem)
 
 
 Builder = Callable[[Problem, float], Variant]

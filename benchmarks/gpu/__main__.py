@@ -1,161 +1,244 @@
-"""`make gpu`: proof of what a GPU does, within minutes: golden vectors, tests, times, sanitizers.
+"""`make gpu`: an hour on a GPU as evidence: golden vectors, checks, tests, times, a report.
 
-    python -m benchmarks.gpu [--quick] [--device cpu] [--out FOLDER] [--resume FOLDER]
+    python -m benchmarks.gpu [--quick] [--device cpu] [--out FOLDER]
 
-A second run with the same folder goes on where the first stopped: what is done for the same sources
-is not done again, and what failed comes last. Every stage runs in children of its own, each with a
-limit; log.txt has all that they print. With --device cpu every stage runs its part that needs no
-GPU, to try the code.
+Each stage is a command in a child of its own, with a limit. It writes rows (rows.py), and what has
+a row for the same sources is not done again: where one child is lost, the next goes on behind what
+it was at, and where a call ends, the next call does. What failed is done again with --again alone.
+log.txt has all that children print. With --device cpu each stage runs its part that needs no GPU,
+to try the code.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
+import hashlib
+import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import results
-from ..suite import finish, wrong
-from . import checks, children, gpu_targets, measure, profile
-from .child import Log
-from .run import CHECKING, MEASURED, Run, bring, commit, hash_of, resumed
-from .stages import Stage, run_stages
+from ..suite import finish
+from . import process
+from .child import BROKEN, LATE
+from .document import document_of, summary
+from .process import ROOT
+from .rows import RED, Rows
+from .stages import DEVICE, STAGES, Stage
 
 _BUDGET_S = 540.0
+_LEAST_S = 60.0  # left, for a stage to begin that takes longer: it goes on next time
+_OVERRUN = 3.0  # a stage is stopped after so many times what it is expected to take
+# What a stage may take at least where only the code is tried: until no item begins, and in all.
+_TRIAL_S, _TRIAL_LIMIT_S = 20.0, 300.0
+_START_S = 90.0  # until a child has imported torch and found the device
+_MOST_LOST = 10  # a build that breaks on every item need not be run on all
 
-# First whether the kernels are right, then how fast they are. Three calls of nine minutes do all of
-# it. Seconds are what each is expected to take; it is stopped after three times that.
-STAGES = (
-    Stage("conformance", 45, checks.conformance),
-    Stage("warmup", 45, checks.warmup),
-    Stage("kernels", 90, checks.kernels),
-    Stage("memcheck", 60, checks.sanitizer("memcheck")),
-    *(Stage(tool, 60, checks.sanitizer(tool), quick=False) for tool in checks.SANITIZERS[1:]),
-    Stage("ceilings", 10, measure.ceilings),
-    Stage("headline", 100, measure.headline),
-    Stage("profile", 45, profile.worst),
-    Stage("stress", 60, checks.program("stress")),
-    Stage("many", 60, checks.many, quick=False),
-    Stage("experts", 40, checks.experts),
-    Stage("pool", 20, checks.program("pool_stress")),
-    Stage("adapters", 75, measure.adapters),
-    Stage("decode", 40, checks.program("decode")),
-    Stage("quantized", 30, checks.program("quantized")),
-    Stage("mixtures", 90, measure.mixtures),
-    Stage("tuning", 60, measure.tuning, quick=False),
-    Stage("tests", 240, checks.tests, quick=False),
-    Stage("wide", 60, measure.wide, quick=False),
-)
+_SUFFIXES = {".py", ".cpp", ".cu", ".h", ".cuh"}
 
 
-def described(run: Run, name: str) -> dict[str, Any]:
-    """The machine, as a child sees it: a driver that hangs must not hang the run.
+@functools.cache
+def hash_of(name: str) -> str:
+    """Of the sources that a folder, or a file, has when the run begins."""
+    path, digest = ROOT / name, hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.suffix in _SUFFIXES and file.is_file():
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
-    Raises:
-        CannotStart: no child could say.
+
+@dataclass
+class Run:
+    """What every stage gets.
+
+    Attributes:
+        end: when to stop, as `time.monotonic()` counts.
+        machine: what the results are of.
+        absent: packages that stages use and that are not installed.
     """
-    item = children.Item("device", {"machine": name}, children.START_S)
-    for _, answer in children.each(run, "device", [item], time.monotonic() + children.START_S):
-        if answer.result is None or answer.error:
-            raise children.CannotStart(answer.error)
-        return answer.result
-    raise children.CannotStart("there was no time for it")
+
+    options: argparse.Namespace
+    end: float
+    machine: dict[str, Any]
+    absent: Sequence[str] = ()
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def log(self) -> Path:
+        return self.options.out / "log.txt"
+
+    def rows(self, stage: Stage) -> Rows:
+        return Rows(self.options.out / "rows.jsonl", stage.name, self.sources(stage.folders))
+
+    def sources(self, folders: Sequence[str]) -> str:
+        """Of the sources under these folders, and of what they run on."""
+        known = [self.options.device, self.machine.get("gpu"), self.machine.get("versions")]
+        known += map(hash_of, folders)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+    def say(self, text: str) -> None:
+        """Before and after what is run."""
+        with self.log.open("a") as log:
+            log.write(f"== {text}\n")
+        print(text, flush=True)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM, as of a limit outside, ends the children and writes the report like an interrupt."""
+def run_stage(run: Run, stage: Stage, most_s: float) -> None:
+    """Runs it to its end, with as many children as are lost; the last row without a name says how
+    it ended."""
+    rows, start = run.rows(stage), time.monotonic()
+    on_gpu = run.options.device == "cuda"
+    status, said = "failed", f"{_MOST_LOST} children were lost"
+    for row in rows.found().values():
+        again = run.options.again and row["status"] in RED
+        if row["name"] and (again or row["status"] == "begun"):  # a call that was killed left it
+            rows.add(row["name"], "stopped")
+    lost = 0
+    while lost < _MOST_LOST:
+        left = most_s - (time.monotonic() - start)
+        words = ["--rows", str(rows.path.resolve()), "--stage", stage.name]
+        words += ["--sources", run.sources(stage.folders), "--seconds", f"{left:.0f}"]
+        command = stage.command(run.options, words)
+        if isinstance(command, str):
+            status, said = "missing", command
+            break
+        limit_s = left if on_gpu else left + _TRIAL_LIMIT_S
+        end = process.run(command, limit_s, run.log)
+        late = end.is_late or end.how == f"exit status {LATE}"
+        begun = [n for n, row in rows.found().items() if n and row["status"] == "begun"]
+        for name in begun:  # an item that is killed because the time is over is not to blame
+            found = {} if late else {"error": end.text(), "tail": end.tail}
+            rows.add(name, "stopped" if late else "failed", **found)
+        if late:
+            status, said = "partial", "the time was over"
+            break
+        if not begun and end.how != f"exit status {BROKEN}":
+            is_missing = rows.found().get("", {}).get("status") == "missing"
+            status = "failed" if end.how else "missing" if is_missing else "done"
+            said = end.text() if end.how else end.said
+            break
+        lost += 1
+    known = rows.found().get("", {})
+    said = known.get("summary", said) if status == "missing" else said
+    took = {"seconds": round(time.monotonic() - start, 1), "quick": run.options.quick}
+    rows.add("", status, summary=said, total=known.get("total"), **took)
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+def run_stages(run: Run, stages: Sequence[Stage]) -> None:
+    """Those that are not done, as far as the time left allows; what failed comes last."""
+
+    def is_done(stage: Stage) -> bool:
+        found = run.rows(stage).found()
+        own = found.get("", {"status": ""})
+        red = run.options.again and any(row["status"] in RED for row in found.values())
+        return own["status"] == "done" and own["quick"] <= run.options.quick and not red
+
+    def has_failed(stage: Stage) -> bool:
+        return run.rows(stage).found().get("", {}).get("status") == "failed"
+
+    todo = [stage for stage in stages if stage.quick or not run.options.quick]
+    for stage in sorted((each for each in todo if not is_done(each)), key=has_failed):
+        on_gpu = run.options.device == "cuda"
+        if on_gpu and run.left < min(stage.seconds, _LEAST_S):
+            run.say(f"{stage.name}: {run.left:.0f} s left, it takes {stage.seconds:.0f}: next time")
+            continue
+        most_s = min(_OVERRUN * stage.seconds, run.left)
+        most_s = most_s if on_gpu else max(_TRIAL_S, most_s)
+        run.say(f"{stage.name}, at most {most_s:.0f} s")
+        run_stage(run, stage, most_s)
+        run.say(f"{stage.name}: {summary(run.rows(stage).found())}")
+
+
+def described(run: Run) -> str:
+    """Asks a child what the results are of: a driver that hangs must not hang the run. Why nothing
+    can be measured; empty if all is well."""
+    rows = run.rows(DEVICE)
+    rows.add("machine", "stopped")
+    run_stage(run, DEVICE, _START_S)
+    found = rows.found()["machine"]
+    if "machine" not in found:
+        return found.get("error") or f"no child could describe the device: {rows.found()['']}"
+    run.machine, run.absent = found["machine"], found["absent"]
+    built = run.machine["lora_ext"]
+    if run.options.device == "cuda" and built.get("cuda") is not True:
+        return (
+            f"lora_ext is built without CUDA kernels ({built.get('cuda_reason', '')}), so there is"
+            " nothing to measure: put a CUDA toolkit's nvcc on PATH, remove .venv/.built-cuda,"
+            " then `make gpu` again"
+        )
+    return ""
+
+
+def commit() -> str:
+    """For the report; empty where git knows none."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted: the next call goes on from here", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/gpu"))
-    parser.add_argument("--resume", type=Path, help="go on with the results in this folder")
-    parser.add_argument("--machine", default="", help="what to call this machine in the report")
-    parser.add_argument("--quick", action="store_true", help="what matters most, in 8 minutes")
-    parser.add_argument("--budget", type=float, default=_BUDGET_S, help="seconds for all of it")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--out", type=Path, default=Path("benchmarks/out/gpu"))
+    found.add_argument("--machine", default="", help="what to call this machine in the report")
+    found.add_argument("--quick", action="store_true", help="what matters most, in 8 minutes")
+    found.add_argument("--again", action="store_true", help="do again what failed or was wrong")
+    found.add_argument("--budget", type=float, default=_BUDGET_S, help="seconds for all of it")
+    found.add_argument(
         "--started", type=float, help="when the budget began, as `date +%%s` says; default: now"
     )
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
-    return parser
+    names = [stage.name for stage in STAGES]
+    found.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 2 without a device or kernels, 1 if a stage failed or ours is wrong, else 0.
 
-    130 after an interrupt.
+    130 after an interrupt, of which SIGTERM, as of a limit outside, is one.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    names = [stage.name for stage in STAGES]
-    for name in options.only or []:
-        if name not in names:
-            parser.error(f"expected stages of {', '.join(names)}, but got {name}")
+    options = parser().parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     spent = 0.0 if options.started is None else max(0.0, time.time() - options.started)
-    end = time.monotonic() + options.budget - spent
-    log = Log(options.out / "log.txt")
-    empty = results.new_document("gpu", {})
-    run = Run(options.device, options.out, empty, options.quick, end, hash_of(CHECKING), log)
+    run = Run(options, time.monotonic() + options.budget - spent, {})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a crash: all of a GPU's mapped memory
+    is_interrupted = False
     try:
-        found = described(run, options.machine)
-    except children.CannotStart as error:
-        found = {"reason": f"no child could describe the device: {error}"}
-    machine = found.get("machine", {})
-    built = machine.get("lora_ext", {})
-    if "reason" in found:
-        print(f"python -m benchmarks.gpu: {found['reason']}", file=sys.stderr)
-        return 2
-    if options.device == "cuda" and built.get("cuda") is not True:
-        print(
-            "python -m benchmarks.gpu: lora_ext is built without CUDA kernels"
-            f" ({built.get('cuda_reason', '')}), so there is nothing to measure: put a CUDA"
-            " toolkit's nvcc on PATH, remove .venv/.built-cuda, then `make gpu` again",
-            file=sys.stderr,
-        )
-        return 2
-    absent = found.get("absent", [])
-    if absent:
-        run.say(f"not installed: {', '.join(absent)}; what needs them is left out")
-    if "pytest" in absent:
-        run.say("without pytest neither kernels nor sanitizers are tested: install it first")
-    if options.resume:
-        bring(options.resume, options.out)
-    fresh = results.new_document(
-        "gpu", {**machine, "sources": hash_of(MEASURED), "commit": commit()}
-    )
-    document = resumed(options.out / "results.json", fresh)
-    run = Run(options.device, options.out, document, options.quick, end, run.checking, log)
-    interrupted = True
-    with _interruptible():
-        run_stages(run, [s for s in STAGES if not options.only or s.name in options.only])
-        interrupted = False
-    document["complete"] = all(run.stages.get(name, {}).get("status") == "done" for name in names)
-    measure.predict(run)
-    document["targets"] = gpu_targets.evaluate(document)
-    # At most 8 files: pictures are drawn from the results afterwards, by `python -m
-    # benchmarks.report`, where there is a plot library.
-    failed = [name for name, result in run.stages.items() if result["status"] == "failed"]
-    faults = [f"FAILED: {name}: {run.stages[name]['summary']}" for name in failed]
-    status = finish(document, run.path, [*wrong(document, "cell", "naive"), *faults], False)
-    return 130 if interrupted else status
+        if reason := described(run):
+            print(f"python -m benchmarks.gpu: {reason}", file=sys.stderr)
+            return 2
+        if run.absent:
+            run.say(f"not installed: {', '.join(run.absent)}; what needs them is left out")
+        run_stages(run, [stage for stage in STAGES if stage.name in options.only])
+    except KeyboardInterrupt:
+        is_interrupted = True
+        print("interrupted: the next call goes on from here", file=sys.stderr)
+    if not run.machine:
+        return 130
+    machine = {**run.machine, "name": options.machine or run.machine["name"], "commit": commit()}
+    document = document_of(machine, {stage.name: run.rows(stage).found() for stage in STAGES})
+    faults = [
+        f"FAILED: {name}: {stage['summary']}"
+        for name, stage in document["stages"].items()
+        if stage["status"] == "failed"
+    ]
+    # Pictures are drawn afterwards, by `python -m benchmarks.report`, where there is a library.
+    status = finish(document, options.out / "results.json", faults, with_plots=False)
+    print(f"what to send, or to keep by scripts/keep_gpu_results.py: {options.out}")
+    return 130 if is_interrupted else status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from ..adapters.cases import Case
 from ..shapes import DROPOUT, FORWARD, STEP, TARGET_EFFORT
 
 HEADLINE_ROWS, HEADLINE_ADAPTERS, HEADLINE_WIDTH = 8192, 64, 4096
-_DECODED = (1, 16, 64, 4, 32, 2, 8)
+_DECODED = {HEADLINE_WIDTH: (1, 16, 64, 4, 32, 2, 8), 8192: (64, 8, 1)}
 _CAPACITY = 64  # of a pool that decoding reads
 
 
@@ -29,8 +29,9 @@ def many_cases() -> list[Case]:
     """Training size; decoding, one adapter for each row of a pool with room for more; the sizes of
     the CPU's table."""
     decoded = [
-        _case("decode", FORWARD, rows, rows, HEADLINE_WIDTH, capacity=_CAPACITY)
-        for rows in _DECODED
+        _case("decode", FORWARD, rows, rows, width, capacity=_CAPACITY)
+        for width, counts in _DECODED.items()
+        for rows in counts
     ]
     sizes = [
         _case("target", mode, rows, 32, 2048)

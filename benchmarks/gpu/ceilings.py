@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
+
+from .. import runner
+from ..timing import Function
+
+_CALLS = 20
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -13,27 +15,13 @@ def ceilings(device: str) -> dict[str, float]:
     size, elements = (4096, 2**28) if device == "cuda" else (256, 2**20)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source, target = (torch.empty(elements, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product_s = _median_seconds(lambda: torch.mm(a, b), device)
-    copy_s = _median_seconds(lambda: target.copy_(source), device)
+    meter = runner.means_for(device).meter
+
+    def seconds(function: Function) -> float:
+        meter(function, 5)
+        return sorted(meter(function, 1).ms for _ in range(_CALLS))[_CALLS // 2] / 1e3
+
     return {
-        "tflops": 2 * size**3 / product_s / 1e12,
-        "dram_gb_s": 2 * 2 * elements / copy_s / 1e9,
+        "tflops": 2 * size**3 / seconds(lambda: torch.mm(a, b)) / 1e12,
+        "dram_gb_s": 2 * 2 * elements / seconds(lambda: target.copy_(source)) / 1e9,
     }
-
-
-def _median_seconds(function: Callable[[], object], device: str) -> float:
-    """The median of 20 calls after 5."""
-    times = []
-    for _ in range(25):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return sorted(times[5:])[10]

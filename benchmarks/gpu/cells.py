@@ -1,4 +1,4 @@
-"""What is measured on a GPU: at most 60 headline cells, then the wide set, in order of importance.
+"""What is measured on a GPU: about 60 headline cells, then the wide set, in order of importance.
 
 Projections are those of the models' published configurations; layers of one shape are one cell.
 """
@@ -39,14 +39,14 @@ def _projection(name: str, mode: str, rows: int = ROWS, **fields) -> Cell:
     )
 
 
-def _square(mode: str, rows: int, **fields) -> Cell:
+def _square(mode: str, rows: int, width: int = 4096, **fields) -> Cell:
     fields = {"dtype": "bfloat16", "memory": mode == STEP, **fields}
-    size = {"in_features": 4096, "out_features": 4096, "bias": False, "device": "cuda"}
+    size = {"in_features": width, "out_features": width, "bias": False, "device": "cuda"}
     return Cell(mode, rows=rows, **size, **fields)
 
 
 def headline_cells() -> list[Cell]:
-    """The layers people adapt, at training size, and how rows, rank and dtype matter at 4096."""
+    """The layers people adapt, at training size, and how rows, rank and dtype matter."""
     dropped = {"dropout_p": DROPOUT}
     squares = [
         _square(FORWARD, ROWS),
@@ -54,7 +54,8 @@ def headline_cells() -> list[Cell]:
         _square(BACKWARD, ROWS, **dropped),
         _square(FORWARD, 2048, compiled=True),
         _square(STEP, 2048, compiled=True),
-        *(_square(FORWARD, rows) for rows in (512, 64, 16, 1)),
+        *(_square(FORWARD, rows) for rows in (512, 64, 16, 8, 1)),
+        *(_square(FORWARD, rows, width=8192) for rows in (64, 8, 1)),
         *(_square(BACKWARD, rows, **dropped) for rows in (2048, 512)),
         *(_square(mode, ROWS, rank=r) for r in (8, 64, 128, 256) for mode in (FORWARD, BACKWARD)),
         *(_square(mode, ROWS, dtype="float16") for mode in (FORWARD, BACKWARD)),

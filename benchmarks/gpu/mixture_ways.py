@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_ext.experts import Experts, ExpertsAdapter, lora_experts
 from lora_ext.quantized.codes import FourBits
+from lora_ext.quantized.of_bitsandbytes import codes_of
 from lora_ext.quantized.stack import QuantizedStack
 
 from .. import runner
@@ -31,7 +32,6 @@ from .mixtures import NF4, Mixture
 
 SCALING = 2.0
 OURS = ("ours", "ours_fp32")
-_BLOCK = 64
 _UP, _DOWN = "gate_up_proj", "down_proj"
 _NAMES = ("dlora_a of up", "dlora_b of up", "dlora_a of down", "dlora_b of down")
 
@@ -69,36 +69,22 @@ class Problem:
             getattr(self.module, name).detach() if self.module.has_bias else None for name in names
         ]
 
-    def leaves(self, dtype: torch.dtype | None, of_peft: bool = False) -> tuple[Tensor, ...]:
-        """Fresh factors and weights of the slots; without a dtype, the weights alone.
-
-        of_peft: in PEFT's layout, ``[E r, in]`` and ``[out, r E]``
-        """
-        made = [] if dtype is None else [each.to(dtype) for each in self.factors]
-        if of_peft:
-            made = [
-                each.permute(1, 2, 0) if number % 2 else each for number, each in enumerate(made)
-            ]
-            made = [
-                each.reshape(len(each), -1) if number % 2 else each.reshape(-1, each.shape[2])
-                for number, each in enumerate(made)
-            ]
+    def leaves(self, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """Fresh factors as PEFT has them, and weights of slots; without a dtype, these alone."""
+        made = [] if dtype is None else in_layout_of_peft(self.factors, dtype)
         wanted = self.mixture.mode == STEP
         return tuple(each.clone().requires_grad_(wanted) for each in (*made, self.weights))
-
-    def in_layout(self, gradients: tuple[Tensor, ...]) -> list[Tensor]:
-        """Of factors, ``[E, r, in]`` and ``[E, out, r]``."""
-        experts, rank = self.factors[0].shape[:2]
-        found = []
-        for number, each in enumerate(gradients):
-            if each.dim() == 2 and number % 2:
-                each = each.view(-1, rank, experts).permute(2, 0, 1)
-            found.append(each.view(experts, rank, -1) if each.dim() == 2 else each)
-        return found
 
     def rotation(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield self.inputs[0], self.grads[0]
+
+
+def in_layout_of_peft(factors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A and B of up, then of down: ``[E r, in]`` and ``[out, r E]``."""
+    a, b, c, d = (each.to(dtype) for each in factors)
+    of_b = [each.permute(1, 2, 0).flatten(1) for each in (b, d)]
+    return [a.flatten(0, 1), of_b[0], c.flatten(0, 1), of_b[1]]
 
 
 def make_problem(mixture: Mixture) -> Problem:
@@ -134,7 +120,8 @@ def make_problem(mixture: Mixture) -> Problem:
         if module.has_bias:
             getattr(module, f"{stack}_bias").normal_(generator=generator)
         if mixture.base == NF4:
-            codes.append(_four_bits(tuple(weight.shape), within**-0.5, dtype, generator))
+            drawn = quantized.in_four_bits(tuple(weight.shape), within, generator)
+            codes.append(codes_of(*drawn))
             codes[-1].dequantize(dtype, weight)
         factors.append(normal(shape.experts, mixture.rank, within, std=within**-0.5))
         factors.append(normal(shape.experts, out, mixture.rank, std=0.25 * mixture.rank**-0.5))
@@ -144,18 +131,6 @@ def make_problem(mixture: Mixture) -> Problem:
     x, grad = (normal(mixture.tokens, shape.hidden).to(dtype) for _ in range(2))
     given = index, weights.softmax(-1).to(dtype), factors, [x.requires_grad_(step)], [grad]
     return Problem(mixture, module, codes, *given)
-
-
-def _four_bits(
-    shape: tuple[int, ...], std: float, dtype: torch.dtype, generator: torch.Generator
-) -> FourBits:
-    """Random codes, with a scale for each 64, as bitsandbytes has them."""
-    device, count = generator.device, torch.Size(shape).numel()
-    drawn = {"generator": generator, "device": device}
-    packed = torch.randint(0, 256, (count // 2,), dtype=torch.uint8, **drawn)
-    scale = torch.rand(count // _BLOCK, **drawn).mul_(2 * std)
-    table = torch.tensor(quantized.NF4, device=device)
-    return FourBits(packed, scale, None, "nf4", table, _BLOCK, shape, dtype)
 
 
 def expected(problem: Problem, with_factors: bool) -> Tensors:
@@ -197,6 +172,7 @@ def expected(problem: Problem, with_factors: bool) -> Tensors:
     found = {"out": out}
     if step:
         found |= {"dx": dx, "dweights": dweights}
+        gradients = in_layout_of_peft(gradients, dtype)
         found |= dict(zip(_NAMES, gradients, strict=True)) if with_factors else {}
     return {name: each.to(dtype) for name, each in found.items()}
 
@@ -209,7 +185,7 @@ def outputs(problem: Problem, way: Variant) -> Tensors:
             return {"out": way.call(x)}
     y = way.call(x)
     dx, *gradients, dweights = torch.autograd.grad(y, (x, *way.adapters), problem.grads[0])
-    found = dict(zip(_NAMES, problem.in_layout(tuple(gradients)), strict=False))
+    found = dict(zip(_NAMES, gradients, strict=False))
     return {"out": y, "dx": dx, "dweights": dweights, **found}
 
 
@@ -240,7 +216,7 @@ def _frozen(problem: Problem) -> Variant:
 
 def _ours(problem: Problem, float_factors: bool) -> Variant:
     dtype = torch.float32 if float_factors else getattr(torch, problem.mixture.dtype)
-    *factors, weights = leaves = problem.leaves(dtype, of_peft=True)
+    *factors, weights = leaves = problem.leaves(dtype)
     module = problem.module
     layer = Experts.of(module)
     if problem.codes:
@@ -266,7 +242,7 @@ def _peft(problem: Problem, float_factors: bool) -> Variant:
     from peft import LoraConfig, inject_adapter_in_model
 
     dtype = torch.float32 if float_factors else getattr(torch, problem.mixture.dtype)
-    *factors, weights = leaves = problem.leaves(dtype, of_peft=True)
+    *factors, weights = leaves = problem.leaves(dtype)
     parameters = {id(each): each for each in problem.module.parameters()}
     experts = copy.deepcopy(problem.module, parameters)
     names = [f"experts.{name}" for name in (_UP, _DOWN)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..results import Row
 from ..shapes import FORWARD, SHORT, STEP
 
 NF4 = "NF4"
@@ -72,20 +71,6 @@ class Mixture:
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, **asdict(self)}
-
-    def work(self) -> tuple[float, float]:
-        """Operations and bytes of the base's products alone, where each chooses at random."""
-        one, rows = self.shape, self.tokens * self.shape.slots
-        times = 2 if self.mode == STEP else 1
-        hit = one.experts * (1 - (1 - one.slots / one.experts) ** self.tokens)
-        numbers = hit * 3 * one.hidden * one.inner
-        numbers += self.tokens * one.hidden + rows * (3 * one.inner + one.hidden)
-        return times * 2.0 * rows * 3 * one.hidden * one.inner, times * 2.0 * numbers
-
-
-def mixture_of(row: Row) -> Mixture:
-    """That of an entry."""
-    return Mixture(**{name: value for name, value in row["case"].items() if name != "id"})
 
 
 def mixtures() -> list[Mixture]:

@@ -6,9 +6,13 @@ library; of other packages it says nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import lora_ext
 from lora_ext import _C
 
+from .. import runner
+from ..results import Row
 from ..shapes import BACKWARD, FORWARD, Cell
 
 # variant (benchmarks.variants) -> the route that the planner is asked for, and float32 adapters
@@ -54,3 +58,26 @@ def launches_of(card: _C.Card | None, cell: Cell, variant: str) -> list[tuple[st
 def _product(card: _C.Card, cell: Cell, backward: bool) -> _C.Launch:
     n, k = cell.out_features, cell.in_features
     return _C.library_product(card, cell.rows, *((k, n) if backward else (n, k)))
+
+
+def predictions(entries: list[Row], gpu: str) -> list[dict[str, Any]]:
+    """Predicted and measured times of cells side by side.
+
+    Measured is a graph's replay, which has no host in it, as the prediction has none; without one,
+    a call.
+    """
+    card, found = card_named(gpu), []
+    for entry in entries:
+        cell = runner.cell_of(entry)
+        for variant, timing in (entry.get("timing", {}) | entry.get("graph", {})).items():
+            if launches := launches_of(card, cell, variant):
+                found.append(
+                    {
+                        "cell": cell.id,
+                        "variant": variant,
+                        "predicted_us": sum(us for _, us in launches),
+                        "measured_us": 1e3 * timing["ms"],
+                        "longest": max(launches, key=lambda launch: launch[1])[0],
+                    }
+                )
+    return found

@@ -1,28 +1,32 @@
-"""`python -m benchmarks.gpu.quantized`: weights in 4 bits on the card, right and how fast.
+"""Weights in NF4: every bit of what is dequantised, and times beside a dense base's and others'.
 
-First every bit of what the kernel writes, beside bitsandbytes' own, or where that is missing beside
-its formula in torch. Then times: of dequantising alone, and of a step, forward and backward, of the
-layer on a dense base, on an NF4 base, and as bitsandbytes and PEFT compute it.
+The bits are bitsandbytes' own, or where that is missing those of its formula in torch.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lora_ext
 from lora_ext.quantized.devices import has_kernels
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight
 
-from ..timing import Function
-from .command_line import conclude, device_of, medians_ms
+from .. import runner
+from ..adapters.measure import Tensors, checked, conclude
+from ..agreement import outputs
+from ..problem import Problem, make_problem
+from ..results import Row
+from ..shapes import FORWARD, STEP, Cell
+from ..timing import Plan
+from ..variants import Unavailable, Variant, adapted
 
 # Of normal quantiles, as Dettmers et al. 2023 have them.
 NF4 = (
@@ -31,35 +35,74 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_BLOCK, _SCALE_BLOCK, _RANK, _SCALING = 64, 256, 16, 2.0
+FLOOR = "dense"
+LABELS = {FLOOR: FLOOR, "ours": "ours", "peft": "bitsandbytes and PEFT"}
+_BLOCK, _SCALE_BLOCK = 64, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# N, K of what is compared; K = N and rows of what is timed.
-_COMPARED = {"cuda": [(4096, 4096), (14336, 4096), (333, 64)], "cpu": [(96, 128), (33, 64)]}
-_TIMED = {
-    "cuda": [(8192, 2048), (8192, 8192), (4096, 2048), (4096, 8192)],
-    "cpu": [(256, 64)],
-}
 
 
-def quantized(n: int, k: int, device: str, nested: bool) -> FourBitWeight:
-    """A weight of random codes, with scales that are quantised again or not."""
-    generator = torch.Generator().manual_seed(n + k)
-    blocks = n * k // _BLOCK
+@dataclass(frozen=True)
+class QuantizedCase:
+    """A step of a layer with K = N = width, or, as a forward, its weight dequantised alone."""
+
+    mode: str
+    rows: int
+    width: int
+    device: str = "cuda"
+    effort: float = 1.0
+
+    @property
+    def id(self) -> str:
+        rows = f" {self.rows} rows" if self.mode == STEP else ""
+        return f"{self.mode} NF4{rows} K=N={self.width}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"id": self.id, **asdict(self)}
+
+
+def quantized_cases() -> list[QuantizedCase]:
+    return [
+        QuantizedCase(STEP, 2048, 8192),
+        QuantizedCase(FORWARD, 1, 8192),
+        QuantizedCase(STEP, 8192, 8192),
+        QuantizedCase(FORWARD, 1, 4096),
+        *(QuantizedCase(STEP, rows, 4096) for rows in (2048, 8192)),
+    ]
+
+
+def on_cpu(chosen: list[QuantizedCase]) -> list[QuantizedCase]:
+    """The same set, small: to try the code without a GPU."""
+    return [
+        replace(each, rows=min(each.rows, 64), width=each.width // 32, device="cpu")
+        for each in chosen
+    ]
+
+
+def in_four_bits(
+    shape: tuple[int, ...], k: int, generator: torch.Generator, nested: bool = False
+) -> tuple[Tensor, SimpleNamespace]:
+    """Random codes of a weight, with scales that are quantised again or not, as bitsandbytes has
+    them.
+
+    k: of the products that it is for, which are to be of the size of x
+    """
+    device, blocks = generator.device, math.prod(shape) // _BLOCK
+    drawn = {"generator": generator, "device": device}
 
     def floats(count: int) -> Tensor:
-        return torch.rand(count, generator=generator).to(device)
+        return torch.rand(count, **drawn).mul_(2 * k**-0.5)
 
     def codes(count: int) -> Tensor:
-        return torch.randint(0, 256, (count,), generator=generator).to(torch.uint8).to(device)
+        return torch.randint(0, 256, (count,), dtype=torch.uint8, **drawn)
 
-    state = SimpleNamespace(shape=(n, k), dtype=torch.bfloat16, quant_type="nf4", nested=nested)
+    state = SimpleNamespace(shape=shape, dtype=torch.bfloat16, quant_type="nf4", nested=nested)
     state.code, state.blocksize = torch.tensor(NF4, device=device), _BLOCK
     state.absmax, state.offset, state.state2 = floats(blocks), None, None
     if nested:
         second = SimpleNamespace(code=floats(256), absmax=floats(-(-blocks // _SCALE_BLOCK)))
         second.blocksize, second.dtype, second.nested = _SCALE_BLOCK, torch.float32, False
         state.absmax, state.offset, state.state2 = codes(blocks), floats(1)[0], second
-    return FourBitWeight(codes(n * k // 2), state)
+    return codes(math.prod(shape) // 2), state
 
 
 def by_formula(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
@@ -75,41 +118,38 @@ def by_formula(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
 
 
 def by_library(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """As bitsandbytes' own kernels write it."""
+    """As bitsandbytes' own kernels write it.
+
+    Raises:
+        Unavailable: it is missing, or cannot on this device.
+    """
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    importlib.import_module("bitsandbytes")  # whose op it is
-    weight.codes.write_by_library(out)
+    try:
+        importlib.import_module("bitsandbytes")  # whose op it is
+        weight.codes.write_by_library(out)
+    except Exception as error:  # whatever a library raises that was not built for this card
+        raise Unavailable(f"bitsandbytes: {runner.text_of(error)}") from error
     return out
 
 
-Dequantize = Callable[[FourBitWeight, torch.dtype], Tensor]
+def _weight(width: int, device: str, nested: bool = True) -> FourBitWeight:
+    generator = torch.Generator(device).manual_seed(width)
+    return FourBitWeight(*in_four_bits((width, width), width, generator, nested))
 
 
-def reference(device: str) -> tuple[str, Dequantize]:
-    """What to compare with, and its name: bitsandbytes if it is there and works on the device."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        print("bitsandbytes is missing: compared with its formula, not timed")
-        return "the formula", by_formula
-    try:
-        by_library(quantized(64, 64, device, nested=True), torch.bfloat16)
-    except Exception as error:  # whatever a library raises that was not built for this card
-        why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        print(f"bitsandbytes cannot write it here ({why}): compared with its formula, not timed")
-        return "the formula", by_formula
-    return "bitsandbytes", by_library
-
-
-def differing(device: str, expected_by: Dequantize) -> list[str]:
+def differing(width: int, device: str) -> list[str]:
     """Weights of which a bit differs."""
     found = []
-    for n, k in _COMPARED[device]:
-        for nested in (False, True):
-            weight = quantized(n, k, device, nested)
-            for dtype in _DTYPES:
-                got, expected = weight.dequantize(dtype), expected_by(weight, dtype)
-                if not torch.equal(got, expected):
-                    count = int((got != expected).sum())
-                    found.append(f"[{n}, {k}] {dtype}, nested {nested}: {count} values differ")
+    for nested in (False, True):
+        weight = _weight(width, device, nested)
+        for dtype in _DTYPES:
+            try:
+                name, expected = "bitsandbytes", by_library(weight, dtype)
+            except Unavailable:
+                name, expected = "the formula", by_formula(weight, dtype)
+            count = int((weight.dequantize(dtype) != expected).sum())
+            if count:
+                found.append(f"{dtype}, nested {nested}: {count} values differ from {name}")
     return found
 
 
@@ -126,85 +166,49 @@ class _FrozenProduct(torch.autograd.Function):
         return grad.matmul(by_library(ctx.weight, ctx.dtype)), None
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Operands of a step, bfloat16."""
-
-    x: Tensor
-    grad: Tensor
-    weight: FourBitWeight
-    lora_a: Tensor
-    lora_b: Tensor
-
-    def step(self, forward: Callable[[], Tensor]) -> Function:
-        def run() -> None:
-            for leaf in (self.x, self.lora_a, self.lora_b):
-                leaf.grad = None
-            forward().backward(self.grad)
-
-        return run
-
-    def by_peft(self) -> Tensor:
-        base = _FrozenProduct.apply(self.x, self.weight)
-        return base + F.linear(F.linear(self.x, self.lora_a), self.lora_b) * _SCALING
+def _by_peft(x: Tensor, weight: FourBitWeight, a: Tensor, b: Tensor, bias: None, s: float):
+    return _FrozenProduct.apply(x, weight) + F.linear(F.linear(x, a), b) * s
 
 
-def problem(width: int, rows: int, device: str) -> Problem:
-    def made(*shape: int) -> Tensor:
-        return (torch.randn(shape, device=device) * 0.02).to(torch.bfloat16)
+def _ways(mode: str, problem: Problem, weight: FourBitWeight) -> dict[str, Callable[[], Variant]]:
+    from lora_ext import lora_linear
 
-    x, a, b = (made(*s).requires_grad_() for s in ((rows, width), (_RANK, width), (width, _RANK)))
-    return Problem(x, made(rows, width), quantized(width, width, device, nested=True), a, b)
-
-
-def functions(width: int, rows: int, device: str, library: bool) -> dict[str, Function]:
-    """What is timed, by name."""
-    one = problem(width, rows, device)
-    factors = (one.lora_a, one.lora_b)
-    dense = one.weight.dequantize(torch.bfloat16)
-    out = torch.empty_like(dense)
-    found: dict[str, Function] = {
-        "dequantise": lambda: one.weight.dequantize(torch.bfloat16, out),
-        "step, dense": one.step(
-            lambda: lora_ext.lora_linear(one.x, dense, *factors, scaling=_SCALING)
-        ),
-        "step, NF4": one.step(
-            lambda: lora_ext.lora_linear(one.x, one.weight, *factors, scaling=_SCALING)
-        ),
+    if mode == STEP:
+        return {
+            FLOOR: lambda: adapted(lora_linear, problem),
+            "ours": lambda: adapted(lora_linear, problem, weight=weight),
+            "peft": lambda: adapted(_by_peft, problem, weight=weight),
+        }
+    dense, out = problem.weight, torch.empty_like(problem.weight)
+    return {
+        FLOOR: lambda: Variant(lambda x: out.copy_(dense)),
+        "ours": lambda: Variant(lambda x: weight.dequantize(dense.dtype, out)),
+        "peft": lambda: Variant(lambda x: by_library(weight, dense.dtype)),
     }
-    if library:
-        found["dequantise by bitsandbytes"] = lambda: by_library(one.weight, torch.bfloat16)
-        found["step, bitsandbytes and PEFT"] = one.step(one.by_peft)
-    return found
 
 
-def timed(device: str, library: bool) -> str:
-    """Prints medians, and returns the last line; at one size calls take turns."""
-    said = ""
-    for width, rows in _TIMED[device]:
-        every = functions(width, rows, device, library)
-        for function in every.values():
-            function()
-        times = medians_ms(every, device, 3)
-        cells = [f"{name} {1e3 * ms:.0f} us" for name, ms in times.items()]
-        said = f"K=N={width}, {rows} rows: {', '.join(cells)}"
-        print(said, flush=True)
-    return said
+def measure(case: QuantizedCase, plan: Plan, announce: runner.Announce = lambda what: None) -> Row:
+    """As adapters.measure.measure; what is right is the dense weight, which the formula gives."""
+    row: Row = {"case": case.as_dict(), "status": "ok"}
+    row |= {"errors": {}, "notes": {}, "disagreements": {}}
+    device, width = case.device, case.width
+    if not has_kernels(torch.empty(0, device=device).device):
+        return row | {"status": "error", "error": f"this build's kernels do not run on {device}"}
+    cell = Cell(case.mode, "bfloat16", case.rows, width, width, bias=False, device=device)
+    problem, weight = make_problem(cell), _weight(width, device)
+    problem.weight = by_formula(weight, problem.dtype)
+    builders = _ways(case.mode, problem, weight)
+    expected = outputs(builders[FLOOR](), problem, case.mode)
+    expected = {name: found.clone() for name, found in expected.items()}
 
+    def made(name: str) -> tuple[Variant, Tensors, Tensors]:
+        way = builders[name]()
+        return way, outputs(way, problem, case.mode), expected
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 if a bit differs."""
-    device = device_of("quantized", __doc__, arguments)
-    there = torch.device(f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device)
-    if not has_kernels(there):
-        print(f"this build's kernels do not run on {there}")
-        return 1
-    name, expected_by = reference(device)
-    wrong = differing(device, expected_by)
-    times = timed(device, expected_by is by_library)
-    count = 2 * len(_DTYPES) * len(_COMPARED[device])
-    return conclude(wrong, f"{len(wrong)} of {count} weights in NF4 differ from {name}; {times}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ways = checked(list(builders), made, row, announce)
+    announce("bits")
+    if wrong := differing(width, device):
+        row["disagreements"]["ours"] = wrong
+    means = runner.means_for(device)
+    runner.time_in_turn(case.mode, problem, ways, means, plan, row, announce)
+    return conclude(row, ("ours",), FLOOR)

@@ -1,137 +1,113 @@
-"""What a stage of `make gpu` is, and how stages are run.
-
-A stage is a command or a measurement whose result is written at once. A tool that is missing, or a
-command that fails, is a result too: the next stage runs.
-"""
+"""The stages of `make gpu`: the command of each, and how long it takes."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import deque
+import shutil
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from . import child
-from .child import ROOT, Child, Late, last_said
-from .run import Run
+_TEST_S, _SANITIZED_S = 60.0, 150.0  # of one test
 
-_KEPT_LINES, _SEEN_LINES = 15, 200
-_LONGEST = 400  # characters of a summary
+# What is fixed in benchmarks/ makes no time void: --again does again what is red.
+_MEASURED = ("csrc", "lora_ext", "setup.py")
+_CHECKED = (*_MEASURED, "emulator", "tests")
 
-# "status" is one of
-#     done     not done again for these sources
-#     partial  goes on next time
-#     failed, missing, begun (the run was killed in it)
-#              done again next time, after everything that has not failed
-Result = dict[str, Any]
+# A file that cannot be imported stops no other. pytest's own faulthandler would take the limit away
+# from a test that has failed.
+_PYTEST = ("-m", "pytest", "-p", "benchmarks.gpu.recorder", "-p", "no:faulthandler", "-q")
+_PYTEST += ("--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+_KERNELS = [f"tests/kernels/test_{name}.py" for name in ("cuda_kernels", "replays")]
+_KERNELS += ["tests/experts/test_experts_grouped.py"]
+
+# The command, given the words that name its rows and its seconds; a text: why there is none.
+Command = Callable[[Namespace, list[str]], list[str] | str]
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One step of a run.
 
     Attributes:
-        name: the key of its result.
         seconds: what it is expected to take on 16 cores and one card; there it does not begin with
-            less.
-        run: what it does, given how many seconds it may take.
+            less, or with less than a minute.
+        folders: of sources, whose change makes its rows void.
         quick: whether QUICK=1 runs it.
     """
 
     name: str
     seconds: float
-    run: Callable[[Run, float], Result]
+    command: Command
+    folders: Sequence[str] = _MEASURED
     quick: bool = True
 
 
-def run_command(
-    run: Run,
-    command: Sequence[str],
-    seconds: float,
-    kept: int = _KEPT_LINES,
-) -> Result:
-    """Runs a command; returns its status and its last lines, `kept` of them."""
-    lines: deque[str] = deque(maxlen=max(kept, _SEEN_LINES))
-    late = False
-    try:
-        with Child(command, run.log, ROOT) as process:
-            try:
-                until = time.monotonic() + max(1.0, seconds)
-                while (line := process.line(until)) is not None:
-                    if line.strip():
-                        lines.append(line)
-            except Late:
-                late = True
-                before = process.pending or last_said(lines) or "nothing"
-                lines += process.last_words()
-                lines.append(f"stopped after {seconds:.0f} s; it last said: {before}")
-            how = process.end
-    except OSError as error:
-        return missing(str(error))
-    if how and not late:
-        lines.append(f"{last_said(lines)} ({how})" if lines else how)
-    return result_of(
-        "failed" if late or how else "done",
-        lines[-1] if lines else "",
-        command=" ".join(command).replace(child.PYTHON, "python"),
-        tail=list(lines)[-kept:],
-    )
+def measured(options: Namespace, words: list[str]) -> list[str]:
+    """Of child.py."""
+    quick = ["--quick"] if options.quick else []
+    own = ["-m", "benchmarks.gpu.child", "--device", options.device, *quick]
+    return [sys.executable, *own, *words]
 
 
-def result_of(status: str, summary: str, **more: Any) -> Result:
-    """A result; run_stages adds how long the stage took, and for which sources it stands."""
-    return {"status": status, "summary": summary[:_LONGEST], "seconds": 0.0, "tail": [], **more}
+def golden(options: Namespace, words: list[str]) -> list[str] | str:
+    """Every function of csrc/ptx/ on the card: golden vectors for the execution layer."""
+    if options.device != "cuda":
+        return "golden vectors come from a GPU"
+    folder = options.out.resolve() / "golden"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [sys.executable, "-m", "emulator.conformance.produce", str(folder)]
 
 
-def missing(reason: str) -> Result:
-    """The result of a stage that cannot run here."""
-    return result_of("missing", reason)
+def tests(on_gpu: Sequence[str], on_cpu: Sequence[str]) -> Command:
+    """pytest, which goes on where it was stopped."""
+
+    def command(options: Namespace, words: list[str]) -> list[str]:
+        chosen = ["-m", "gpu", *on_gpu] if options.device == "cuda" else on_cpu
+        return [sys.executable, *_PYTEST, *words, "--item-seconds", str(_TEST_S), *chosen]
+
+    return command
 
 
-def is_done(run: Run, stage: Stage) -> bool:
-    """Whether it has a result that stands for the sources at hand."""
-    result = run.stages.get(stage.name, {})
-    return result.get("status") == "done" and result.get("checking", "") == run.checking
+def sanitized(options: Namespace, words: list[str]) -> list[str] | str:
+    """A few tiles of each kind under compute-sanitizer, which makes them a hundred times slower."""
+    tool = words[words.index("--stage") + 1]
+    found = shutil.which("compute-sanitizer")
+    if found is None or options.device != "cuda":
+        return "no compute-sanitizer on the PATH, or no GPU"
+    # torch asks CUDA for what a device may lack, and takes the error for an answer.
+    under = [found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+    own = ["--item-seconds", str(_SANITIZED_S), "--no-check-timeout", "-m", "gpu"]
+    own += ["-k", "sanitized and kernel-", "tests/kernels/test_cuda_kernels.py"]
+    return [*under, sys.executable, *_PYTEST, *words, *own]
 
 
-def in_order(run: Run, chosen: Sequence[Stage]) -> list[Stage]:
-    """What is to be done: first what has not failed yet, so that no hang is met first each time."""
-    todo = [s for s in chosen if not is_done(run, s) and (s.quick or not run.quick)]
-    return sorted(todo, key=lambda stage: _has_failed(run, stage))
-
-
-def _has_failed(run: Run, stage: Stage) -> bool:
-    return run.stages.get(stage.name, {}).get("status") in ("failed", "missing", "begun")
-
-
-def run_stages(run: Run, chosen: Sequence[Stage]) -> None:
-    """Runs the stages that are not done, as long as the time left allows."""
-    for stage in in_order(run, chosen):
-        if run.device == "cuda" and run.left < stage.seconds:
-            print(f"{stage.name}: {run.left:.0f} s left, it takes {stage.seconds:.0f}: next time")
-            continue
-        before = run.stages.get(stage.name)
-        limit_s = run.limit_s(stage.seconds)
-        run.stages[stage.name] = result_of("begun", "the run was killed in it")
-        if before is not None and before.get("checking") == run.checking and "ended" in before:
-            run.stages[stage.name] |= {"ended": before["ended"], "checking": run.checking}
-        run.write()
-        run.say(f"{stage.name}, at most {limit_s:.0f} s")
-        start = time.monotonic()
-        try:
-            result = stage.run(run, limit_s)
-            json.dumps(result, allow_nan=False)  # what cannot be written must not stop all writing
-        except Exception as error:  # what was measured before must not be lost
-            result = result_of("failed", f"{type(error).__name__}: {error}")
-        except BaseException:  # an interrupt says nothing of the stage
-            run.stages.pop(stage.name)
-            if before is not None:
-                run.stages[stage.name] = before
-            run.write()
-            raise
-        took = round(time.monotonic() - start, 1)
-        run.stages[stage.name] = {**result, "seconds": took, "checking": run.checking}
-        run.write()
-        run.say(f"{stage.name}: {result['status']}: {result['summary']}")
+# First whether the kernels are right, then how fast they are. Three calls of nine minutes do all.
+STAGES = (
+    Stage("golden", 45, golden, _CHECKED),
+    Stage("checks", 45, measured),
+    Stage("kernels", 210, tests(_KERNELS, ["tests/kernels/test_replays.py"]), _CHECKED),
+    Stage("memcheck", 60, sanitized, _CHECKED),
+    *(
+        Stage(tool, 60, sanitized, _CHECKED, quick=False)
+        for tool in ("racecheck", "synccheck", "initcheck")
+    ),
+    Stage("ceilings", 10, measured),
+    Stage("headline", 100, measured),
+    Stage("profile", 45, measured),
+    Stage("adapters", 75, measured),
+    Stage("quantized", 30, measured),
+    Stage("mixtures", 90, measured),
+    Stage("tuning", 60, measured, quick=False),
+    Stage(
+        "tests",
+        300,
+        tests(
+            ["tests/op/test_many_adapters.py", "tests", *(f"--ignore={path}" for path in _KERNELS)],
+            ["tests/kernels/test_decode_shares.py"],
+        ),
+        _CHECKED,
+        quick=False,
+    ),
+    Stage("wide", 60, measured, quick=False),
+)
+DEVICE = Stage("device", 0, measured, ())

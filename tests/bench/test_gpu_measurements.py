@@ -1,26 +1,30 @@
-"""What `make gpu` measures: cells, routes, replays, clocks, counters, bits that differ."""
+"""What `make gpu` measures, and what becomes of it: predictions, report, keeping."""
 
 import copy
+import runpy
 from dataclasses import replace
 
 import pytest
 import torch
-from bench_helpers import QUICK, small
+from bench_helpers import MACHINE, QUICK, measured_run, small, synthetic_case
 
 import lora_ext
-from benchmarks import calls, card, results, runner, shapes, variants
+from benchmarks import calls, card, report, results, runner, shapes, variants
 from benchmarks.gpu import (
     cases,
     cells,
-    decode,
+    gpu_targets,
     mixture_ways,
     mixtures,
-    pool_stress,
+    predicted,
     profile,
     quantized,
-    stress,
 )
+from benchmarks.gpu.document import document_of
+from benchmarks.gpu.process import ROOT
 from benchmarks.problem import make_problem
+from lora_ext import _C
+from lora_ext.kernels import CARDS
 
 
 def test_cuda_cells_time_every_route_and_baseline():
@@ -117,26 +121,6 @@ def test_replays_take_turns_with_calls_and_what_cannot_be_captured_has_a_note():
     assert results.ratio(result, "ours", "naive", "graph") is not None
 
 
-def test_a_pool_that_changes_between_replays_agrees_with_a_loop():
-    assert pool_stress.main(["--device", "cpu"]) == 0
-
-
-@pytest.mark.parametrize("what", ["lora_a", "lora_b", "ranks", "scaling", "index"])
-def test_a_replay_that_reads_what_was_there_before_is_seen(what, monkeypatch, capsys):
-    """As a graph would that had copied a tensor when it was captured."""
-    linear, kept = pool_stress.lora_linear, {}
-
-    def stale(x, weight, lora_a, lora_b, bias, scaling, **words):
-        now = {"lora_a": lora_a, "lora_b": lora_b, "scaling": scaling, **words}
-        # The weight, too: another one must not come to its address.
-        now[what] = kept.setdefault(weight.data_ptr(), (now[what].clone(), weight))[0]
-        return linear(x, weight, bias=bias, **now)
-
-    monkeypatch.setattr(pool_stress, "lora_linear", stale)
-    assert pool_stress.main(["--device", "cpu"]) == 1
-    assert "after " in capsys.readouterr().out
-
-
 def a_layer(name, mode=shapes.STEP, **fields):
     [cell, *_] = mixtures.on_cpu([mixtures.Mixture(name, mode, 16, **fields)])
     return cell
@@ -157,7 +141,6 @@ def test_experts_agree_with_float64_and_are_timed(name, fields):
     assert row["status"] == "ok" and row["disagreements"] == row["errors"] == {}, row
     of_peft = set() if fields.get("base") else {"peft", "peft_default"}
     assert set(row["timing"]) == {"frozen", "ours", "ours_fp32", *of_peft}
-    assert mixtures.mixture_of(row).work()[0] > 0
     assert set(row["notes"]) == {*mixture_ways.BUILDERS} - set(row["timing"])
 
 
@@ -207,19 +190,26 @@ def test_a_layer_of_experts_that_is_wrong_is_named_and_not_timed(
     assert way not in row["timing"] and row["notes"][way] == "not timed: it is wrong"
 
 
-def test_weights_in_four_bits_have_every_bit_and_steps_on_them_are_timed(monkeypatch, capsys):
+def in_nf4(mode):
+    [case] = quantized.on_cpu([quantized.QuantizedCase(mode, 64, 4096)])
+    return quantized.measure(case, QUICK)
+
+
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.STEP])
+@pytest.mark.parametrize("library", [True, False])
+def test_weights_in_four_bits_have_every_bit_and_are_timed(monkeypatch, mode, library):
     """With the formula for bitsandbytes' own kernels, which may not be there."""
-    monkeypatch.setattr(quantized, "by_library", quantized.by_formula)
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
-    assert quantized.main(["--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "0 of 12 weights in NF4 differ from bitsandbytes" in said
-    for what in ("dequantise", "dequantise by bitsandbytes", "step, dense", "step, NF4"):
-        assert f"{what} " in said
-    assert "step, bitsandbytes and PEFT" in said
+
+    def missing(weight, dtype):
+        raise variants.Unavailable("bitsandbytes is missing")
+
+    monkeypatch.setattr(quantized, "by_library", quantized.by_formula if library else missing)
+    row = in_nf4(mode)
+    assert row["status"] == "ok" and row["disagreements"] == row["errors"] == {}, row
+    assert set(row["timing"]) == {"dense", "ours", *(["peft"] if library else [])}
 
 
-def test_a_weight_in_four_bits_with_another_bit_is_said(monkeypatch, capsys):
+def test_a_weight_in_four_bits_with_another_bit_is_wrong(monkeypatch):
     right = quantized.by_formula
 
     def wrong(weight, dtype):
@@ -227,13 +217,10 @@ def test_a_weight_in_four_bits_with_another_bit_is_said(monkeypatch, capsys):
         dense[-1, -1] += 1
         return dense
 
-    monkeypatch.setattr(quantized, "by_formula", wrong)
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(quantized, "_TIMED", {"cpu": []})
-    assert quantized.main(["--device", "cpu"]) == 1
-    said = capsys.readouterr().out
-    assert "bitsandbytes is missing" in said and "1 values differ" in said
-    assert "12 of 12 weights in NF4 differ from the formula" in said
+    monkeypatch.setattr(quantized, "by_library", wrong)
+    row = in_nf4(shapes.FORWARD)
+    assert row["status"] == "wrong" and len(row["disagreements"]["ours"]) == 6
+    assert "nested False: 1 values differ from bitsandbytes" in row["disagreements"]["ours"][0]
 
 
 def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
@@ -251,95 +238,117 @@ def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert card.readings() is None
 
 
-NCU = """==PROF== Connected to process 77
-"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
-"0","77","lora_gemm_sm80","gpu__time_duration.sum","ns","351,200"
-"0","77","lora_gemm_sm80","dram__bytes_read.sum","Mbyte","101.5"
-"0","77","lora_gemm_sm80","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","%","88.2"
-"1","77","lora_reduce","gpu__time_duration.sum","us","2.5"
-"1","77","lora_reduce","dram__bytes_read.sum","","n/a"
-"""
-
-
-def test_what_ncu_says_is_read():
-    gemm, reduce = profile.counters(NCU)
-    assert gemm == {
-        "kernel": "lora_gemm_sm80",
-        "us": pytest.approx(351.2),
-        "DRAM bytes read": 101.5e6,
-        "tensor pipes busy, %": 88.2,
-    }
-    assert reduce == {"kernel": "lora_reduce", "us": 2.5}
-    assert profile.counters("==ERROR== ERR_NVGPUCTRPERM") == []
-
-
-def test_kernels_of_a_call_are_listed(tmp_path):
+def test_kernels_of_a_call_are_listed():
     cell = replace(small(shapes.FORWARD), device="cpu")
     names = [name for name, _ in profile.kernels_of(cell, "ours")]
     assert "lora_ext::lora" in names
 
 
-def test_a_bit_that_differs_is_counted():
-    def changing(device, seed):
-        calls = iter(range(10**6))
-        return lambda: (torch.tensor([seed, 1 if next(calls) == 3 else 0]),)
-
-    assert stress.replays("cpu", 5, changing) == 1
-    assert stress.side_by_side("cpu", 5, changing) == stress._WORKERS
-    assert stress.main(["--device", "cpu"]) == 0
+H100 = {**MACHINE, "gpu": "NVIDIA H100 80GB HBM3", "device": "cuda"}
 
 
-@pytest.mark.parametrize(
-    ("route", "place", "status"),
-    [("kernel", 0, 1), ("hybrid", 3, 1), ("hybrid", 0, 0), ("library", 0, 0), ("library", 3, 0)],
-)
-def test_only_what_our_kernels_make_owes_equal_bits(monkeypatch, capsys, route, place, status):
-    """One tensor of one route differs; the others are those of the CPU's steps."""
-
-    def step_of(device, seed, sizes):
-        calls = iter(range(10**6))
-
-        def step():
-            found = [torch.zeros(1) for _ in range(4)]
-            found[place] += current[0] == route and next(calls) % 3 == 2
-            return tuple(found)
-
-        return step
-
-    current = [""]
-    monkeypatch.setattr(stress, "step_of", step_of)
-    monkeypatch.setattr(
-        stress.lora_ext.kernels, "set_cuda_route", lambda name: current.insert(0, name)
-    )
-    monkeypatch.setattr(stress, "ROUTES", {"cpu": ("kernel", "hybrid", "library")})
-    assert stress.main(["--device", "cpu"]) == status
-    assert "for information" in capsys.readouterr().out
+@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("mode", [shapes.FORWARD, shapes.BACKWARD, shapes.STEP])
+def test_predictions_are_the_planners(name, mode):
+    card = CARDS[name]
+    # So many rows that the device takes longer than the host, which replays of graphs have not.
+    cell = shapes.Cell(mode, "bfloat16", 4096, 4096, 4096, rank=16, bias=False)
+    problem = _C.Problem(4096, 4096, 4096, 16)
+    plans = [] if mode == shapes.BACKWARD else [_C.plan_forward(card, problem)]
+    plans += [] if mode == shapes.FORWARD else [_C.plan_backward(card, problem)]
+    for variant, route in (("ours_kernel", "kernel"), ("ours_library", "library")):
+        expected = sum(plan.predicted_us[route] for plan in plans)
+        found = sum(us for _, us in predicted.launches_of(card, cell, variant))
+        assert found == pytest.approx(expected)
+    assert [us for _, us in predicted.launches_of(card, cell, "frozen")] != []
+    assert predicted.launches_of(card, replace(cell, dtype="float32"), "ours") == []
+    assert predicted.launches_of(card, cell, "peft") == []
 
 
-def test_few_rows_are_compared_and_timed(capsys):
-    assert decode.main(["--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "0 of 16 calls of few rows are wrong; K=N=128, 4 rows: base alone " in said
-    for what in ("one adapter", "one each", "library route", "PEFT"):
-        assert f"{what} " in said
+def test_predictions_stand_beside_replays_and_the_furthest_comes_first():
+    document = document_of(H100, measured_run())
+    entries = document["predictions"]
+    names = {entry["variant"] for entry in entries}
+    assert {"merged", "ours", "ours_kernel"} <= names and "peft_default" not in names
+    assert entries[0]["measured_us"] == pytest.approx(900.0)  # a replay goes before a call
+    ours = [entry for entry in entries if entry["variant"].startswith("ours")]
+    worst = max(ours, key=lambda entry: entry["measured_us"] / entry["predicted_us"])
+    chosen = profile.furthest(document["cells"], H100["gpu"])
+    assert len(chosen) == 3
+    assert (chosen[0][0].id, chosen[0][1]) == (worst["cell"], worst["variant"])
+    assert predicted.card_named("NVIDIA A100-SXM4-40GB") is CARDS["A100"]
+    assert predicted.predictions(document["cells"], "Tesla V100") == []
 
 
-@pytest.mark.parametrize(
-    ("found", "words"), [("off", "elements are off"), ("another", "a replay has other bits")]
-)
-def test_few_rows_that_are_wrong_are_said(found, words, monkeypatch, capsys):
-    right, calls = decode.Problem.one, []
+def test_the_report_has_every_part_and_what_is_red(tmp_path):
+    found = measured_run()
+    kernels = [["lora_gemm_sm80", 351.2], ["lora_reduce", 2.5]]
+    call = {"cell": "a cell", "variant": "ours", "kernels": kernels}
+    call["predicted"] = [["lora_gemm", 340.0]]
+    lost = {"error": "stopped after 60 s", "tail": ["in a kernel"], "stage": "profile"}
+    found["profile"] = {
+        "": {"name": "", "status": "done", "seconds": 1.0, "total": 2, "summary": ""},
+        "a": {"name": "a", "status": "ok", **call},
+        "b": {"name": "b", "status": "failed", **lost},
+    }
+    found["headline"]["0"]["entry"]["card"] = {
+        "before": {"clocks.sm": 1980.0},
+        "after": {"clocks.sm": 1755.0},
+    }
+    layers = [row["entry"] for row in found["mixtures"].values() if row["name"]]
+    layers[0] |= {"status": "wrong", "disagreements": {"ours": ["out is off"]}}
+    path = tmp_path / "results.json"
+    results.write(document_of(H100, found), path)
+    assert report.main([str(path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for said in (
+        "| profile   | failed |  1 s | 1 ok 1 failed of 2; b: stopped after 60 s |",
+        "- profile, b: failed: stopped after 60 s\n      in a kernel",
+        "measured / predicted",
+        "## Backward, as a multiple of frozen, graph replays (GPU)",
+        "## Many adapters, step (GPU)",
+        "## NF4, step (GPU)",
+        "Qwen3-30B-A3B step bf16 4096 tokens r=16: ours DISAGREES with float64: out is off",
+        "lora_gemm 340.0",
+        "1755.0",
+    ):
+        assert said in text, said
 
-    def one(self):
-        calls.append(1)
-        y = right(self)
-        if found == "off" or len(calls) % 2 == 0:
-            y[0, 0] += (1 if found == "off" else 2**-7) * y[0, 0].abs()
-        return y
 
-    monkeypatch.setattr(decode.Problem, "one", one)
-    monkeypatch.setattr(decode, "_TIMED", {"cpu": []})
-    monkeypatch.setattr(decode, "timed", lambda device: "")
-    assert decode.main(["--device", "cpu"]) == 1
-    said = capsys.readouterr().out
-    assert words in said and "8 of 16 calls of few rows are wrong" in said
+@pytest.mark.parametrize(("ours", "verdict"), [(1.04, "pass"), (1.06, "miss")])
+def test_the_forward_of_many_adapters_has_a_target(ours, verdict):
+    document = document_of(H100, measured_run())
+    first = document["adapters"][0]
+    times = {"merged": 1.0, "ours_offs": ours}
+    first["graph"] = synthetic_case(cases.many_cases()[0], times)["timing"]
+    [row] = gpu_targets.evaluate(document)
+    assert (row["verdict"], row["measured"]) == (verdict, ours) and "replays" in row["note"]
+    del first["graph"]
+    assert gpu_targets.evaluate(document)[0]["measured"] == 1.04
+    first["timing"]["ours"]["disturbed"] = True
+    assert gpu_targets.evaluate(document)[0]["verdict"] == "not measured"
+    first["status"] = "wrong"
+    assert gpu_targets.evaluate(document)[0]["verdict"] == "not measured"
+    assert gpu_targets.evaluate({**document, "machine": MACHINE}) == []
+
+
+def test_results_are_kept_where_the_repository_looks_for_them(tmp_path):
+    places = runpy.run_path(str(ROOT / "scripts" / "keep_gpu_results.py"))["places"]
+    folder, root = tmp_path / "out", tmp_path / "root"
+    results.write(document_of(H100, measured_run()), folder / "results.json")
+    for name in ("report.md", "forward.png", "golden/h100.json", "tuning/a.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    found = {str(target.relative_to(root)) for target in places(folder, "h100", root).values()}
+    assert found == {
+        "benchmarks/results/h100/gpu/results.json",
+        "benchmarks/results/h100/gpu/report.md",
+        "benchmarks/results/h100/gpu/forward.png",
+        "emulator/conformance/golden/h100.json",
+        "benchmarks/results/h100/gpu/a.json",
+    }
+    with pytest.raises(ValueError, match="expected a name like"):
+        places(folder, "../h100")
+    results.write(document_of(MACHINE, measured_run()), folder / "results.json")
+    with pytest.raises(ValueError, match="trial on a CPU"):
+        places(folder, "cpu")

@@ -1,14 +1,11 @@
 """The kernel route on a GPU: graphs, streams, far offsets, and agreement with the library route."""
 
-from functools import partial
-
 import op_calls
 import pytest
 import torch
 from helpers import BF16, F16, F32, short, smallest_of_each_kind
 
 import lora_ext
-from benchmarks.gpu import stress
 from lora_ext import _C
 from lora_ext.autotune import Entry, Shape
 from lora_ext.kernels.kernel_checks import check_kernels
@@ -218,12 +215,6 @@ def test_graph_replays_have_the_same_bits(dtype, dropout_p):
     seed.fill_(2)
     graph.replay()
     assert torch.equal(out, call())
-
-
-@pytest.mark.parametrize("shape", [(2048, 1024, 1024, 16), (4096, 2048, 2048, 40)])
-def test_replays_of_a_whole_step_have_the_same_bits(shape):
-    check_all_kernels()
-    assert stress.replays("cuda", 200, partial(stress.step_of, sizes=shape)) == 0
 
 
 @dtypes
