@@ -123,7 +123,7 @@ def _shapes(options: Namespace) -> dict[str, Any]:
 
 def _tune(shape: Shape, options: Namespace) -> Row:
     """`lora_ext.warmup`; the file is one for `lora_ext.autotune.load_cache`."""
-    path = options.rows.parent / "autotune.json"
+    path = options.rows.parent / "tuning" / "autotune.json"
     layer = lora_ext.LoRALinear(
         shape.in_features,
         shape.out_features,
