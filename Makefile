@@ -226,7 +226,9 @@ endef
 export NEWER
 
 # The oldest torch, and the oldest and the newest Python found.
-PYTHONS = $$(compgen -c python3. | grep -xE 'python3[.]1[0-9]' | sort -uV | sed -n '1p;$$p' | uniq)
+# That of a tool that switches versions may be a name alone.
+PYTHONS = $$(for each in $$(compgen -c python3. | grep -xE 'python3[.]1[0-9]' | sort -uV); do \
+    if $$each -c '' 2>/dev/null; then echo $$each; fi; done | sed -n '1p;$$p' | uniq)
 test-ends:  ### a part on the oldest torch, the oldest and the newest Python
 	eval "$$END"
 	failed=

@@ -215,7 +215,7 @@ def test_casting_and_moving(kind, layer, adapters):
         x = subject.x(dtype=dtype)
         y, wanted = subject(x), subject.in_float64()(as_float64(x))
         assert {y.dtype, *(p.dtype for p in subject.model.parameters())} == {dtype}
-        assert (y - wanted).abs().max() <= 16 * torch.finfo(dtype).eps * wanted.abs().max()
+        assert (y - wanted).abs().max() <= 64 * torch.finfo(dtype).eps * wanted.abs().max()
     meta = copy.deepcopy(subject.model).to("meta")
     y = meta(subject.x().to("meta"))
     assert y.is_meta and y.shape == wanted.shape

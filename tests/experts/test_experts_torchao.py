@@ -51,7 +51,7 @@ def test_the_base_alone_has_the_numbers_of_torchaos_own_forward(form):
     packed, _ = two_mixtures(form=form)
     wanted = packed.base_model.model.experts.get_base_layer()(*routes(7))
     with lora_ext.accelerate(packed).disable_adapter():
-        torch.testing.assert_close(packed(*routes(7)), wanted)
+        torch.testing.assert_close(packed(*routes(7)), wanted, rtol=1e-5, atol=1e-5)
         ((path, reason),) = reasons(packed)
     assert path == "base" and reason.endswith(", one dequantised at a time")
 

@@ -26,9 +26,6 @@ KINDS = [
     for kind, (_, package, _) in QUANTISED.items()
     if kind != "torchao int4"
 ]
-# Whose own product is not that of the op: torchao scales after it, the others round before they add
-# the bias, and in float32 they call a product of torch where the op has panels.
-ROUNDED = {"torchao": DTYPES, "hqq": (BF16,), "gguf": DTYPES, "fp8": (F32,)}
 # Those that PEFT has layers for.
 OF_PEFT = [param for param in KINDS if QUANTISED[param.id][2]]
 FEW = [param for param in KINDS if param.id in bases.FEW]
