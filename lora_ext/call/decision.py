@@ -121,8 +121,7 @@ def fused(call: Call, base: Dense | QuantizedBase, updates: Sequence[Update] | S
         detail = partial(kernel_path, base, updates, call.x)
         return Decision(run, Path.FUSED, "", detail, dequantized)
     path = Path.ADDED if has_bias(updates) else Path.FUSED
-    names = call.rows.names if isinstance(updates, Slots) else updates
-    return Decision(run, path, of_rows(names), None, dequantized)
+    return Decision(run, path, "", partial(_by_row, path, call, updates), dequantized)
 
 
 def added(
@@ -136,7 +135,18 @@ def added(
     def run(x: Tensor) -> Tensor:
         return apply(forward(x), x, updates, call.rows)
 
-    return Decision(run, Path.ADDED, by_row(call, updates, reason))
+    if call.rows is None:
+        return Decision(run, Path.ADDED, reason)
+    return Decision(run, Path.ADDED, "", partial(_by_row, Path.ADDED, call, updates, reason))
+
+
+def _by_row(
+    path: Path, call: Call, updates: Sequence[Update] | Slots, reason: str = ""
+) -> tuple[Path, str]:
+    """The detail of rows with adapters of their own. Not said before it is asked for: a graph that
+    has read the names of a batch is compiled again for other ones."""
+    names = call.rows.names if isinstance(updates, Slots) else updates
+    return path, by_row(call, names, reason) if reason else of_rows(names)
 
 
 def of_rows(names: Sequence[Any]) -> str:

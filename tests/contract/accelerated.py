@@ -86,7 +86,6 @@ class PeftKind(Kind):
     name = "peft"
     layer_class = LoraLayer
     layers = ("net", "linear", "linear without bias", "conv1d", "embedding", "subclass", "hooked")
-    separate_path = "added"
     merged_path = "base"
     sharded = 1e-5
 

@@ -113,7 +113,6 @@ class OurKind(Kind):
     name = "ours"
     layer_class = LoRALayer
     layers = ("net", "linear without bias", *layer_helpers.KINDS)
-    separate_path = "library"
     merged_path = "merged"
     sharded = 0.0
 

@@ -24,7 +24,6 @@ class Kind:
     Attributes:
         layer_class: of the layers that have adapters.
         layers: names of what `make` makes, some of those in `cases`.
-        separate_path: of `lora_ext.explain`, where the active adapters are not one call of the op.
         merged_path: of a merged layer.
         sharded: tolerance of training with FSDP2 beside one process, a share.
 
@@ -43,7 +42,6 @@ class Kind:
     name: str
     layer_class: type
     layers: tuple[str, ...]
-    separate_path: str
     merged_path: str
     sharded: float
 

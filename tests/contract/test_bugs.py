@@ -45,7 +45,7 @@ def test_axolotl_3806_the_reason_is_told(kind, training):
     subject = kind.make("linear", "three", dropout=DIFFERENT)
     subject.model.train(training)
     ((path, reason),) = subject.reasons()
-    assert path == (kind.separate_path if training else "fused")
+    assert path == ("added" if training else "fused")
     assert ("differ in dropout" in reason) == training
 
 

@@ -281,8 +281,8 @@ def test_import_reads_the_user_s_caches(tmp_path):
     if not _C.with_cuda:
         pytest.skip("the build has no CUDA kernels")
     mine = cache(entry())
-    folder = tmp_path / ".cache" / "lora_ext" / "autotune"
-    autotune.write_cache(mine, planner_cache.file_of(mine, folder))
+    path = planner_cache.user_file(CARD).relative_to(Path.home())
+    autotune.write_cache(mine, tmp_path / path)
     code = f"import lora_ext; from lora_ext import _C; card = _C.Card(*{H100}, {CARD!r});"
     code += "print(_C.plan_forward(card, _C.Problem(2048, 1024, 4096, 16)))"
     done = subprocess.run(

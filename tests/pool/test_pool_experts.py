@@ -116,7 +116,7 @@ def test_the_base_alone():
     assert reasons == {"a pool with 3 of 4 slots used, only in blocks of use_adapters"}
     with lora_ext.use_adapters(pool.model, ["a", "b"]):
         paths = {each.name.rpartition(".")[2]: each.path for each in lora_ext.explain(pool.model)}
-    assert paths["down_proj"] == "fused" and paths["weight"] == "library"
+    assert paths["down_proj"] == "fused" and paths["weight"] == "added"
 
 
 def quantised(model):
