@@ -58,6 +58,8 @@ def both(problem: Problem, first: int, rows: int):
 @example((1024, 64, 40), [(0, 1), (31, 1), (32, 1)], (1000, 1000), 2)
 # dS of six columns is a narrow product, whose bits a dX of one column in a half type hides mostly.
 @example((1, 105, 6), [(561, 2)], (0, 101), 1)
+# Of rank 1 the trial's update was so large that it hid the roundings of W's product.
+@example((33, 175, 1), [(5, 3)], (1, 101), 1)
 def test_a_row_has_the_same_bits_in_any_batch(isa, pair, sizes, parts, long, threads):
     torch.set_num_threads(threads)
     problem = make_problem(ROWS, *sizes, pair)

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -106,15 +107,19 @@ bool are_alike(const at::Tensor& rows) {
 }
 
 // Whether run(row, operands) finds all rows alike that are this row of so many columns. One wave
-// shows the other roundings of 9 sums of 9 numbers in two cases of five only.
+// shows the other roundings of 9 sums of 9 numbers in two cases of five only. The larger of W's
+// product and the update hides how the other is rounded, and a scaling of 1, for which libraries may
+// have other code, that s is multiplied: so there are several scalings.
 template <class Args, class Run>
 bool tries(Args args, const Widths& widths, int64_t columns, const Run& run) {
   const at::Tensor &a = args.update.a(), &b = args.update.b();
   args.base.weight = wave_like(args.base.weight);
   args.update = Update::one(wave(a.size(0), a.size(1), a), wave(b.size(0), b.size(1), b), 1.0);
   fill_up(args, widths);
-  const int64_t waves = std::clamp<int64_t>((1 << 26) / (widths.in * widths.out), 2, 16);
+  constexpr double kScalings[] = {0.003, 0.7, 1, 70};
+  const int64_t waves = std::clamp<int64_t>((1 << 26) / (widths.in * widths.out), 4, 16);
   for (int64_t i = 0; i < waves; ++i) {
+    args.update.scaling = kScalings[i % std::size(kScalings)];
     if (!run(wave(1, columns, args.x, i * columns), args)) return false;
   }
   return true;
