@@ -73,7 +73,7 @@ LEAST_DROPOUT_ARCH = (
 DROPOUT = "csrc/kernels/launch/dropout.cu"
 # Compiled once for each part and type of the kernels' instances, as instances.h names them.
 INSTANCES = "csrc/kernels/launch/instances.cu"
-PARTS = ["linear", "grouped", "decode", "gemm_sm90a", "gemm_fused_shrink_sm90a"]
+PARTS = ["linear", "grouped", "decode", "gemm_sm90a"]
 TYPES = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 NO_CUDA = "csrc/kernels/launch/none.cpp"  # in place of its .cu, which no other C++ file knows of
 

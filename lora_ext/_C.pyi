@@ -86,7 +86,6 @@ class Plan:
     tile: str
     predicted_us: dict[str, float]
     wgmma: bool
-    fused_shrink: bool
     wgrad_uses_pdl: bool
     blocks: int
     shrink_splits: int

@@ -100,8 +100,7 @@ def gemm_of(plan, many: str, variant: str, named: str) -> str:
         return f"{many}_gemm {tile}{'x3' if first == 'deep' else ''}{variant}"
     tail = re.search(r"tail (\d)", named)[1]
     pingpong = " pingpong" if first == "pingpong" else ""
-    fused_shrink = "_fused_shrink" if plan.fused_shrink else ""
-    return f"lora_gemm{fused_shrink}_sm90a {tile}{pingpong}{variant} tail {tail}"
+    return f"lora_gemm_sm90a {tile}{pingpong}{variant} tail {tail}"
 
 
 def census(card: _C.Card, count: int = PLANS) -> Counter:

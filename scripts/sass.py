@@ -47,11 +47,7 @@ SOURCES = (
     "dequantize",
     "experts",
 )
-SOURCES_SM90A = tuple(
-    f"{kernel}_sm90a_{half}"
-    for kernel in ("lora_gemm", "lora_gemm_fused_shrink")
-    for half in ("bf16", "fp16")
-)
+SOURCES_SM90A = tuple(f"lora_gemm_sm90a_{half}" for half in ("bf16", "fp16"))
 SOURCES_OF = {"sm_80": SOURCES, "sm_90a": SOURCES + SOURCES_SM90A}
 
 # Launch of the instances, as csrc/kernels/ has it.
@@ -61,7 +57,7 @@ CONSTANTS = """
 #include "kernels/experts/factors.h"
 #include "kernels/skinny/dsdb.h"
 #include "kernels/gemm/params.h"
-#include "kernels/gemm/sm90a/jobs.h"
+#include "kernels/gemm/sm90a/pipeline.h"
 #include "kernels/skinny/shrink.h"
 #include "kernels/skinny/wgrad.h"
 using namespace lora_ext::kernel;
@@ -71,20 +67,14 @@ void print(const char* name, unsigned shared) {
   if constexpr (requires { Tile::kResident; }) resident = Tile::kResident;
   std::printf("%s %u %d %d\\n", name, shared, Tile::kThreads, resident);
 }
-template <class Tile>
-void print_sm90a(const char* name) {
-  const auto line = [&](const char* kernel, unsigned shared) {
-    std::printf("%s_sm90a_%s %u %d 0\\n", kernel, name, shared, Tile::kThreads);
-  };
-  line("lora_gemm", Tile::kSharedBytes);
-  line("lora_gemm_fused_shrink", JobTile<Tile>::kSharedBytes);
-}
 int main() {
   print<LoraGemmTile128x128>("lora_gemm_128x128", LoraGemmTile128x128::kSharedBytes);
   print<LoraGemmTile128x128Deep>("lora_gemm_128x128x3", LoraGemmTile128x128Deep::kSharedBytes);
   print<LoraGemmTile128x64>("lora_gemm_128x64", LoraGemmTile128x64::kSharedBytes);
-  print_sm90a<LoraGemmSm90aTile128x256>("128x256");
-  print_sm90a<LoraGemmSm90aTile128x192Pingpong>("128x192");
+  print<LoraGemmSm90aTile128x256>("lora_gemm_sm90a_128x256",
+                                  LoraGemmSm90aTile128x256::kSharedBytes);
+  print<LoraGemmSm90aTile128x192Pingpong>("lora_gemm_sm90a_128x192",
+                                          LoraGemmSm90aTile128x192Pingpong::kSharedBytes);
   print<LoraShrinkTile>("lora_shrink", LoraShrinkTile::kSlabs);
   print<LoraWgradTile>("lora_wgrad", LoraWgradTile::kSharedBytes);
   print<LoraDsdbTile<16>>("lora_dsdb_16", LoraDsdbTile<16>::kSharedBytes);

@@ -110,10 +110,6 @@ class Kernel:
         return "sm90a" in self.name
 
     @property
-    def fused_shrink(self) -> bool:
-        return "fused_shrink" in self.name
-
-    @property
     def of_experts(self) -> bool:
         return "own_weights" in self.name
 
@@ -133,13 +129,12 @@ class Kernel:
     def objections_to_loops(self) -> list[str]:
         """Memory barriers hold a warp up, those wider than a block until L2 has answered.
 
-        Around the main loop, once a tile, fence.proxy.async is one for the block alone, a fused
-        kernel draws and publishes jobs, and lora_decode counts parts of tiles.
+        Around the main loop, once a tile, fence.proxy.async is one for the block alone, and
+        lora_decode counts parts of tiles.
         """
         found = []
-        counts = self.fused_shrink or self.is_decode
         for loop in self.loops:
-            barriers = loop.membar if loop.main else 0 if counts else loop.wide_membar
+            barriers = loop.membar if loop.main else 0 if self.is_decode else loop.wide_membar
             if barriers:
                 found.append(f"{barriers} MEMBAR in the loop at {loop.place}")
             if loop.local:
@@ -212,8 +207,7 @@ class Kernel:
         if self.is_decode:
             found += self.objections_to_step()
         if self.is_sm90a:
-            # What makes T itself waits for no other grid, nor what is not launched beside it.
-            without = {"ACQBULK"} if self.fused_shrink else set()
+            without = set()
             if self.of_experts:  # whose rows are gathered, and whose blocks are no clusters
                 without = {"ACQBULK", "MULTICAST", "UTMASTG"}
             wanted = [name for name in OPCODES_SM90A if name not in without]

@@ -363,7 +363,7 @@ def assert_same_bits(run: Run, other: Run) -> None:
 
 
 def smallest_of_each_kind(tiles):
-    """Of tiles' names, the last with each first word: plain, wgmma, fused-shrink, decode, ..."""
+    """Of tiles' names, the last with each first word: plain, wgmma, decode, ..."""
     return list({"" if tile[0].isdigit() else tile.split()[0]: tile for tile in tiles}.values())
 
 

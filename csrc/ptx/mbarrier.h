@@ -36,19 +36,6 @@ LORA_EXT_DEVICE void mbarrier_arrive_remote(uint32_t bar, uint32_t rank) {
 #endif
 }
 
-// mbarrier.arrive.release.cluster (sm_90): as mbarrier_arrive_remote; in addition, what this thread
-// wrote is visible to threads that wait with mbarrier_wait_cluster. ptxas puts MEMBAR.ALL.GPU
-// before it, so it does not belong in a main loop.
-LORA_EXT_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(bar, rank))
-      : "memory");
-#else
-  emulator::mbarrier_arrive_cluster(bar, rank);
-#endif
-}
-
 // mbarrier.arrive.expect_tx (sm_90): adds `bytes` to the pending bytes, then arrives.
 LORA_EXT_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 #ifdef __CUDACC__
@@ -86,37 +73,6 @@ LORA_EXT_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
   }
 #else
   emulator::mbarrier_wait(bar, parity);
-#endif
-}
-
-// mbarrier.try_wait.parity.acquire.cluster (sm_90): as mbarrier_try_wait, for data that threads of
-// other blocks wrote before they arrived. Data of bulk copies does not need it. ptxas invalidates
-// L1 for it (CCTL.IVALL), so it does not belong in a main loop.
-LORA_EXT_DEVICE bool mbarrier_try_wait_cluster(uint32_t bar, uint32_t parity) {
-#ifdef __CUDACC__
-  uint32_t completed;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(completed)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return completed != 0;
-#else
-  return emulator::mbarrier_try_wait_cluster(bar, parity);
-#endif
-}
-
-// mbarrier.try_wait.parity.acquire.cluster in a loop (sm_90).
-LORA_EXT_DEVICE void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
-#ifdef __CUDACC__
-  while (!mbarrier_try_wait_cluster(bar, parity)) {
-  }
-#else
-  emulator::mbarrier_wait_cluster(bar, parity);
 #endif
 }
 

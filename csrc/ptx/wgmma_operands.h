@@ -35,25 +35,14 @@ LORA_EXT_HOST_DEVICE_CONSTEXPR uint64_t matrix_descriptor(uint32_t address, uint
 //     LORA_EXT_REGISTERS_<n>     the text "%0, %1, ..., %<n - 1>"
 //     LORA_EXT_ACCUMULATORS_<n>  the read-write operands d[0] .. d[n - 1]
 
-#define LORA_EXT_REGISTERS_4 "%0, %1, %2, %3"
-#define LORA_EXT_REGISTERS_8 LORA_EXT_REGISTERS_4 ", %4, %5, %6, %7"
-#define LORA_EXT_REGISTERS_12 LORA_EXT_REGISTERS_8 ", %8, %9, %10, %11"
-#define LORA_EXT_REGISTERS_16 LORA_EXT_REGISTERS_12 ", %12, %13, %14, %15"
-#define LORA_EXT_REGISTERS_20 LORA_EXT_REGISTERS_16 ", %16, %17, %18, %19"
-#define LORA_EXT_REGISTERS_24 LORA_EXT_REGISTERS_20 ", %20, %21, %22, %23"
-#define LORA_EXT_REGISTERS_28 LORA_EXT_REGISTERS_24 ", %24, %25, %26, %27"
-#define LORA_EXT_REGISTERS_32 LORA_EXT_REGISTERS_28 ", %28, %29, %30, %31"
-#define LORA_EXT_REGISTERS_48 \
-  LORA_EXT_REGISTERS_32       \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define LORA_EXT_REGISTERS_64 \
-  LORA_EXT_REGISTERS_48       \
-  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LORA_EXT_REGISTERS_80 \
-  LORA_EXT_REGISTERS_64       \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define LORA_EXT_REGISTERS_96 \
-  LORA_EXT_REGISTERS_80       \
+#define LORA_EXT_REGISTERS_32                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LORA_EXT_REGISTERS_96                                                        \
+  LORA_EXT_REGISTERS_32                                                              \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define LORA_EXT_REGISTERS_128                                                                   \
   LORA_EXT_REGISTERS_96                                                                          \
@@ -63,16 +52,7 @@ LORA_EXT_HOST_DEVICE_CONSTEXPR uint64_t matrix_descriptor(uint32_t address, uint
 
 #define LORA_EXT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LORA_EXT_D16(i) LORA_EXT_D4(i), LORA_EXT_D4(i + 4), LORA_EXT_D4(i + 8), LORA_EXT_D4(i + 12)
-#define LORA_EXT_ACCUMULATORS_4 LORA_EXT_D4(0)
-#define LORA_EXT_ACCUMULATORS_8 LORA_EXT_ACCUMULATORS_4, LORA_EXT_D4(4)
-#define LORA_EXT_ACCUMULATORS_12 LORA_EXT_ACCUMULATORS_8, LORA_EXT_D4(8)
-#define LORA_EXT_ACCUMULATORS_16 LORA_EXT_ACCUMULATORS_12, LORA_EXT_D4(12)
-#define LORA_EXT_ACCUMULATORS_20 LORA_EXT_ACCUMULATORS_16, LORA_EXT_D4(16)
-#define LORA_EXT_ACCUMULATORS_24 LORA_EXT_ACCUMULATORS_20, LORA_EXT_D4(20)
-#define LORA_EXT_ACCUMULATORS_28 LORA_EXT_ACCUMULATORS_24, LORA_EXT_D4(24)
-#define LORA_EXT_ACCUMULATORS_32 LORA_EXT_ACCUMULATORS_28, LORA_EXT_D4(28)
-#define LORA_EXT_ACCUMULATORS_48 LORA_EXT_ACCUMULATORS_32, LORA_EXT_D16(32)
-#define LORA_EXT_ACCUMULATORS_64 LORA_EXT_ACCUMULATORS_48, LORA_EXT_D16(48)
-#define LORA_EXT_ACCUMULATORS_80 LORA_EXT_ACCUMULATORS_64, LORA_EXT_D16(64)
-#define LORA_EXT_ACCUMULATORS_96 LORA_EXT_ACCUMULATORS_80, LORA_EXT_D16(80)
-#define LORA_EXT_ACCUMULATORS_128 LORA_EXT_ACCUMULATORS_96, LORA_EXT_D16(96), LORA_EXT_D16(112)
+#define LORA_EXT_D32(i) LORA_EXT_D16(i), LORA_EXT_D16(i + 16)
+#define LORA_EXT_ACCUMULATORS_32 LORA_EXT_D32(0)
+#define LORA_EXT_ACCUMULATORS_96 LORA_EXT_ACCUMULATORS_32, LORA_EXT_D32(32), LORA_EXT_D32(64)
+#define LORA_EXT_ACCUMULATORS_128 LORA_EXT_ACCUMULATORS_96, LORA_EXT_D32(96)

@@ -71,48 +71,33 @@ __device__ __forceinline__ void init_mbarrier(uint32_t bar, uint32_t count) {
 
 constexpr uint32_t kClusterBlocks = 4;
 
-// Each block reads its right neighbour's integers, then writes numbers into its memory.
-__global__ void exchange_in_cluster(const uint32_t* integers, const float* numbers,
-                                    uint32_t* identity, uint32_t* read, float* written) {
-  unsigned char* const shared = ptx::dynamic_shared_memory();
-  auto* const own_integers = reinterpret_cast<uint32_t*>(shared);
-  auto* const own_numbers = reinterpret_cast<float*>(shared) + blockDim.x;
+// Each block reads what its right neighbour wrote before the cluster's barrier.
+__global__ void exchange_in_cluster(const uint32_t* in, uint32_t* identity, uint32_t* written,
+                                    uint32_t* read) {
   const uint32_t thread = threadIdx.x, place = blockIdx.x * blockDim.x + thread;
-  const uint32_t peer = (ptx::cluster_rank() + 1) % kClusterBlocks;
-  own_integers[thread] = integers[place];
-  own_numbers[thread] = 0;
+  const uint32_t rank = ptx::cluster_rank(), peer = (rank + 1) % kClusterBlocks;
   if (thread == 0) {
-    identity[2 * blockIdx.x] = ptx::cluster_rank();
-    const uint32_t address = ptx::shared_address(shared);
+    identity[2 * blockIdx.x] = rank;
+    const uint32_t address = ptx::shared_address(ptx::dynamic_shared_memory());
     identity[2 * blockIdx.x + 1] =
         ptx::map_shared(address + 20, peer) - ptx::map_shared(address, peer);
   }
+  written[place] = in[place] + 1;
   synchronize_cluster();
-  const uint32_t integer = ptx::shared_address(own_integers + thread);
-  const uint32_t number = ptx::shared_address(own_numbers + thread);
-  read[place] = ptx::load_shared_cluster<uint32_t>(ptx::map_shared(integer, peer));
-  ptx::store_shared_cluster<float>(ptx::map_shared(number, peer), numbers[place]);
-  synchronize_cluster();
-  written[place] = own_numbers[thread] +
-                   ptx::load_shared_cluster<float>(ptx::map_shared(number, ptx::cluster_rank()));
-  ptx::store_shared_cluster<uint32_t>(ptx::map_shared(integer, ptx::cluster_rank()), 0);
+  read[place] = written[(blockIdx.x - rank + peer) * blockDim.x + thread];
 }
 
 inline void case_cluster(Recorder& recorder) {
   Random random =
-      recorder.begin("cluster", {"cluster_rank", "map_shared", "cluster_arrive", "cluster_wait",
-                                 "load_shared_cluster", "store_shared_cluster"});
+      recorder.begin("cluster", {"cluster_rank", "map_shared", "cluster_arrive", "cluster_wait"});
   constexpr uint32_t kBlocks = 8, kThreads = 64;
-  auto integers = recorder.input("integers", random.integers<uint32_t>(kBlocks * kThreads));
-  auto numbers = recorder.input("numbers", addends(random, kBlocks * kThreads, true));
-  DeviceArray<uint32_t> identity(2 * kBlocks);
-  DeviceArray<uint32_t> read(kBlocks * kThreads);
-  DeviceArray<float> written(kBlocks * kThreads);
-  launch({kBlocks, kThreads, 8 * kThreads, kClusterBlocks}, exchange_in_cluster, integers.data(),
-         numbers.data(), identity.data(), read.data(), written.data());
+  auto in = recorder.input("in", random.integers<uint32_t>(kBlocks * kThreads));
+  DeviceArray<uint32_t> identity(2 * kBlocks), written(kBlocks * kThreads),
+      read(kBlocks * kThreads);
+  launch({kBlocks, kThreads, 64, kClusterBlocks}, exchange_in_cluster, in.data(), identity.data(),
+         written.data(), read.data());
   recorder.output("identity", identity, {kBlocks, 2});
   recorder.output("read", read);
-  recorder.output("written", written);
 }
 
 // ---- mbarrier.h ---------------------------------------------------------------------------------
@@ -152,25 +137,6 @@ inline void case_mbarrier(Recorder& recorder) {
   recorder.output("seen", seen);
 }
 
-// Every thread of the pair writes a value to both blocks and arrives at both blocks' objects.
-__global__ void arrive_in_cluster(const uint32_t* in, uint32_t* out, uint32_t* seen) {
-  unsigned char* const shared = ptx::dynamic_shared_memory();
-  auto* const values = reinterpret_cast<uint32_t*>(shared + 64);
-  const uint32_t bar = ptx::shared_address(shared), thread = threadIdx.x;
-  const uint32_t place = blockIdx.x * 32 + thread;
-  init_mbarrier(bar, 64);
-  synchronize_cluster();
-  for (uint32_t rank = 0; rank < 2; ++rank) {
-    const uint32_t slot = ptx::shared_address(values + place);
-    ptx::store_shared_cluster<uint32_t>(ptx::map_shared(slot, rank), in[place] + rank);
-    ptx::mbarrier_arrive_cluster(bar, rank);
-  }
-  ptx::mbarrier_wait_cluster(bar, 0);
-  for (uint32_t i = 0; i < 2; ++i) out[64 * blockIdx.x + 32 * i + thread] = values[32 * i + thread];
-  seen[place] = ptx::mbarrier_try_wait_cluster(bar, 0);
-  synchronize_cluster();
-}
-
 // Every thread of the pair arrives, in each of two phases, at both blocks' objects, in the default
 // form, which counts at either.
 __global__ void arrive_remotely(uint32_t* seen) {
@@ -195,17 +161,6 @@ inline void case_mbarrier_remote(Recorder& recorder) {
                         "fence_mbarrier_init", "cluster_arrive_relaxed"});
   DeviceArray<uint32_t> seen(std::vector<uint32_t>(4 * 64, 7));
   launch({2, 32, 64, 2}, arrive_remotely, seen.data());
-  recorder.output("seen", seen);
-}
-
-inline void case_mbarrier_cluster(Recorder& recorder) {
-  Random random = recorder.begin(
-      "mbarrier_cluster", {"mbarrier_arrive_cluster", "mbarrier_wait_cluster",
-                           "mbarrier_try_wait_cluster", "fence_mbarrier_init", "mbarrier_init"});
-  auto in = recorder.input("in", random.integers<uint32_t>(64));
-  DeviceArray<uint32_t> out(128), seen(std::vector<uint32_t>(64, 7));
-  launch({2, 32, 64 + 256, 2}, arrive_in_cluster, in.data(), out.data(), seen.data());
-  recorder.output("out", out);
   recorder.output("seen", seen);
 }
 
@@ -297,7 +252,6 @@ inline void record_sm90(Recorder& recorder) {
   case_cluster(recorder);
   case_mbarrier(recorder);
   case_mbarrier_remote(recorder);
-  case_mbarrier_cluster(recorder);
   case_registers(recorder);
   case_grid_dependency(recorder);
   case_grid_dependency_chain(recorder);

@@ -54,7 +54,7 @@ def test_every_function_has_a_case(ours):
 def test_products_are_those_of_numpy(ours):
     """Not a comparison with a GPU: that the layer's results, and the bound, make sense."""
     products = {name: case for name, case in ours.cases.items() if "d" in case.outputs}
-    assert len(products) > 50
+    assert len(products) > 40
     for name, case in products.items():
         exact, _ = vectors.reference(name, case)
         if case.comparison == "exact":

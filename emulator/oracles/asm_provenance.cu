@@ -95,8 +95,6 @@ MMA(f16, __half)
 
 VOID(mbarrier_init, (uint32_t bar, uint32_t count), ptx::mbarrier_init(bar, count))
 VOID(mbarrier_arrive_remote, (uint32_t bar, uint32_t rank), ptx::mbarrier_arrive_remote(bar, rank))
-WITHOUT_COUNTERPART(VOID(mbarrier_arrive_cluster, (uint32_t bar, uint32_t rank),
-                         ptx::mbarrier_arrive_cluster(bar, rank)))
 VOID(mbarrier_arrive_expect_tx, (uint32_t bar, uint32_t bytes),
      ptx::mbarrier_arrive_expect_tx(bar, bytes))
 VALUE(mbarrier_try_wait, uint32_t, (uint32_t bar, uint32_t parity),
@@ -105,12 +103,6 @@ CLOBBER(mbarrier_try_wait, (uint32_t bar, uint32_t parity, uint32_t* completed),
         *completed = ptx::mbarrier_try_wait(bar, parity))
 WITHOUT_COUNTERPART(VOID(mbarrier_wait, (uint32_t bar, uint32_t parity),
                          ptx::mbarrier_wait(bar, parity)))
-WITHOUT_COUNTERPART(VALUE(mbarrier_try_wait_cluster, uint32_t, (uint32_t bar, uint32_t parity),
-                          ptx::mbarrier_try_wait_cluster(bar, parity)))
-CLOBBER(mbarrier_try_wait_cluster, (uint32_t bar, uint32_t parity, uint32_t* completed),
-        *completed = ptx::mbarrier_try_wait_cluster(bar, parity))
-WITHOUT_COUNTERPART(VOID(mbarrier_wait_cluster, (uint32_t bar, uint32_t parity),
-                         ptx::mbarrier_wait_cluster(bar, parity)))
 VOID(fence_mbarrier_init, (), ptx::fence_mbarrier_init())
 
 VOID(fence_proxy_async_shared, (), ptx::fence_proxy_async_shared())
@@ -136,23 +128,10 @@ VOID(setmaxnreg_inc, (), ptx::setmaxnreg_inc<232>())
 VOID(griddepcontrol_wait, (), ptx::griddepcontrol_wait())
 VOID(griddepcontrol_launch_dependents, (), ptx::griddepcontrol_launch_dependents())
 
-VALUE(load_acquire_gpu, uint32_t, (const uint32_t* flag), ptx::load_acquire_gpu(flag))
-CLOBBER(load_acquire_gpu, (const uint32_t* flag, uint32_t* loaded),
-        *loaded = ptx::load_acquire_gpu(flag))
-WITHOUT_COUNTERPART(VOID(atomic_add_release_gpu, (uint32_t* counter, uint32_t value),
-                         ptx::atomic_add_release_gpu(counter, value)))
 WITHOUT_COUNTERPART(VALUE(atomic_add_relaxed_gpu, uint32_t, (uint32_t* counter, uint32_t value),
                           ptx::atomic_add_relaxed_gpu(counter, value)))
 CLOBBER(atomic_add_relaxed_gpu, (uint32_t* counter, uint32_t value, uint32_t* old),
         *old = ptx::atomic_add_relaxed_gpu(counter, value))
-#define SHARED_CLUSTER(suffix, T)                                                                  \
-  VALUE(load_shared_cluster_##suffix, T, (uint32_t address), ptx::load_shared_cluster<T>(address)) \
-  CLOBBER(load_shared_cluster_##suffix, (uint32_t address, T* loaded),                             \
-          *loaded = ptx::load_shared_cluster<T>(address))                                          \
-  VOID(store_shared_cluster_##suffix, (uint32_t address, T value),                                 \
-       ptx::store_shared_cluster<T>(address, value))
-WITHOUT_COUNTERPART(SHARED_CLUSTER(u32, uint32_t))
-WITHOUT_COUNTERPART(SHARED_CLUSTER(f32, float))
 
 VOID(wgmma_fence, (), ptx::wgmma_fence())
 extern "C" __global__ void wgmma_pin(float* accumulators) {
@@ -183,16 +162,6 @@ VOID(wgmma_wait_group, (), ptx::wgmma_wait_group<3>())
 #define WGMMA_BOTH(n)           \
   WGMMA(bf16, __nv_bfloat16, n) \
   WGMMA(f16, __half, n)
-WGMMA_BOTH(8)
-WGMMA_BOTH(16)
-WGMMA_BOTH(24)
-WGMMA_BOTH(32)
-WGMMA_BOTH(40)
-WGMMA_BOTH(48)
-WGMMA_BOTH(56)
 WGMMA_BOTH(64)
-WGMMA_BOTH(96)
-WGMMA_BOTH(128)
-WGMMA_BOTH(160)
 WGMMA_BOTH(192)
 WGMMA_BOTH(256)

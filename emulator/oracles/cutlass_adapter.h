@@ -129,13 +129,6 @@ ADAPTER void setmaxnreg_inc() {
 ADAPTER void griddepcontrol_wait() { cutlass::arch::wait_on_dependent_grids(); }
 ADAPTER void griddepcontrol_launch_dependents() { cutlass::arch::launch_dependent_grids(); }
 
-struct GenericBarrier : cutlass::GenericBarrier<cutlass::detail::SyncthreadsSync> {
-  using cutlass::GenericBarrier<cutlass::detail::SyncthreadsSync>::ld_acquire;
-};
-ADAPTER uint32_t load_acquire_gpu(const uint32_t* flag) {
-  return GenericBarrier::ld_acquire(reinterpret_cast<int*>(const_cast<uint32_t*>(flag)));
-}
-
 namespace gmma = cute::SM90::GMMA;
 enum class Major { kK, kMN };
 template <Major kMajor>
@@ -162,17 +155,7 @@ struct Wgmma;
   struct Wgmma<__half, n, A, B> {                          \
     using Ss = gmma::MMA_64x##n##x16_F32F16F16_SS<A, B>;   \
   };
-WGMMA(8)
-WGMMA(16)
-WGMMA(24)
-WGMMA(32)
-WGMMA(40)
-WGMMA(48)
-WGMMA(56)
 WGMMA(64)
-WGMMA(96)
-WGMMA(128)
-WGMMA(160)
 WGMMA(192)
 WGMMA(256)
 #undef WGMMA

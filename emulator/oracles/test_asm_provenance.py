@@ -22,11 +22,6 @@ ACCEPTED_DIFFERENCES = [
     (r"\.(x[124])((?:\.trans)?)\.m8n8\.", r".m8n8.\1\2.", "PTX ISA 7.8 puts the shape first"),
     (r"\.L2::128B", "", "a prefetch hint"),
     (r"^(barrier\.cluster\..*)\.aligned$", r"\1", "lanes of a warp may come at different times"),
-    (
-        r"^(ld|st)\.global\.(\w+)\.gpu\.b32",
-        r"\1.\2.gpu.global.u32",
-        "order and type of PTX ISA 6.0",
-    ),
 ]
 
 
@@ -45,16 +40,13 @@ def accepted(events: list[Event]) -> list[Event]:
         what = event.what
         for theirs, ours, _ in ACCEPTED_DIFFERENCES:
             what = re.sub(theirs, ours, what)
-        if what != "compiled bar.sync":  # Semaphore::release begins with __syncthreads
-            result.append(Event(what, event.operands))
+        result.append(Event(what, event.operands))
     return result
 
 
 def store(value: str) -> Event:
     return Event("store", ("param0", value))
 
-
-TRY_WAIT_CLUSTER = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
 
 # Functions without a counterpart in CUTLASS 4.2: what the PTX ISA asks for.
 EXPECTED = {
@@ -66,34 +58,17 @@ EXPECTED = {
     "dynamic_shared_memory": [store("_ZN8lora_ext3ptx22lora_ext_shared_memoryE")],
     # CUTLASS' elect_one_sync gives the lane's number, too, by another way from predicate to result.
     "elect_sync": [Event("elect.sync", ("0xffffffff",)), store("(asm0.1?1:0)")],
-    "mbarrier_arrive_cluster": [
-        Event("mapa.shared::cluster.u32", ("param0", "param1")),
-        Event("mbarrier.arrive.release.cluster.shared::cluster.b64", ("_", "[asm0.0]")),
-    ],
     "mbarrier_wait": [
         Event("mbarrier.try_wait.parity.shared::cta.b64", ("[param0]", "param1")),
-        Event("branch back", ("not(asm0.0)",)),
-    ],
-    "mbarrier_try_wait_cluster": [
-        Event(TRY_WAIT_CLUSTER, ("[param1]", "param2")),
-        store("(asm0.0?1:0)"),
-    ],
-    "mbarrier_wait_cluster": [
-        Event(TRY_WAIT_CLUSTER, ("[param0]", "param1")),
         Event("branch back", ("not(asm0.0)",)),
     ],
     "fence_proxy_async_global": [Event("fence.proxy.async.global")],
     "fence_acq_rel_gpu": [Event("fence.acq_rel.gpu")],
     "bulk_wait_group": [Event("cp.async.bulk.wait_group", ("3",))],
-    "atomic_add_release_gpu": [Event("red.release.gpu.global.add.u32", ("[param0]", "param1"))],
     "atomic_add_relaxed_gpu": [
         Event("atom.relaxed.gpu.global.add.u32", ("[param1]", "param2")),
         store("asm0.0"),
     ],
-    "load_shared_cluster_u32": [Event("ld.shared::cluster.u32", ("[param1]",)), store("asm0.0")],
-    "load_shared_cluster_f32": [Event("ld.shared::cluster.f32", ("[param1]",)), store("asm0.0")],
-    "store_shared_cluster_u32": [Event("st.shared::cluster.u32", ("[param0]", "param1"))],
-    "store_shared_cluster_f32": [Event("st.shared::cluster.f32", ("[param0]", "param1"))],
 }
 
 # Instructions that touch no memory: their asm needs no "memory" clobber. wgmma reads shared memory
@@ -135,7 +110,7 @@ def test_every_function_has_a_kernel(ours):
 
 
 def test_asm_equals_that_of_cutlass(ours, theirs):
-    assert len(theirs) > 130
+    assert len(theirs) > 50
     differing = {
         name: (list(map(str, ours[name])), list(map(str, theirs[name])))
         for name in theirs
@@ -192,8 +167,8 @@ def mutants(statement: str) -> set[str]:
 
 
 def sample(kernel: str) -> bool:
-    """All functions, but of wgmma only two shapes: with 128 accumulators it has 8,000 pairs."""
-    return not kernel.startswith("wgmma_") or kernel.count("_") < 3 or "_16_" in kernel
+    """All functions, but of wgmma's only two: with 128 accumulators one has 8,000 pairs."""
+    return not kernel.startswith("wgmma_ss_") or kernel.endswith("_64_kK_kMN")
 
 
 def test_every_wrong_modifier_and_swap_is_seen(our_ptx, ours):
@@ -209,7 +184,7 @@ def test_every_wrong_modifier_and_swap_is_seen(our_ptx, ours):
                     events = []
                 assert events != ours[kernel], f"{kernel}: {body[start:end]!r} -> {wrong!r} passed"
                 seen += 1
-    assert seen > 1200
+    assert seen > 1800
 
 
 # Edits of the headers that the compiler accepts: header, right text, wrong text, a kernel that must
@@ -219,9 +194,9 @@ WRONG_HEADERS = [
     ("memory.h", '"n"(kPending)', '"n"(kPending + 1)', "cp_async_wait_group"),
     ("mma.h", '"r"(b[0]), "r"(b[1])', '"r"(b[1]), "r"(b[0])', "mma_m16n8k16_f16"),
     ("mma.h", '(r[0]), "=r"(r[1])', '(r[1]), "=r"(r[0])', "ldmatrix_x2_trans"),
-    ("wgmma_operands.h", '"%0, %1, %2, %3"', '"%1, %0, %2, %3"', "wgmma_ss_bf16_256_kK_kK"),
+    ("wgmma_operands.h", '"%0, %1, ', '"%1, %0, ', "wgmma_ss_bf16_256_kK_kK"),
     ("wgmma_operands.h", '"+f"(d[i + 1])', '"=f"(d[i + 1])', "wgmma_ss_f16_64_kK_kMN"),
-    ("wgmma.h", '"n"(kTransposeA),', '"n"(kTransposeB),', "wgmma_ss_f16_8_kK_kMN"),
+    ("wgmma.h", '"n"(kTransposeA),', '"n"(kTransposeB),', "wgmma_ss_f16_192_kK_kMN"),
     ("tma.h", '"r"(x), "r"(y)', '"r"(y), "r"(x)', "tma_load_2d"),
 ]
 
@@ -271,7 +246,7 @@ def test_clobbers(path: Path):
 def test_compiler_keeps_memory_in_order(ours):
     """Around each function, the store before it stays before, and the load after it stays after."""
     probes = [name for name in ours if name.startswith("clobber_")]
-    assert len(probes) > 40
+    assert len(probes) > 30
     for name in probes:
         events = ours[name]
         count = sum(not re.match("store|branch", event.what) for event in events)

@@ -17,7 +17,6 @@ LARGE_TILES = dict.fromkeys(["race", "asan"], 60)
 MANY_OF = {
     "lora_gemm_sm80": LARGE_TILES,
     "lora_gemm_sm90a": LARGE_TILES,
-    "lora_gemm_fused_shrink_sm90a": LARGE_TILES,
     "lora_grouped_gemm": LARGE_TILES,
     "lora_grouped_own_weights": LARGE_TILES,
     "lora_grouped_own_weights_sm90a": LARGE_TILES,
@@ -40,20 +39,10 @@ def test_clean_runs_raise_no_alarm(program, flavour, programs, seeds, pytestconf
     assert len(runs) == seeds.choose(few, many)
 
 
-@pytest.mark.parametrize(
-    ("program", "mutant"),
-    [
-        (
-            "lora_gemm_sm90a",
-            "gemm/sm90a/load.wait_for_t.block.p.trigger_dependents:never",
-        ),
-        (
-            "lora_gemm_fused_shrink_sm90a",
-            "gemm/sm90a/fused_shrink.produce.jobs.block.p.trigger_dependents:never",
-        ),
-    ],
-)
-def test_the_next_grid_begins_beside_the_last_tiles(program, mutant, programs):
+@pytest.mark.parametrize("program", ["lora_gemm_sm90a"])
+def test_the_next_grid_begins_beside_the_last_tiles(program, programs):
+    mutant = "gemm/sm90a/load.wait_for_t.block.p.trigger_dependents:never"
+
     def early_blocks(*arguments):
         runs = run.run_program("plain", program, "--seeds", "1:57", *arguments)
         assert all(each.outcome == "clean" for each in runs)

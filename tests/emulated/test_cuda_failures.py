@@ -53,8 +53,6 @@ expected = call.both()
 """
         + FAILS
         + """
-failing("cudaMemsetAsync", 1, OUT_OF_MEMORY, "out of memory")
-failing("cudaMemsetAsync", 2, OUT_OF_MEMORY, "out of memory")
 failing("cudaGetDevice", 1, INVALID_DEVICE, "invalid device ordinal")
 failing("cudaGetDevice", 2, INVALID_DEVICE, "invalid device ordinal")
 call = Call(k=520)  # maps of its own
@@ -69,7 +67,6 @@ failing("cuTensorMapEncodeTiled", 1, 1, "another error")
         ("cudaFuncSetAttribute", "LAUNCH_FAILURE"),
         ("cudaOccupancyMaxActiveClusters", "NO_IMAGE"),
         ("cudaLaunchKernelEx", "NO_IMAGE"),
-        ("cudaMemsetAsync", "LAUNCH_FAILURE"),
         ("cudaFuncSetAttribute", "OUT_OF_MEMORY"),
         ("cudaLaunchKernelEx", "OUT_OF_MEMORY"),
     ],

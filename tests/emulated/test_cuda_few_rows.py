@@ -98,6 +98,10 @@ for capturing in (False, False, True):
     results, launched, cleared = asked(call)
     assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
     assert close(results, expected)
+card(90)
+fail("cudaMemsetAsync", 1, LAUNCH_FAILURE)
+with pytest.raises(RuntimeError, match="launching the kernels on cuda:1 failed: unspecified"):
+    call.forward()
 assert settled()
 """
     )

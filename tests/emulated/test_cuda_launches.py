@@ -26,8 +26,6 @@ import count_launches
 
 pytestmark = RUNS_CUDA
 
-# On Hopper: T made in the same grid, in both directions; with dropout, in dX alone; and with float
-# adapters before the product.
 CALLS = [
     (80, "kernel", "rank=24"),
     (80, "hybrid", "rank=8, float_adapters=True, dropout_p=0.25"),
@@ -85,7 +83,7 @@ for reserved in (0, 3, SMS):
     call.forward()  # the kernels' check
     record()
     results[reserved] = call.forward()[0]
-    [product] = [e for e in launches(record()) if kernel_of(e) in ("gemm", "fusedshrink")]
+    [product] = [e for e in launches(record()) if kernel_of(e) == "gemm"]
     blocks[reserved] = product["grid"][0]
 if arch == 90:  # one block an SM, in clusters of two; two SMs stay at least
     assert blocks == {0: SMS, 3: 4, SMS: 2}, blocks
@@ -117,7 +115,7 @@ card(90, route="kernel")
 for index in (0, 1, 0):
     call = Call(device=torch.device("cuda", index))
     assert close(call.both(), call.library())
-    assert max(each["shared"] for each in record() if "shared" in each) > 200 * 1024
+    assert max(each["shared"] for each in record() if "shared" in each) > 190 * 1024
 """)
 
 

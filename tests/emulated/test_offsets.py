@@ -24,18 +24,6 @@ PRODUCT, CUT, NARROWED = "a product of 32 bits", "a value of 64 bits is cut", "n
 # Header of csrc/kernels/, right text, wrong text, what is said of it.
 EDITS = [
     (
-        "gemm/sm90a/fused_shrink.h",
-        "jobs.in.t[to_row * jobs.in.t_pitch + column]",
-        "jobs.in.t[static_cast<int>(to_row * jobs.in.t_pitch + column)]",
-        CUT,
-    ),
-    (
-        "gemm/sm90a/fused_shrink.h",
-        "static_cast<int64_t>(to_row) * p.rank + column",
-        "to_row * p.rank + column",
-        PRODUCT,
-    ),
-    (
         "gemm/sm80/epilogue.h",
         "static_cast<int64_t>(row) * p.y_pitch + column",
         "row * static_cast<int>(p.y_pitch) + column",

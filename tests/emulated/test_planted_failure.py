@@ -14,7 +14,6 @@ pytestmark = pytest.mark.kernels
 WRONG_RESULT = {
     "lora_gemm_sm80": "gemm/sm80/loads.copy.i*kApart<rows:low",
     "lora_gemm_sm90a": "gemm/sm90a/store.store_slab.ptx::elect_sync():never",
-    "lora_gemm_fused_shrink_sm90a": "gemm/sm90a/fused_shrink.store.to_row<p.m:never",
     "lora_shrink_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_wgrad_sm80": "tile/halves.sum_of_splits.split<splits:low",
     "lora_dsdb_sm80": "tile/copy.copy_chunk.row<matrix.rows:low",

@@ -215,14 +215,12 @@ def test_a_tile_is_the_way_past_the_wide_stores_of_a_whole_warp():
     assert sass_paths.tile_of(TILE.replace(".128", "")) == []
 
 
-def test_only_the_jobs_of_a_fused_shrink_kernel_may_have_memory_barriers():
+def test_memory_barriers_of_a_block_may_stand_around_the_main_loop():
     once_a_job, once_a_step = [loop(), loop(main=False, membar=4)], [loop(membar=1)]
     for name, loops, wrong in [
         ("lora_gemm", once_a_job, True),
         ("lora_gemm", [loop(), loop(main=False, membar=4, wide=0)], False),
         ("lora_gemm", once_a_step, True),
-        ("lora_gemm_fused_shrink", once_a_job, False),
-        ("lora_gemm_fused_shrink", once_a_step, True),
     ]:
         found = sm90a_kernel(loops=loops, kernel=name).objections()
         assert any("MEMBAR" in line for line in found) == wrong, (name, loops)

@@ -53,8 +53,7 @@ def test_every_plan_can_be_launched(
         )
     assert (forward.tile == "decode") == (rows <= 64 and aligned and not dropout)
     assert backward.dlora_a_splits >= 1 and backward.dlora_b_splits >= 1
-    without_shrink = backward.one_pass or backward.fused_shrink
-    assert (backward.shrink_splits == 0) == without_shrink
+    assert (backward.shrink_splits == 0) == backward.one_pass
     assert backward.one_pass == (backward.panels > 0)
     every = (backward,) if forward.tile == "decode" else (forward, backward)
     if not aligned:
@@ -62,15 +61,9 @@ def test_every_plan_can_be_launched(
     for plan in every:
         assert plan.wgmma == (card == "H100" and aligned and rank <= 256)
         assert ("without wgmma: " in str(plan)) == (card == "H100" and aligned and rank > 256)
-        early = plan.wgmma and not plan.fused_shrink
-        assert ("launched with PDL" in str(plan)) == early
+        assert ("launched with PDL" in str(plan)) == plan.wgmma
     assert backward.wgrad_uses_pdl == backward.wgmma and not forward.wgrad_uses_pdl
-    if backward.fused_shrink:
-        assert backward.shrink_splits == backward.panels == 0 and not backward.one_pass
-    fits = forward.wgmma and not dropout and adapters == torch.bfloat16 and rank <= 64
-    assert fits or not forward.fused_shrink
-    without_shrink = forward.fused_shrink or forward.tile == "decode"
-    assert (forward.shrink_splits == 0) == without_shrink
+    assert (forward.shrink_splits == 0) == (forward.tile == "decode")
     again = plans(*shape, route="kernel", **options)
     assert [str(plan) for plan in again] == [str(forward), str(backward)]
 
@@ -208,11 +201,10 @@ def test_rings_are_as_deep_as_shared_memory_allows(name, tiles, resident):
 def test_hopper_s_tiles_fit_the_problem():
     shapes = ((8192, 4096, 4096), (2048, 1024, 1024), (512, 4096, 1024))
     tiles = {plans(*shape, 16, card="H100", route="kernel")[0].tile for shape in shapes}
-    assert "fused-shrink 128 x 256" in tiles and len(tiles) > 1
-    dropped = plans(8192, 4096, 4096, 16, card="H100", route="kernel", dropout=True)
-    assert [plan.tile for plan in dropped] == ["wgmma 128 x 256"] * 2
-    dropped = plans(8192, 4096, 4096, 64, card="H100", route="kernel", dropout=True)
-    assert [plan.tile for plan in dropped] == ["wgmma 128 x 256", "fused-shrink 128 x 256"]
+    assert tiles == {"wgmma 128 x 256", "pingpong 128 x 192"}
+    for rank in (16, 64):
+        dropped = plans(8192, 4096, 4096, rank, card="H100", route="kernel", dropout=True)
+        assert [plan.tile for plan in dropped] == ["wgmma 128 x 256"] * 2
 
 
 def test_one_pass_over_dy_ends_where_its_sums_cost_as_much_as_a_second():

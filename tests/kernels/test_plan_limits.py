@@ -39,7 +39,6 @@ def regions(problem, plan, at):
         "b": 2 * n * plan.columns,
         "t": 2 * m * plan.columns,
         "z": 4 * sums * m * at["z_columns"],
-        "flags": 4 * at["flag_count"],
         "s": 2 * m * plan.columns,
         "g_a": 4 * plan.dlora_a_splits * plan.columns * k,
         "g_b": 4 * plan.dlora_b_splits * plan.columns * n,

@@ -232,20 +232,6 @@ def test_a_product_of_the_library_is_whole_waves():
     assert _C.library_product(card, 1024, 128, 4096).blocks == 64
 
 
-def test_t_is_free_where_clusters_are_idle_in_the_last_wave():
-    def late(rows, columns, rank=16, backward=False, dropout=False):
-        problem = problem_of((rows, 4096, columns, rank), dropout=dropout)
-        planner = _C.plan_backward if backward else _C.plan_forward
-        plan = planner(CARDS["H100"], problem, "kernel")
-        assert plan.fused_shrink
-        return [one.blocks for one in _C.predicted_launches(plan) if one.name == "T in the grid"]
-
-    assert late(8192, 14336) == []  # 1792 pairs of tiles on 66 clusters: 56 idle, 32 pairs of T
-    assert late(8192, 4096) == [64]  # 512: 16 idle
-    assert late(8448, 14336, 64, backward=True) == [66]  # 528: none
-    assert late(8192, 14336, 64, backward=True, dropout=True) == [64]  # masked tiles begin with T
-
-
 def test_float32_adapters_are_not_left_to_the_library():
     for card in CARDS:
         for plan in plans(4096, 4096, 4096, 16, card=card, adapter_dtype=torch.float32):

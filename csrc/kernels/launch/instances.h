@@ -4,7 +4,7 @@
 //     LORA_EXT_LINEAR      the sequence of one adapter, with its kernels for every card
 //     LORA_EXT_GROUPED     the sequence of many adapters, with its kernels
 //     LORA_EXT_DECODE      the kernel for few rows, for both sequences
-//     LORA_EXT_GEMM_...    the kernels for Hopper, for the sequence of one adapter, and of experts
+//     LORA_EXT_GEMM_SM90A  the kernels for Hopper, for the sequence of one adapter, and of experts
 #pragma once
 #include "kernels/decode/launch.h"
 #include "kernels/launch/stream_launch.h"
@@ -28,17 +28,12 @@
                                       cuda::StreamLaunch&);                                    \
   kind void launch_own_weights_sm90a<T>(const LoraOwnWeightsParams<T>&, bool, bool, bool, int, \
                                         cuda::StreamLaunch&);
-#define LORA_EXT_GEMM_FUSED_SHRINK_SM90A(kind, T)                                             \
-  kind void launch_lora_gemm_fused_shrink_sm90a<T>(                                           \
-      const LoraGemmParams<T>&, const LoraFusedShrinkParams<T>&, const FusedShrinkFactor<T>&, \
-      const Sm90aChoice&, cuda::StreamLaunch&);
 
-#define LORA_EXT_ALL(kind, T)  \
-  LORA_EXT_LINEAR(kind, T)     \
-  LORA_EXT_GROUPED(kind, T)    \
-  LORA_EXT_DECODE(kind, T)     \
-  LORA_EXT_GEMM_SM90A(kind, T) \
-  LORA_EXT_GEMM_FUSED_SHRINK_SM90A(kind, T)
+#define LORA_EXT_ALL(kind, T) \
+  LORA_EXT_LINEAR(kind, T)    \
+  LORA_EXT_GROUPED(kind, T)   \
+  LORA_EXT_DECODE(kind, T)    \
+  LORA_EXT_GEMM_SM90A(kind, T)
 
 namespace lora_ext::kernel {
 

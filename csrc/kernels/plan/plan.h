@@ -46,18 +46,10 @@ struct Splits {
   int splits = 0, steps_per_split = 0;
 };
 
-constexpr int64_t kNone = -1;        // an offset of what is not in the workspace
-constexpr int64_t kFlagsApart = 32;  // of 4 bytes: flags of different blocks, 128 bytes apart
+constexpr int64_t kNone = -1;  // an offset of what is not in the workspace
 
 // Who computes X W^T or dY W: lora_gemm; the library, onto lora_gemm's low-rank product; or none.
 enum class Base { kKernel, kLibrary, kGiven };
-
-// lora_gemm also computes T, which is s S or dS.
-struct FusedShrink {
-  int64_t flags = kNone;  // uint32: ticket, written, ready, kFlagsApart apart
-  int64_t row_blocks;     // of T, one flag each
-  int64_t flag_count() const { return 2 * kFlagsApart + row_blocks; }
-};
 
 // Of the tables of kernels/lora_grouped.h; kernels/sequence/grouped_params.h asserts them.
 constexpr int64_t kGroupedTileRows = 64, kGroupedRowTileRows = 128, kGroupedChunk = 256;
@@ -96,10 +88,9 @@ struct Tiled {
   bool weight_row_major = true;
 
   std::optional<Gemm> gemm{};  // Y, or dX
-  std::optional<FusedShrink> fused_shrink{};
-  std::string no_wgmma{};  // on compute capability 9.0: why gemm does not use wgmma
-  int z_columns = 0;       // of the partial sums of S or dS
-  Splits shrink{};         // of k, or of n
+  std::string no_wgmma{};      // on compute capability 9.0: why gemm does not use wgmma
+  int z_columns = 0;           // of the partial sums of S or dS
+  Splits shrink{};             // of k, or of n
   // Backward only.
   int panels = 0;  // if not 0, lora_dsdb computes dS and dB, with this number of sums of dS
   Splits dlora_b{}, dlora_a{};

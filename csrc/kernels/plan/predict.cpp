@@ -30,8 +30,6 @@ constexpr Generation kGenerations[] = {
 // What skinny products reach of mma.sync's rate, with columns in whole tiles of 64; with dropout,
 // its draws.
 constexpr double kSkinnyShare = 0.5, kMaskedShare = 0.33;
-// A row block of T takes as long in the grid of Y as 128 columns of it, which load as much.
-constexpr double kColumnsOfT = 128;
 // Bytes of W that a block of lora_decode takes in a nanosecond, whatever the number of rows.
 constexpr double kDecodeBytesPerNs = 20;
 
@@ -95,14 +93,6 @@ class TiledLaunches {
       return skinny("lora_gemm", columns, low_rank + onto, tiles, p_.masked_product());
     }
     const double share = tile.share * (tile.wgmma ? 1 : mma_share_);
-    if (plan_.fused_shrink) {
-      launches_.push_back({"flags of T"});
-      // Free if clusters without a tile in the last wave suffice, unless all tiles wait for T.
-      const int64_t blocks = plan_.fused_shrink->row_blocks;
-      if (p_.masked_product() || tiles + blocks > blocks_of(tiles, card_.sms) * card_.sms)
-        launches_.push_back({"T in the grid", 0, 2 * area(blocks * tile.rows, rank * depth),
-                             share * static_cast<double>(rank) / kColumnsOfT, blocks, 0, 0});
-    }
     // Tiles with rows of several adapters have the low-rank steps of each; experts have their own.
     const int64_t weights = p_.own_weights() ? p_.adapters() : 1;
     const int64_t steps =

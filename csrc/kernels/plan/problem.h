@@ -72,12 +72,11 @@ struct Problem {
   }
 };
 
-// Of kernels/gemm/sm80/kernel.h, gemm/sm90a/fused_shrink.h and kernel.h, and decode/work.h.
+// Of kernels/gemm/sm80/kernel.h, gemm/sm90a/kernel.h and decode/work.h.
 enum class Tile {
   k128x128,
   kDeep128x128,
   k128x64,
-  kFusedShrink128x256,
   kWgmma128x256,
   kPingpong128x192,
   kDecode,
@@ -92,18 +91,16 @@ struct TileFacts {
   int64_t rows, columns, shared;
   int resident;
   bool wgmma;  // only on compute capability 9.0; in pairs of blocks along the rows, but for experts
-  bool fused_shrink;  // can also compute T, if fits_fused_shrink allows it
   double share;
 };
 constexpr TileFacts kTiles[] = {
-    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, false, 0.94},
-    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, false, 0.96},
-    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, false, 0.7},
-    {Tile::kFusedShrink128x256, "fused-shrink 128 x 256", 128, 256, 231528, 1, true, true, 0.98},
-    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, false, 0.98},
-    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, false, 0.92},
+    {Tile::k128x128, "128 x 128", 128, 128, 74752, 2, false, 0.94},
+    {Tile::kDeep128x128, "deep 128 x 128", 128, 128, 101376, 1, false, 0.96},
+    {Tile::k128x64, "128 x 64", 128, 64, 78848, 3, false, 0.7},
+    {Tile::kWgmma128x256, "wgmma 128 x 256", 128, 256, 231488, 1, true, 0.98},
+    {Tile::kPingpong128x192, "pingpong 128 x 192", 128, 192, 198720, 1, true, 0.92},
     // Its instances are kDecodeTiles; this is the largest one.
-    {Tile::kDecode, "decode", 64, 128, 100652, 1, false, false, 0.0},
+    {Tile::kDecode, "decode", 64, 128, 100652, 1, false, 0.0},
 };
 constexpr const TileFacts& facts_of(Tile tile) { return kTiles[static_cast<int>(tile)]; }
 
@@ -127,11 +124,8 @@ constexpr int64_t decode_pieces(const DecodeTile& tile, bool float_adapters) {
 }
 
 // Number of k16 steps for the last 64 columns of the rank: 1, or else 4, which costs a tile at most
-// two products and saves kernels. A dX whose T is computed in its grid always has 4: with so few
-// columns lora_dsdb computes T, unless B is frozen.
-constexpr int tail_of(int rank, bool fused_shrink_dx = false) {
-  return (rank - 1) % 64 < 16 && !fused_shrink_dx ? 1 : 4;
-}
+// two products and saves kernels.
+constexpr int tail_of(int rank) { return (rank - 1) % 64 < 16 ? 1 : 4; }
 
 std::optional<Tile> tile_named(const std::string& name);
 
@@ -154,10 +148,6 @@ struct Call {
   bool backward, float_adapters, dropout;
 };
 inline Call call_of(const Problem& p) { return {p.backward, p.float_adapters, p.dropout}; }
-// T in the grid of the product has one term; and X no mask, since wgmma reads it as loaded.
-inline bool fits_fused_shrink(const Call& call) {
-  return !call.float_adapters && (call.backward || !call.dropout);
-}
 // Whether a card has a tile for a call, for any rank; and all tiles that it has.
 bool fits(const TileFacts& tile, const Card& card, const Call& call);
 std::vector<Tile> tiles_of(const Card& card, const Call& call);

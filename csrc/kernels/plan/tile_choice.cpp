@@ -7,7 +7,7 @@
 namespace lora_ext::plan {
 namespace {
 
-constexpr int64_t kMaxWgmmaRank = 256, kMaxFusedShrinkRank = 64;
+constexpr int64_t kMaxWgmmaRank = 256;
 
 // Two blocks of two stages per SM, or one of three: one of two would wait for copies.
 bool is_as_deep_as_fits(const TileFacts& tile, const Card& card) {
@@ -59,12 +59,9 @@ void choose_product(Tiled& plan, const Card& card, const Problem& p, const Reque
   // As many clusters as are resident, which the driver tells; if some SMs are reserved for other
   // work, no more than fit on the rest.
   const int most = tile.wgmma ? std::min(card.sms, request.max_blocks) : request.max_blocks;
-  const bool use_pdl = tile.wgmma && !tile.fused_shrink && !p.groups && request.use_pdl;
+  const bool use_pdl = tile.wgmma && !p.groups && request.use_pdl;
   plan.gemm = {tile.tile, std::min(blocks, request.max_blocks), use_pdl, most};
   if (card.arch == 90 && plan.base == Base::kKernel) plan.no_wgmma = why_no_wgmma(card, p);
-  if (!tile.fused_shrink) return;
-  plan.fused_shrink.emplace();
-  plan.fused_shrink->row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);
 }
 
 // Splits for S or dS, unless another kernel computes it.
@@ -72,7 +69,7 @@ void choose_shrink(Tiled& plan, const Card& card, const Problem& p) {
   // lora_shrink in a forward with one adapter takes A's halves without padding.
   const bool whole_chunks = p.backward || p.groups;
   plan.z_columns = whole_chunks ? plan.columns : static_cast<int>(plan.terms * p.rank);
-  if ((p.backward && !p.need_ds()) || plan.fused_shrink || plan.one_pass()) return;
+  if ((p.backward && !p.need_ds()) || plan.one_pass()) return;
   plan.shrink = choose_splits(card, blocks_of(p.m, 64) * blocks_of(plan.z_columns, 64), p.depth());
 }
 
@@ -131,7 +128,6 @@ std::optional<Tile> tile_named(const std::string& name) {
 bool fits(const TileFacts& tile, const Card& card, const Call& call) {
   return is_as_deep_as_fits(tile, card) && tile.shared <= card.shared_per_block &&
          (!tile.wgmma || (card.arch == 90 && card.sm90a_code && card.tensor_maps)) &&
-         (!tile.fused_shrink || fits_fused_shrink(call)) &&
          (tile.tile != Tile::kDecode || (!call.backward && !call.dropout));
 }
 
@@ -150,7 +146,6 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
   const Tiled* tiled = plan.tiled();
   if (tiled == nullptr || !p.has_product() || tiled->base != Base::kKernel) return {Tile::k128x64};
   const bool wgmma = why_no_wgmma(plan.card, p).empty();
-  const bool fused_shrink = p.rank <= kMaxFusedShrinkRank && !tiled->one_pass();
   std::vector<Tile> tiles;
   for (const Tile each : tiles_of(plan.card, call_of(p))) {
     const TileFacts& tile = facts_of(each);
@@ -158,7 +153,7 @@ std::vector<Tile> tiles_for(const Plan& plan, const Request& request) {
                           ? has_experts_kernel(each, plan.card, tiled->vector, !p.weight_row_major)
                           : !p.groups || has_grouped_kernel(each);
     if (each == Tile::kDecode || !fits) continue;
-    if ((tile.wgmma && !wgmma) || (tile.fused_shrink && !fused_shrink)) continue;
+    if (tile.wgmma && !wgmma) continue;
     if (each == request.tile) return {each};
     if (p.own_weights()) {  // of two that W's bytes bound alike, that on wgmma
       tiles.insert(tile.wgmma ? tiles.begin() : tiles.end(), each);

@@ -52,10 +52,7 @@ void place_tiled(Tiled& plan, const Problem& p, Workspace& workspace) {
   const bool need_t = !p.backward || p.need_ds();
   const bool need_db = p.backward && p.need_dlora_b, need_da = p.backward && p.need_dlora_a;
   if (need_db) plan.s = workspace.take(halves, element);
-  if (plan.fused_shrink)
-    plan.fused_shrink->flags = workspace.take(plan.fused_shrink->flag_count(), kFloat);
-  if (need_t && !plan.fused_shrink)
-    plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
+  if (need_t) plan.z = workspace.take(plan.t_sums() * p.m * plan.z_columns, kFloat);
   if (need_t) plan.t = workspace.take(halves, element);
   if (need_da && plan.tables && plan.tables->own_weights())
     plan.weighted_t = workspace.take(halves, element);

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "kernels/gemm/params.h"
-#include "kernels/gemm/sm90a/jobs.h"
 #include "kernels/lora_linear.h"
 #include "kernels/skinny/dsdb.h"
 #include "kernels/skinny/elementwise.h"
@@ -86,22 +85,6 @@ class LoraLinearParams {
     return params;
   }
 
-  // T in the same grid: s X A^T, where s may be null, or dS = s dY B.
-  LoraFusedShrinkParams<T> fused_shrink(float* s) const {
-    LoraFusedShrinkParams<T> in{};
-    in.t = at(plan_.t), in.t_pitch = plan_.columns, in.width = plan_.width;
-    in.s = s, in.scaling = o_.scaling;
-    in.ticket = flags(), in.written = written(), in.ready = flags() + 2 * plan::kFlagsApart;
-    return in;
-  }
-  FusedShrinkFactor<T> factor(const LoraLinearForward&) const {
-    return {a_halves().hi, a_halves().pitch};
-  }
-  FusedShrinkFactor<T> factor(const LoraLinearBackward&) const {
-    return {b_halves().hi, b_halves().pitch};
-  }
-  uint32_t* flags() const { return at<uint32_t>(plan_.fused_shrink->flags); }
-
   // Z = dY B and G_B = dY^T (s S)
   LoraDsdbParams<T> dsdb(const LoraLinearBackward& g) const {
     LoraDsdbParams<T> params{};
@@ -124,24 +107,19 @@ class LoraLinearParams {
   Wgrad wgrad(const LoraLinearBackward& g) const {
     Wgrad out;
     const auto add = [&](const plan::Splits& splits, const void* p, int64_t pitch, int64_t u,
-                         int64_t c, int64_t partial) -> LoraWgradProduct<T>& {
+                         int64_t c, int64_t partial, bool masked) {
       LoraWgradProduct<T>& product = out.params.product[out.products++];
       product.p = in_t(p), product.u = at(u), product.g = at<float>(partial);
       product.p_pitch = pitch, product.u_pitch = plan_.columns;
       product.c = static_cast<int>(c), product.columns = plan_.columns;
       product.splits = splits.splits, product.steps_per_split = splits.steps_per_split;
       out.widest = std::max(out.widest, product.c);
+      product.masked = masked;
       out.splits += static_cast<unsigned>(splits.splits);
-      return product;
     };
-    if (g.da != nullptr) {
-      LoraWgradProduct<T>& product = add(plan_.dlora_a, o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a);
-      product.masked = o_.dropout;
-      if (plan_.wgrad_uses_pdl && plan_.fused_shrink)
-        product.written = written(), product.parts = parts_of_t(plan_.fused_shrink->row_blocks);
-    }
+    if (g.da != nullptr) add(plan_.dlora_a, o_.x, o_.x_pitch, plan_.t, o_.k, plan_.g_a, o_.dropout);
     if (g.db != nullptr && !plan_.one_pass())
-      add(plan_.dlora_b, g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b);
+      add(plan_.dlora_b, g.dy, g.dy_pitch, plan_.s, o_.n, plan_.g_b, false);
     out.params.m = static_cast<int>(o_.m), out.params.mask = o_.mask;
     return out;
   }
@@ -179,7 +157,6 @@ class LoraLinearParams {
   V* at(int64_t offset) const {
     return offset == plan::kNone ? nullptr : reinterpret_cast<V*>(o_.workspace + offset);
   }
-  uint32_t* written() const { return flags() + plan::kFlagsApart; }
 
   Halves a_halves() const {
     if (plan_.a == plan::kNone) return {in_t(o_.a.data), nullptr, o_.a.row_stride};

@@ -1,8 +1,7 @@
 // The LoRA linear as a sequence of kernels: follows a plan (plan.h) on operands in one workspace.
 //
-//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y      (or fused: S, T, Y)
+//     forward    split A, B -> shrink: Z -> reduce: S, T -> gemm: Y
 //     backward   split A, B, S -> dsdb: Z, G_B  (or shrink: Z) -> reduce: T = dS -> gemm: dX
-//                (or fused-shrink gemm: T, dX)
 //                -> wgrad: G_A (and G_B) -> reduce_wgrad: dA, dB
 //     few rows   decode: S, T, Y
 //
@@ -41,9 +40,6 @@ class LoraLinearSequence {
 
   void forward(const LoraLinearForward& f) {
     split(params_.split(/*a=*/true, /*b=*/true, nullptr));
-    if (plan_.fused_shrink)
-      return fused_shrink(params_.gemm(f), params_.fused_shrink(f.s), params_.factor(f),
-                          {plan_.gemm->tile, false, false, false, plan_.gemm->max_blocks});
     shrink<false>(params_.shrink(), dropout_);
     reduce(params_.reduce(f.s));
     gemm<false, false>(params_.gemm(f));
@@ -54,10 +50,10 @@ class LoraLinearSequence {
     split(params_.split(g.dx != nullptr, need_ds, g.db != nullptr ? g.s : nullptr));
     if (plan_.one_pass()) {
       dsdb(params_.dsdb(g));
-    } else if (need_ds && !plan_.fused_shrink) {
+    } else if (need_ds) {
       shrink<true>(params_.shrink(g), false);
     }
-    if (need_ds && !plan_.fused_shrink) reduce(params_.reduce());
+    if (need_ds) reduce(params_.reduce());
     if (g.dx != nullptr) dx(g);
     wgrad(params_.wgrad(g));
     reduce_wgrad(params_.reduce_wgrad(g));
@@ -68,9 +64,6 @@ class LoraLinearSequence {
 
   void dx(const LoraLinearBackward& g) {
     const LoraGemmParams<T> params = params_.gemm(g);
-    if (plan_.fused_shrink)
-      return fused_shrink(params, params_.fused_shrink(nullptr), params_.factor(g),
-                          {plan_.gemm->tile, true, dropout_, false, plan_.gemm->max_blocks});
     dropout_ ? gemm<true, true>(params) : gemm<true, false>(params);
   }
 
@@ -104,13 +97,6 @@ class LoraLinearSequence {
 
   void reduce(const LoraReduceParams<T>& params) {
     launch_(lora_reduce<T>, dim3(blocks_for(int64_t{params.m} * params.width)), 256, 0, params);
-  }
-
-  // Workspace is not initialised, so the flags are cleared before each launch.
-  void fused_shrink(const LoraGemmParams<T>& params, const LoraFusedShrinkParams<T>& in,
-                    const FusedShrinkFactor<T>& factor, const Sm90aChoice& choice) {
-    launch_.clear(params_.flags(), plan_.fused_shrink->flag_count());
-    launch_lora_gemm_fused_shrink_sm90a<T>(params, in, factor, choice, launch_);
   }
 
   template <bool kMNMajor, bool kMasked>

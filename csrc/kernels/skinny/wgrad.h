@@ -10,7 +10,7 @@
 // side.
 //
 // If lora_gemm on sm_90a computes dX, this grid may start beside its last tiles (programmatic
-// dependent launch, PDL): all operands are ready by then, or `written` tells when dS is.
+// dependent launch, PDL): all operands are ready by then.
 #pragma once
 #include <cstdint>
 
@@ -32,10 +32,6 @@ struct LoraWgradProduct {
   int c, columns, splits;
   int steps_per_split;  // of 64 rows
   bool masked;          // whether P is masked; only in masked kernels
-  // If a grid that may still run writes U = dS (gemm/sm90a/fused_shrink.h): U is complete when this
-  // counter reaches `parts`. Else null and 0.
-  const uint32_t* written;
-  uint32_t parts;
 };
 
 template <class T>
@@ -228,23 +224,12 @@ struct LoraWgradSm80 {
   }
 };
 
-// Waits until the grid before has written all of U, which it publishes row block by row block.
-template <class T>
-__device__ __forceinline__ void wait_for_u(const LoraWgradProduct<T>& product) {
-  if (threadIdx.x == 0) {
-    while (product.parts > 0 && ptx::load_acquire_gpu(product.written) < product.parts) {
-    }
-  }
-  __syncthreads();
-}
-
 template <class T, bool kMasked, Alignment kAlignment>
 __global__ void __launch_bounds__(LoraWgradTile::kThreads)
     lora_wgrad_sm80(const __grid_constant__ LoraWgradParams<T> p) {
   using Wgrad = LoraWgradSm80<T, kMasked, kAlignment>;
   const int split = static_cast<int>(blockIdx.z);
   const bool second = split >= p.product[0].splits;
-  if constexpr (Wgrad::kUsesPdl) wait_for_u<T>(p.product[second]);
   Wgrad{p, p.product[second], second ? split - p.product[0].splits : split}.run();
 }
 

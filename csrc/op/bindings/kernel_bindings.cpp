@@ -40,18 +40,11 @@ std::map<std::string, int64_t> plan_numbers(const plan::Plan& plan) {
   std::map<std::string, int64_t> numbers;
   if (const plan::Tiled* p = plan.tiled()) {
     tile = p->gemm ? p->gemm->tile : plan::Tile::k128x64;
-    numbers = {{"a", p->a},
-               {"b", p->b},
-               {"t", p->t},
-               {"z", p->z},
-               {"flags", p->fused_shrink ? p->fused_shrink->flags : plan::kNone},
-               {"s", p->s},
-               {"g_a", p->g_a},
-               {"g_b", p->g_b},
-               {"a_pitch", p->a_pitch},
-               {"terms", p->terms},
-               {"z_columns", p->z_columns},
-               {"flag_count", p->fused_shrink ? p->fused_shrink->flag_count() : 0}};
+    numbers = {{"a", p->a},         {"b", p->b},
+               {"t", p->t},         {"z", p->z},
+               {"s", p->s},         {"g_a", p->g_a},
+               {"g_b", p->g_b},     {"a_pitch", p->a_pitch},
+               {"terms", p->terms}, {"z_columns", p->z_columns}};
     if (p->tables) {
       const plan::Tables& tables = *p->tables;
       numbers.insert({{"entries", tables.entries},

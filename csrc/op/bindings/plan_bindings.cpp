@@ -183,8 +183,6 @@ void bind_plans(py::module& m) {
                              [](const Plan& p) { return plan::facts_of(tile_of(p)).wgmma; })
       .def_property_readonly("blocks", &blocks_of)
       .def_property_readonly("columns", &columns_of)
-      .def_property_readonly("fused_shrink",
-                             of_tiled([](const Tiled& t) { return t.fused_shrink.has_value(); }))
       .def_property_readonly("one_pass", of_tiled([](const Tiled& t) { return t.one_pass(); }))
       .def_property_readonly("panels", of_tiled([](const Tiled& t) { return t.panels; }))
       .def_property_readonly("wgrad_uses_pdl",

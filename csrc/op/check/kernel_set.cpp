@@ -7,18 +7,8 @@ namespace {
 // The rank tails that are checked. One pass over dY is used for few columns.
 std::vector<int> tails_of(const Kernels& kernels) {
   if (!plan::facts_of(kernels.tile).wgmma) return {0};
-  if (kernels.backward && plan::facts_of(kernels.tile).fused_shrink) return {4};
   if (!kernels.one_pass) return {1, 4};
   return {kernels.wide && !kernels.float_adapters ? 4 : 1};
-}
-
-// Whether sets with and without PDL exist. Also with PDL enabled, a fused-shrink dX (T is computed
-// in the same grid) triggers no dependent kernel if both adapters are frozen.
-std::vector<bool> pdl_of(const Kernels& kernels, bool use_pdl) {
-  const plan::TileFacts& tile = plan::facts_of(kernels.tile);
-  if (!use_pdl || !tile.wgmma) return {false};
-  if (!tile.fused_shrink) return {true};
-  return kernels.backward ? std::vector<bool>{true, false} : std::vector<bool>{false};
 }
 
 // lora_decode runs in a forward only, and without dropout.
@@ -36,17 +26,15 @@ void add_decode(Kernels kernels, std::vector<Kernels>& all) {
 void add_tiles(const plan::Card& card, bool use_pdl, Kernels kernels, std::vector<Kernels>& all) {
   const plan::Call call{kernels.backward, kernels.float_adapters, kernels.dropout};
   for (const plan::Tile tile : plan::tiles_of(card, call)) {
-    if (plan::facts_of(tile).fused_shrink && kernels.one_pass) continue;
     if (tile == plan::Tile::kDecode) {
       add_decode(kernels, all);
       continue;
     }
     kernels.tile = tile, kernels.vector = true;
-    for (const bool uses_pdl : pdl_of(kernels, use_pdl)) {
-      for (const int tail : tails_of(kernels)) {
-        kernels.uses_pdl = uses_pdl, kernels.tail = tail;
-        all.push_back(kernels);
-      }
+    kernels.uses_pdl = use_pdl && plan::facts_of(tile).wgmma;
+    for (const int tail : tails_of(kernels)) {
+      kernels.tail = tail;
+      all.push_back(kernels);
     }
   }
   kernels.tile = plan::Tile::k128x64, kernels.hybrid = true, kernels.tail = 0;
@@ -76,8 +64,7 @@ void add_experts(const plan::Card& card, Kernels kernels, std::vector<Kernels>& 
 // the requested tail.
 int64_t rank_for(const Kernels& kernels) {
   if (kernels.one_pass) return !kernels.wide ? 8 : kernels.float_adapters ? 12 : 20;
-  const int64_t whole = plan::facts_of(kernels.tile).fused_shrink ? 0 : 64;
-  return kernels.tail == 1 || kernels.experts ? whole + 8 : 40;
+  return kernels.tail == 1 || kernels.experts ? 72 : 40;
 }
 
 }  // namespace
@@ -116,7 +103,7 @@ Kernels of_plan(const plan::Plan& plan, const plan::Problem& problem) {
   kernels.hybrid = plan.hybrid(), kernels.vector = tiled.vector;
   kernels.one_pass = tiled.one_pass(), kernels.wide = tiled.one_pass() && tiled.columns > 16;
   if (tiled.gemm && plan::facts_of(kernels.tile).wgmma && !kernels.experts)
-    kernels.tail = plan::tail_of(tiled.width, problem.backward && tiled.fused_shrink);
+    kernels.tail = plan::tail_of(tiled.width);
   kernels.uses_pdl = (tiled.gemm && tiled.gemm->use_pdl) || tiled.wgrad_uses_pdl;
   kernels.given_base = !problem.backward && tiled.base == plan::Base::kGiven;
   return kernels;
@@ -162,7 +149,7 @@ std::vector<Kernels> all_grouped_of(const plan::Card& card) {
 // dY, and the last pair of row blocks is half empty. An odd depth and width make rows unaligned.
 //
 // Two blocks, or two clusters, compute all tiles, so each computes a second tile: stages are used
-// again, both consumers of a pingpong tile work, and parts of T come from another cluster.
+// again, and both consumers of a pingpong tile work.
 //
 // lora_decode runs with four blocks, which share most tiles, and with three rows fewer than its
 // instance takes.

@@ -5,7 +5,6 @@
 #include "emulated/kernels/lora_decode.h"
 #include "emulated/kernels/lora_dsdb_sm80.h"
 #include "emulated/kernels/lora_experts.h"
-#include "emulated/kernels/lora_gemm_fused_shrink_sm90a.h"
 #include "emulated/kernels/lora_gemm_sm80.h"
 #include "emulated/kernels/lora_gemm_sm90a.h"
 #include "emulated/kernels/lora_grouped_gemm.h"

@@ -19,7 +19,7 @@ inline plan::Card hopper(int sms) { return {90, sms, 233472, 232448}; }
 struct LinearCase {
   int m, n, k, rank;
   Numbers numbers;
-  bool float_adapters, dropout, aligned, early, wants_fused_shrink;
+  bool float_adapters, dropout, aligned, early;
   plan::Card card;
   plan::Choice choice;
   int64_t clusters;  // of Hopper's kernels that are resident at a time
@@ -29,15 +29,13 @@ struct LinearCase {
   bool exact() const { return numbers == Numbers::Integers; }
 };
 
-// Families of sizes, named by the prefix: kernels launched with PDL, kernels that compute T in the
-// same grid, and many stages over more tiles than there are clusters.
+// Families of sizes, by their names: kernels launched with PDL, and many stages over more tiles than
+// there are clusters.
 inline LinearCase draw_linear_case(const Case& run, Random& random) {
   const auto draw = [&](uint64_t count) { return static_cast<int>(random() % count); };
   const std::string size = run.size.name;
-  const bool every_rank = size == "every_rank", fused_shrink = size.starts_with("fused_shrink"),
-             laps = size.starts_with("laps");
+  const bool every_rank = size == "every_rank", laps = size == "laps";
   LinearCase c{};
-  c.wants_fused_shrink = fused_shrink;
   c.m = run.size.m, c.n = run.size.n, c.k = run.size.k;
   c.numbers = every_rank || draw(2) ? Numbers::Integers : Numbers::Reals;
   constexpr int kRanks[] = {1, 3, 8, 12, 16, 24, 40, 64, 130};
@@ -58,18 +56,12 @@ inline LinearCase draw_linear_case(const Case& run, Random& random) {
     c.aligned = c.early = true, c.choice = plan::Choice::kKernel;
     c.card = hopper(draw(2) ? 4 : 132);
   }
-  if (fused_shrink) {  // or just beyond what fits, where the planner must see the difference
-    constexpr int kNear[] = {5, 24, 40, 40, 64, 64};
-    c.rank = draw(5) == 0 ? 65 + draw(64) : kNear[draw(std::size(kNear))];
-    c.early = draw(4) != 0, c.float_adapters = draw(8) == 0, c.aligned = draw(8) != 0,
-    c.dropout = draw(4) == 0;
-  }
-  if (laps) c.aligned = true, c.clusters = 1 + draw(2);
-  if (fused_shrink || laps) {
+  if (laps) {
+    c.aligned = true, c.clusters = 1 + draw(2);
     c.choice = plan::Choice::kKernel, c.card = hopper(2 << draw(3));
     c.size_of_a = c.size_of_b = c.size_of_dy = 1;  // so that T shows in Y and dX
   }
-  c.scaling = c.exact() ? 0.5f : draw(2) ? 1.7f : fused_shrink || laps ? 0.6f : 0.013f;
+  c.scaling = c.exact() ? 0.5f : draw(2) ? 1.7f : laps ? 0.6f : 0.013f;
   return c;
 }
 

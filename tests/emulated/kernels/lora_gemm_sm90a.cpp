@@ -57,8 +57,7 @@ void run_gemm(const Case& run) {
   const GlobalBuffer<T>& last_t = *written_t[terms - 1];
   GlobalBuffer<T> seen_t(last_t.size(), "t as the next grid sees it");
   stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
-                copy_early<T>, last_t.data(), seen_t.data(), static_cast<int>(last_t.size()),
-                static_cast<const uint32_t*>(nullptr), 0u);
+                copy_early<T>, last_t.data(), seen_t.data(), static_cast<int>(last_t.size()));
   run_timed(stream);
 
   compare_counters<Tile>(m, n, k, rank, terms);

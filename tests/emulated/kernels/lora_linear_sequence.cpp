@@ -43,7 +43,7 @@ class LinearTest {
     return p;
   }
 
-  // Any of the card's tiles, or the planner's. T is mostly computed in the grid where possible.
+  // Any of the card's tiles, or the planner's.
   plan::Request request(bool backward) {
     plan::Request asked{case_.choice};
     asked.use_pdl = case_.early;
@@ -51,9 +51,6 @@ class LinearTest {
     auto tiles = plan::tiles_of(case_.card, call);
     std::erase(tiles, plan::Tile::kDecode);  // which few rows take if no tile is requested
     if (random_() % 3 != 0) asked.tile = tiles[random_() % tiles.size()];
-    const auto fused_shrink = [](plan::Tile tile) { return plan::facts_of(tile).fused_shrink; };
-    const auto first = std::find_if(tiles.begin(), tiles.end(), fused_shrink);
-    if (case_.wants_fused_shrink && first != tiles.end() && random_() % 4 != 0) asked.tile = *first;
     return asked;
   }
 
@@ -99,8 +96,6 @@ class LinearTest {
       used_workspace_.resize(workspace->size(), emulator::kPoisonByte);
       workspace->fill(0);  // tells the race checker that it is initialised
       std::copy_n(used_workspace_.begin(), workspace->size(), workspace->begin());
-      if (plan.tiled() != nullptr && plan.tiled()->fused_shrink)
-        tell("fused shrink, in a used workspace");
     }
     return workspace;
   }
@@ -163,8 +158,7 @@ class LinearTest {
     p.aligned = dy_.aligned() && w_.aligned() && x_.aligned() && k_ % 8 == 0;
     const int wanted = 1 + static_cast<int>(random_() % 7);
     const int needs = random_() % 2 ? 7 : wanted;
-    p.need_dx = case_.wants_fused_shrink || (needs & 1), p.need_dlora_a = needs & 2,
-    p.need_dlora_b = needs & 4;
+    p.need_dx = needs & 1, p.need_dlora_a = needs & 2, p.need_dlora_b = needs & 4;
     const plan::Plan plan = plan::make_plan(case_.card, p, request(true));
     tell_plan("backward", plan, case_, mask_);
     const auto workspace = workspace_of(plan);
@@ -251,8 +245,6 @@ const Program program{"lora_linear_sequence",
                        {"tall", 300, 64, 72},
                        {"wide", 40, 520, 130},
                        {"early", 300, 264, 136},
-                       {"fused_shrink_deep", 300, 264, 392},
-                       {"fused_shrink_wide", 520, 392, 136},
                        {"laps", 300, 584, 648},
                        {"tiny", 3, 1, 5},
                        {"every_rank", 33, 40, 72}}};

@@ -62,7 +62,7 @@ void run_shrink(const Case& run) {
   GlobalBuffer<float> seen_z(z.size(), "z as the next grid sees it");
   stream.launch({.grid = dim3(2), .block = dim3(128), .programmatic_dependent = true},
                 copy_early<float>, static_cast<const float*>(z.data()), seen_z.data(),
-                static_cast<int>(z.size()), static_cast<const uint32_t*>(nullptr), 0u);
+                static_cast<int>(z.size()));
   run_timed(stream);
 
   for (size_t i = 0; i < z.size(); ++i)

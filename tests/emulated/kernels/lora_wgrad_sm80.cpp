@@ -1,6 +1,6 @@
 // Runs lora_wgrad_sm80 and lora_reduce_wgrad on odd sizes: one product or two of unequal width, one
-// or two terms, any number of splits. U is written by a grid before: by one that has ended, or by
-// the product beside which lora_wgrad starts, and on which the grids after it depend, too.
+// or two terms, any number of splits. U is written by a grid that has ended before the product
+// beside which lora_wgrad starts, and on which the grids after it depend, too.
 #include "emulated/kernels/lora_wgrad_sm80.h"
 
 #include <deque>
@@ -22,8 +22,6 @@ void run_wgrad(const Case& run) {
   const int columns = terms * width;
   const RandomMask mask(numbers, random);
   constexpr bool kUsesPdl = kAlignment == Alignment::kVector;
-  const bool product_writes_u = kUsesPdl && random() % 2;
-  constexpr uint32_t kParts = 2;  // blocks of the grids before
   constexpr int kOffset = Layout<kAlignment>::kOffset;
 
   LoraWgradParams<T> params{};
@@ -31,11 +29,8 @@ void run_wgrad(const Case& run) {
   params.m = m, params.mask = mask.parameters();
   std::deque<Operand<T, kAlignment>> p, u;
   std::deque<GlobalBuffer<T>> written_u;
-  GlobalBuffer<uint32_t> written(std::vector<uint32_t>(1), "written");
   GlobalBuffer<float> y(600, "y"), seen_y(600, "y as the last grid sees it");
-  ProductParams<T> before{};
-  before.written = written.data(), before.parts = product_writes_u ? kParts : 0;
-  before.y = y.data(), before.size = static_cast<int>(y.size());
+  const int size = static_cast<int>(y.size());
   std::deque<GlobalBuffer<float>> partial;
   std::deque<Gradient<T>> gradient;
   int widest = 0, splits = 0;
@@ -46,18 +41,15 @@ void run_wgrad(const Case& run) {
     const int here = (steps + per_split - 1) / per_split;
     p.emplace_back(m, width_c, numbers, random, "p");
     u.emplace_back(m, columns, numbers, random, "source of u", false);
-    const size_t elements = u[i].matrix.values.size();
-    written_u.emplace_back(kOffset + elements, "u");
-    before.from[i] = u[i].data(), before.to[i] = written_u[i].data() + kOffset;
-    before.count[i] = static_cast<int>(elements);
+    written_u.emplace_back(kOffset + u[i].matrix.values.size(), "u");
     partial.emplace_back(static_cast<size_t>(here) * columns * width_c, "partial sums");
     gradient.emplace_back(rank, width_c, random);
     LoraWgradProduct<T>& product = params.product[i];
-    product.p = p[i].data(), product.u = before.to[i], product.g = partial[i].data();
+    product.p = p[i].data(), product.u = written_u[i].data() + kOffset,
+    product.g = partial[i].data();
     product.p_pitch = p[i].pitch(), product.u_pitch = u[i].pitch();
     product.c = width_c, product.columns = columns, product.masked = i == 0;
     product.splits = here, product.steps_per_split = per_split;
-    if (product_writes_u) product.written = written.data(), product.parts = kParts;
     const float scale = numbers == Numbers::Integers ? 0.5f : 1.3f;
     sums.gradient[i] = gradient[i].reduce(partial[i].data(), here, terms, columns, width, scale);
     widest = std::max(widest, width_c), splits += here;
@@ -65,14 +57,12 @@ void run_wgrad(const Case& run) {
 
   using Tile = LoraWgradTile;
   emulator::Stream stream;
-  for (int i = 0; i < products && !product_writes_u; ++i) {
-    stream.launch({.grid = dim3(kParts), .block = dim3(64)}, copy<T>, before.from[i], before.to[i],
-                  before.count[i]);
+  for (int i = 0; i < products; ++i) {
+    stream.launch({.grid = dim3(2), .block = dim3(64)}, copy<T>, u[i].data(),
+                  written_u[i].data() + kOffset, static_cast<int>(u[i].matrix.values.size()));
   }
-  stream.launch({.grid = dim3(kParts),
-                 .block = dim3(64),
-                 .programmatic_dependent = !product_writes_u && random() % 2 != 0},
-                make_product<T>, before);
+  stream.launch({.grid = dim3(2), .block = dim3(64), .programmatic_dependent = random() % 2 != 0},
+                make_product<float>, y.data(), size);
   stream.launch({.grid = dim3(blocks_of(widest, Tile::kC), blocks_of(columns, Tile::kColumns),
                               static_cast<unsigned>(splits)),
                  .block = dim3(Tile::kThreads),
@@ -84,7 +74,7 @@ void run_wgrad(const Case& run) {
        .block = dim3(256)},
       lora_reduce_wgrad<T>, sums);
   stream.launch({.grid = dim3(2), .block = dim3(64)}, copy<float>,
-                static_cast<const float*>(y.data()), seen_y.data(), before.size);
+                static_cast<const float*>(y.data()), seen_y.data(), size);
   run_timed(stream);
 
   for (size_t i = 0; i < y.size(); ++i)

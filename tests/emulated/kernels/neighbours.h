@@ -3,7 +3,6 @@
 #pragma once
 #include "emulated/kernels/instance.h"
 #include "emulator/emulator.h"
-#include "ptx/memory.h"
 #include "ptx/sync.h"
 
 namespace kernels {
@@ -23,47 +22,27 @@ __global__ void copy(const V* from, V* to, int count) {
   for_each_of_grid(count, [&](int i) { to[i] = from[i]; });
 }
 
-// The same for a grid beside the one before, for data that that one waited for, or publishes in
-// parts.
+// The same for a grid beside the one before, for data that that one waited for.
 template <class V>
-__global__ void copy_early(const V* from, V* to, int count, const uint32_t* written,
-                           uint32_t parts) {
-  while (parts > 0 && lora_ext::ptx::load_acquire_gpu(written) < parts) {
-  }
+__global__ void copy_early(const V* from, V* to, int count) {
   for_each_of_grid(count, [&](int i) { to[i] = from[i]; });
   if (blockIdx.x == 0) lora_ext::ptx::griddepcontrol_wait();
 }
 
-// Takes the place of dX before wgrad: y = 1, and wgrad may start when the grid before has ended. If
-// `parts` is not 0, this grid writes `to`, and its blocks publish it in that many parts.
+// Takes the place of dX before wgrad: y = 1, and wgrad may start when the grid before has ended.
 template <class V>
-struct ProductParams {
-  const V* from[2];
-  V* to[2];
-  int count[2];
-  uint32_t* written;
-  uint32_t parts;
-  float* y;
-  int size;
-};
-template <class V>
-__global__ void make_product(ProductParams<V> p) {
-  if (p.parts == 0) lora_ext::ptx::griddepcontrol_wait();
+__global__ void make_product(V* y, int size) {
+  lora_ext::ptx::griddepcontrol_wait();
   lora_ext::ptx::fence_acq_rel_gpu();
   lora_ext::ptx::griddepcontrol_launch_dependents();
-  for (int which = 0; which < 2 && p.parts > 0; ++which)
-    for_each_of_grid(p.count[which], [&](int i) { p.to[which][i] = p.from[which][i]; });
-  __syncthreads();
-  if (p.parts > 0 && threadIdx.x == 0) lora_ext::ptx::atomic_add_release_gpu(p.written, 1);
   for (int i = 0; i < 20; ++i) __syncthreads();
-  for_each_of_grid(p.size, [&](int i) { p.y[i] = 1; });
+  for_each_of_grid(size, [&](int i) { y[i] = 1; });
 }
 
-#define NEIGHBOURS(V)                                                   \
-  INSTANCE(copy<V>(const V*, V*, int))                                  \
-  INSTANCE(copy_early<V>(const V*, V*, int, const uint32_t*, uint32_t)) \
-  INSTANCE(make_product<V>(ProductParams<V>))
-INSTANCE(copy<uint32_t>(const uint32_t*, uint32_t*, int))
+#define NEIGHBOURS(V)                  \
+  INSTANCE(copy<V>(const V*, V*, int)) \
+  INSTANCE(copy_early<V>(const V*, V*, int))
+INSTANCE(make_product<float>(float*, int))
 NEIGHBOURS(float)
 NEIGHBOURS(__nv_bfloat16)
 NEIGHBOURS(__half)

@@ -1,6 +1,5 @@
 // Facts of a plan that the tests count, and invariants of all plans.
 #pragma once
-#include <algorithm>
 #include <string>
 
 #include "emulated/kernels/linear_case.h"
@@ -33,26 +32,9 @@ inline void tell_plan(const std::string& direction, const plan::Plan& plan, cons
   const int64_t tiles = pairs * ((columns + tile.columns - 1) / tile.columns);
   const int64_t terms = tiled.terms == 2 ? 3 : 1;
   const int64_t steps = (depth + 63) / 64 + terms * ((c.rank + 63) / 64);
-  const std::string kind = direction + (tiled.fused_shrink ? ", fused shrink" : ", wgmma");
   const bool pingpong = std::string(tile.name).starts_with("pingpong");
-  tell(kind);
   if (steps >= 2 * stages_of(tile.tile) && tiles > c.clusters)
     tell(direction + (pingpong ? ", pingpong laps" : ", cooperative laps"));
-  if (columns >= depth + 128) tell(kind + ", more columns than depth");
-  if (depth >= columns + 128) tell(kind + ", more depth than columns");
-  const bool half_of_one_step = !c.float_adapters && c.rank <= 64;
-  if (tiled.fused_shrink) {
-    if (!half_of_one_step || (forward && c.dropout))
-      differ("%s: the planner makes T in the grid of a product that cannot", direction.c_str());
-    if (pairs * 2 * tile.rows - c.m >= tile.rows) tell(kind + ", an empty row block");
-    if (std::min(tiles, c.clusters) > 3) tell(kind + ", more than 3 clusters");
-    if (c.dropout) tell(kind + ", masked");
-    tell(kind + (tiled.wgrad_uses_pdl ? ", early" : ", late"));
-  } else if (!c.float_adapters && !(forward && c.dropout) && c.rank > 64 && c.rank <= 128) {
-    tell(direction + ", rank above that of fused shrink");
-  } else if (half_of_one_step && forward && c.dropout) {
-    tell("forward, dropout keeps T out of the grid");
-  }
 }
 
 }  // namespace kernels

@@ -67,8 +67,6 @@ HARMLESS = {
     "gemm/sm90a/load.wait_for_t.block.p.trigger_dependents:always": NEXT_GRID,
     "gemm/sm90a/load.wait_for_t.block.p.trigger_dependents:never": NEXT_GRID,
     "gemm/sm90a/load.launch_dependents.griddepcontrol_launch_dependents:skip": NEXT_GRID,
-    "gemm/sm90a/fused_shrink.produce.jobs.block.p.trigger_dependents:always": NEXT_GRID,
-    "gemm/sm90a/fused_shrink.produce.jobs.block.p.trigger_dependents:never": NEXT_GRID,
     "decode/finish.add_all.first<count:high": "a round without parts",
     "decode/finish.finish_s.inside:always": (
         "past a rank S is zero but where x is infinite, which it is in no case"
@@ -110,8 +108,6 @@ HARMLESS = {
     "skinny/elementwise.lora_reduce.griddepcontrol_launch_dependents:skip": NEXT_GRID,
     "skinny/elementwise.lora_reduce.threadIdx.x==0:always": "every thread does it",
     "skinny/elementwise.lora_reduce.threadIdx.x==0:never": NEXT_GRID,
-    "gemm/sm90a/jobs.schedule.job<count():high": "a ticket is drawn that nobody reads",
-    "gemm/sm90a/jobs.next.threadIdx.x>=Tile::kWarpgroup:low": "that thread reads no ticket",
     "skinny/wgrad.wait_for_dx.blockIdx.x+blockIdx.y+blockIdx.z==0:always": (
         "blocks stay where others could run"
     ),
@@ -121,5 +117,4 @@ HARMLESS = {
     "skinny/wgrad.run.c0>=product.c:high": "as without the return",
     "skinny/wgrad.run.column0>=product.columns:high": "as without the return",
     "skinny/wgrad.run.column0>=product.columns:low": "columns are whole chunks",
-    "skinny/wgrad.wait_for_u.threadIdx.x==0:always": "every thread polls",
 }

@@ -30,7 +30,6 @@ PROGRAMS = {
         "gemm/sm90a/mask_ahead",
         "gemm/sm90a/store",
     ),
-    "lora_gemm_fused_shrink_sm90a": ("gemm/sm90a/fused_shrink", "gemm/sm90a/jobs"),
     "lora_shrink_sm80": (
         "skinny/shrink",
         "skinny/elementwise.lora_reduce",

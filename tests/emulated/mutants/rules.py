@@ -35,10 +35,8 @@ SYNCHRONISATION = {
     "ptx::cp_async_wait_group",
     "ptx::mbarrier_init",
     "ptx::mbarrier_arrive_remote",
-    "ptx::mbarrier_arrive_cluster",
     "ptx::mbarrier_arrive_expect_tx",
     "ptx::mbarrier_wait",
-    "ptx::mbarrier_wait_cluster",
     "ptx::fence_mbarrier_init",
     "ptx::fence_proxy_async_shared",
     "ptx::fence_proxy_async_global",
@@ -53,8 +51,6 @@ SYNCHRONISATION = {
     "ptx::setmaxnreg_inc",
     "ptx::griddepcontrol_launch_dependents",
     "ptx::griddepcontrol_wait",
-    "ptx::load_acquire_gpu",
-    "ptx::atomic_add_release_gpu",
 }
 
 # What only moves or computes data, or asks where it is; and hints, without which a kernel is as
@@ -68,7 +64,6 @@ OTHER = {
     "ptx::ldmatrix_x2_trans",
     "ptx::ldmatrix_x4",
     "ptx::ldmatrix_x4_trans",
-    "ptx::load_shared_cluster",
     "ptx::map_shared",
     "ptx::matrix_descriptor",
     "ptx::mma_m16n8k16",
@@ -76,7 +71,6 @@ OTHER = {
     "ptx::prefetch_tensor_map",
     "ptx::shared_address",
     "ptx::stmatrix_x4",
-    "ptx::store_shared_cluster",
     "ptx::tma_load_2d",
     "ptx::tma_load_2d_multicast",
     "ptx::tma_store_2d",
@@ -93,7 +87,7 @@ COUNTS = {
     "ptx::bar_sync": ("threads", 32),
     "ptx::bar_arrive": ("threads", 32),
 }
-PARITIES = {"ptx::mbarrier_wait", "ptx::mbarrier_wait_cluster"}
+PARITIES = {"ptx::mbarrier_wait"}
 MORE = {"_wait_group": 1, "_wait_group_read": 1, "setmaxnreg_dec": 8, "setmaxnreg_inc": 8}
 
 

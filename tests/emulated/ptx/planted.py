@@ -9,7 +9,6 @@ SEEDS = {
     "lora_grouped_sequence": (112, 300),
     "lora_gemm_sm80": (440, 440),
     "lora_gemm_sm90a": (168, 168),
-    "lora_gemm_fused_shrink_sm90a": (42, 168),
     "lora_shrink_sm80": (120, 240),
     "lora_wgrad_sm80": (160, 240),
     "lora_dsdb_sm80": (160, 240),
@@ -119,6 +118,5 @@ FAULTS = [
 # What the clean runs execute of the kernels of both architectures that have code.
 LEAST_OF_EACH = 0.8
 # Operations that copy, meet, multiply or store. The others are unrolled copies of these, of which
-# the sizes take few, and in lora_gemm_fused_shrink whole steps along a rank that has one. 400 are
-# in lora_experts_routes, whose 256 rows never need all of its loops.
+# the sizes take few. 400 are in lora_experts_routes, whose 256 rows never need all of its loops.
 MOST_MISSING = 1800

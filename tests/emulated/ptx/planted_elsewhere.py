@@ -143,30 +143,6 @@ KERNELS = {
             ),
         ],
     ),
-    "fused-shrink": (
-        kernel(
-            "lora_gemm_fused_shrink_sm90a_bf16",
-            "90a",
-            "ELb0ELb0E",
-            "lora_gemm_fused_shrink_sm90a",
-            "forward_bf16",
-        ),
-        [
-            ("a relaxed release", r"red\.release\.gpu", "red.relaxed.gpu", None),
-            ("a release to the block", r"red\.release\.gpu", "red.release.cta", None),
-            ("a relaxed acquire", r"ld\.acquire\.gpu", "ld.relaxed.gpu", None),
-            ("an acquire of the block", r"ld\.acquire\.gpu", "ld.acquire.cta", None),
-            ("no proxy fence behind the flag", r"fence\.proxy\.async\.global;", "", None),
-            ("an arrival of the block", r"arrive\.release\.cluster", "arrive.release.cta", None),
-            (
-                "a wait of the block",
-                r"try_wait\.parity\.acquire\.cluster",
-                "try_wait.parity.acquire.cta",
-                None,
-            ),
-            ("no barrier before the flag", r"bar\.sync %r\d+, %r\d+;", "", None),
-        ],
-    ),
     "pdl": (
         kernel(
             "lora_gemm_sm90a_bf16",

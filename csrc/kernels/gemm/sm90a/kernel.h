@@ -6,13 +6,12 @@
 // clusters of two, one tile below the other, and are persistent: each cluster iterates over pairs
 // of tiles, and loads run ahead of the products across the end of a tile.
 //
-//   pipeline.h              tiles, shared memory, barriers, ring, set-up and end of a block
-//   load.h                  the producer: what a stage receives
-//   multiply.h              the consumers: the main loop
-//   mask_ahead.h            dropout's bits, drawn while the tensor core works
-//   store.h                 the epilogue: bias, rounding, slabs
-//   jobs.h, fused_shrink.h  the kernel that computes its own T
-//   launch.h                from parameters to a launch of either
+//   pipeline.h     tiles, shared memory, barriers, ring, set-up and end of a block
+//   load.h         the producer: what a stage receives
+//   multiply.h     the consumers: the main loop
+//   mask_ahead.h   dropout's bits, drawn while the tensor core works
+//   store.h        the epilogue: bias, rounding, slabs
+//   launch.h       from parameters to a launch
 //
 // Launched in clusters of Tile::kClusterSize (a launch attribute, so that the source compiles for
 // every architecture). If T is written by the kernel before, it may be launched with PDL

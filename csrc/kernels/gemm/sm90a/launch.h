@@ -1,5 +1,4 @@
-// From parameters to a launch of lora_gemm_sm90a or lora_gemm_fused_shrink_sm90a: the tensor maps,
-// the instance and the grid.
+// From parameters to a launch of lora_gemm_sm90a: the tensor maps, the instance and the grid.
 //
 // Requires what TMA requires: pointers and pitches that are multiples of 16 bytes. m, k and the rank
 // may be anything. n, too, but Y is stored in chunks of 16 bytes: zeros follow the last of n columns
@@ -8,7 +7,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "kernels/gemm/sm90a/fused_shrink.h"
 #include "kernels/gemm/sm90a/kernel.h"
 #include "kernels/plan/plan.h"
 
@@ -33,41 +31,27 @@ struct Sm90aLaunch {
   bool dependent;
 };
 
-// Shared has the shared memory of the blocks.
-template <class Tile, class Shared = Tile>
+template <class Tile>
 constexpr bool is_wgmma_as_planned(plan::Tile tile) {
   const plan::TileFacts& facts = plan::facts_of(tile);
   return facts.tile == tile && facts.wgmma && facts.rows == Tile::kM && facts.columns == Tile::kN &&
-         facts.shared == Shared::kSharedBytes;
+         facts.shared == Tile::kSharedBytes;
 }
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256>(plan::Tile::kWgmma128x256));
 static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x192Pingpong>(plan::Tile::kPingpong128x192));
-static_assert(is_wgmma_as_planned<LoraGemmSm90aTile128x256, JobTile<LoraGemmSm90aTile128x256>>(
-    plan::Tile::kFusedShrink128x256));
-static_assert(plan::facts_of(plan::Tile::kFusedShrink128x256).fused_shrink);
-static_assert(parts_of_t(1) == LoraGemmSm90aTile128x256::kConsumers);
 
-// Tensor maps of P and T, and of Q and U (fused-shrink also A), with the boxes of the stages.
+// Tensor maps of P and T, and of Q and U, with the boxes of the stages.
 // encode(const T* data, rows, columns, pitch, box rows) makes a CUtensorMap of boxes 64 elements
 // wide with the 128-byte swizzle, which reads zeros outside of the matrix.
-template <class Tile, class T, class Encode>
-CUtensorMap left_map(const T* data, int rows, int depth, int64_t pitch, Encode&& encode) {
-  return encode(data, rows, depth, pitch, Tile::kLeftBoxRows);
-}
-template <class Tile, bool kMNMajor, int kColumns, class T, class Encode>
-CUtensorMap right_map(const T* data, int columns, int depth, int64_t pitch, Encode&& encode) {
-  constexpr int kRows = Tile::template kRightBoxRows<kMNMajor, kColumns>;
-  return kMNMajor ? encode(data, depth, columns, pitch, kRows)
-                  : encode(data, columns, depth, pitch, kRows);
-}
-
 template <class Tile, bool kMNMajor, class T, class Encode>
 LoraGemmMaps maps_of(const LoraGemmParams<T>& p, Encode&& encode) {
   const auto left = [&](const T* data, int depth, int64_t pitch) {
-    return left_map<Tile>(data, p.m, depth, pitch, encode);
+    return encode(data, p.m, depth, pitch, Tile::kLeftBoxRows);
   };
   const auto right = [&](const T* data, int depth, int64_t pitch) {
-    return right_map<Tile, kMNMajor, Tile::kN>(data, p.n, depth, pitch, encode);
+    constexpr int kRows = Tile::template kRightBoxRows<kMNMajor>;
+    return kMNMajor ? encode(data, depth, p.n, pitch, kRows)
+                    : encode(data, p.n, depth, pitch, kRows);
   };
   LoraGemmMaps maps{};
   if (p.k > 0) maps.p = left(p.p, p.k, p.p_pitch), maps.q = right(p.q, p.k, p.q_pitch);
@@ -123,53 +107,6 @@ void launch_lora_gemm_sm90a(const LoraGemmParams<T>& p, const Sm90aChoice& choic
   if (!choice.mn_major) return launch_product<T, false, false>(p, choice, launch);
   if (!choice.masked) return launch_product<T, true, false>(p, choice, launch);
   return launch_product<T, true, true>(p, choice, launch);
-}
-
-// lora_gemm_fused_shrink_sm90a
-
-// A of T = scaling P A, in the layout of Q: [rank, k], or MN-major [k, rank].
-template <class T>
-struct FusedShrinkFactor {
-  const T* a;
-  int64_t pitch;
-};
-
-// As launch_tile; p.low_rank[0].t is in.t.
-template <class T, class Tile, bool kMNMajor, bool kMasked, int kTail, class Launch>
-void launch_fused_shrink_tail(const LoraGemmParams<T>& p, const LoraFusedShrinkParams<T>& in,
-                              const FusedShrinkFactor<T>& factor, const Sm90aChoice& choice,
-                              Launch& launch) {
-  const auto kernel = lora_gemm_fused_shrink_sm90a<T, Tile, kMNMajor, kMasked, kTail>;
-  const dim3 cluster(Tile::kClusterSize);
-  Sm90aLaunch config{cluster, cluster, Tile::kThreads, JobTile<Tile>::kSharedBytes, false};
-  config.grid.x *= clusters_for(pairs_of_tiles<Tile>(p), launch.clusters(kernel, config), choice);
-  const auto encode = [&](auto... matrix) { return launch.encode(matrix...); };
-  const LoraFusedShrinkMaps maps{maps_of<Tile, kMNMajor>(p, encode),
-                                 right_map<Tile, kMNMajor, kShrinkColumns<kTail>>(
-                                     factor.a, p.rank, p.k, factor.pitch, encode)};
-  launch(kernel, config, maps, p, in);
-}
-
-template <class T, bool kMNMajor, bool kMasked, class Launch>
-void launch_fused_shrink(const LoraGemmParams<T>& p, const LoraFusedShrinkParams<T>& in,
-                         const FusedShrinkFactor<T>& factor, const Sm90aChoice& choice,
-                         Launch& launch) {
-  using Tile = LoraGemmSm90aTile128x256;
-  if constexpr (plan::tail_of(1, kMNMajor) == 1) {
-    if (plan::tail_of(p.rank) == 1)
-      return launch_fused_shrink_tail<T, Tile, kMNMajor, kMasked, 1>(p, in, factor, choice, launch);
-  }
-  launch_fused_shrink_tail<T, Tile, kMNMajor, kMasked, 4>(p, in, factor, choice, launch);
-}
-
-template <class T, class Launch>
-void launch_lora_gemm_fused_shrink_sm90a(const LoraGemmParams<T>& p,
-                                         const LoraFusedShrinkParams<T>& in,
-                                         const FusedShrinkFactor<T>& factor,
-                                         const Sm90aChoice& choice, Launch& launch) {
-  if (!choice.mn_major) return launch_fused_shrink<T, false, false>(p, in, factor, choice, launch);
-  if (!choice.masked) return launch_fused_shrink<T, true, false>(p, in, factor, choice, launch);
-  return launch_fused_shrink<T, true, true>(p, in, factor, choice, launch);
 }
 
 }  // namespace lora_ext::kernel

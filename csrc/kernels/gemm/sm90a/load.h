@@ -51,8 +51,7 @@ struct LoraGemmSm90aProducer {
 
   __device__ __forceinline__ void load_main_product(Ring& ring, const Place& at) const {
     const int steps = block.main_steps;
-    for (int step = 0; step < steps; ++step)
-      load<Tile::kN>(ring, &maps.p, &maps.q, step * Tile::kK, at);
+    for (int step = 0; step < steps; ++step) load(ring, &maps.p, &maps.q, step * Tile::kK, at);
   }
 
   __device__ __forceinline__ void load_low_rank_product(Ring& ring, const Place& at) const {
@@ -60,35 +59,30 @@ struct LoraGemmSm90aProducer {
     for (int term = 0; term < terms; ++term) {
       const auto& factors = maps.low_rank[term];
       for (int step = 0; step < steps; ++step)
-        load<Tile::kN>(ring, &factors.t, &factors.u, step * Tile::kK, at);
+        load(ring, &factors.t, &factors.u, step * Tile::kK, at);
     }
   }
 
-  // Waits until one stage is empty and fills it; it has kColumns of the right operand.
-  template <int kColumns>
+  // Waits until one stage is empty and fills it.
   __device__ __forceinline__ void load(Ring& ring, const CUtensorMap* left,
                                        const CUtensorMap* right, int k0, const Place& at) const {
-    constexpr uint32_t kBytes =
-        Tile::kLeftBytes +
-        (kMNMajor ? (kColumns + 63) / 64 * Tile::kPanelBytes : kColumns * Tile::kRowBytes);
     ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);
-    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);
+    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), Tile::kStageBytes);
     ptx::tma_load_2d(block.left(ring.slot), left, block.full(ring.slot), k0, at.row);
-    multicast_half<kColumns>(ring, right, k0, at.column);
+    multicast_half(ring, right, k0, at.column);
     ring.advance();
   }
 
   // Half of the right operand: columns of Y if K-major, else rows of k in every 64-column panel.
-  template <int kColumns>
   __device__ __forceinline__ void multicast_half(const Ring& ring, const CUtensorMap* right, int k0,
                                                  int column) const {
-    constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor, kColumns>;
+    constexpr int kHalf = Tile::template kRightBoxRows<kMNMajor>;
     constexpr uint16_t kBoth = 0b11;
     const int first = static_cast<int>(block.rank) * kHalf;
     const uint32_t half = block.right(ring.slot) + block.rank * kHalf * Tile::kRowBytes;
     if constexpr (kMNMajor) {
 #pragma unroll
-      for (int panel = 0; panel < (kColumns + 63) / 64; ++panel) {
+      for (int panel = 0; panel < Tile::kN / 64; ++panel) {
         ptx::tma_load_2d_multicast(half + panel * Tile::kPanelBytes, right, block.full(ring.slot),
                                    column + panel * 64, k0 + first, kBoth);
       }

@@ -103,10 +103,9 @@ struct LoraGemmSm90aConsumer {
     __device__ __forceinline__ void operator()() const {}
   };
 
-  // Accumulators of 64 x 2 kHalf per row block. meanwhile() runs beside each step's products.
-  template <int kHalf, class Meanwhile = Nothing>
-  __device__ __forceinline__ void multiply_main(float (&acc)[Tile::kRowBlocks][kHalf],
-                                                Progress& now,
+  // meanwhile() runs beside each step's products.
+  template <class Meanwhile = Nothing>
+  __device__ __forceinline__ void multiply_main(Accumulators& acc, Progress& now,
                                                 const Meanwhile& meanwhile = Meanwhile()) const {
     const int steps = block.main_steps;
     for (int i = 0; i < steps; ++i) step<kAll>(acc, now, meanwhile);
@@ -141,8 +140,8 @@ struct LoraGemmSm90aConsumer {
   }
 
   // Multiplies one stage, kSteps times 16 along k.
-  template <int kSteps, bool kRightMNMajor = kMNMajor, int kHalf, class Meanwhile = Nothing>
-  __device__ __forceinline__ void step(float (&acc)[Tile::kRowBlocks][kHalf], Progress& now,
+  template <int kSteps, bool kRightMNMajor = kMNMajor, class Meanwhile = Nothing>
+  __device__ __forceinline__ void step(Accumulators& acc, Progress& now,
                                        const Meanwhile& meanwhile = Meanwhile()) const {
     ptx::mbarrier_wait(block.full(now.ring.slot), now.ring.parity);
     multiply<kSteps, kRightMNMajor>(acc, now);
@@ -155,9 +154,8 @@ struct LoraGemmSm90aConsumer {
 
   // The wgmmas of a stage, whose rows are 128 bytes. K-major: 16 along k are 32 bytes of a row, and
   // groups of eight rows are 1024 bytes apart. MN-major: 16 along k are 16 rows of each panel.
-  template <int kSteps, bool kRightMNMajor, int kHalf>
-  __device__ __forceinline__ void multiply(float (&acc)[Tile::kRowBlocks][kHalf],
-                                           Progress& now) const {
+  template <int kSteps, bool kRightMNMajor>
+  __device__ __forceinline__ void multiply(Accumulators& acc, Progress& now) const {
     constexpr ptx::Major kMajor = kRightMNMajor ? ptx::Major::kMN : ptx::Major::kK;
     constexpr uint32_t kGroup = 8 * Tile::kRowBytes, kAlongRow = 32;
     constexpr uint32_t kAlongRight = kRightMNMajor ? 16 * Tile::kRowBytes : kAlongRow;
@@ -175,31 +173,26 @@ struct LoraGemmSm90aConsumer {
       for (int i = 0; i < Tile::kRowBlocks; ++i) {
         const uint64_t a = ptx::matrix_descriptor(left + i * 64 * Tile::kRowBytes + k16 * kAlongRow,
                                                   16, kGroup, ptx::Swizzle::k128);
-        ptx::wgmma_ss<T, 2 * kHalf, ptx::Major::kK, kMajor>(acc[i], a, b,
-                                                            now.accumulate || k16 > 0);
+        ptx::wgmma_ss<T, Tile::kN, ptx::Major::kK, kMajor>(acc[i], a, b, now.accumulate || k16 > 0);
       }
     }
     ptx::wgmma_commit_group();
     now.accumulate = true;
   }
 
-  template <int kHalf>
-  __device__ __forceinline__ void pin(float (&acc)[Tile::kRowBlocks][kHalf]) const {
+  __device__ __forceinline__ void pin(Accumulators& acc) const {
 #pragma unroll
     for (int i = 0; i < Tile::kRowBlocks; ++i) ptx::wgmma_pin(acc[i]);
   }
 
   // Afterwards the accumulators may be read and written.
-  template <int kHalf>
-  __device__ __forceinline__ void wait_for_products(float (&acc)[Tile::kRowBlocks][kHalf]) const {
+  __device__ __forceinline__ void wait_for_products(Accumulators& acc) const {
     ptx::wgmma_wait_group<0>();
     pin(acc);
   }
 
   // The end of a product, which has at least one step.
-  template <int kHalf>
-  __device__ __forceinline__ void finish(float (&acc)[Tile::kRowBlocks][kHalf], Ring& ring,
-                                         const Progress& now) const {
+  __device__ __forceinline__ void finish(Accumulators& acc, Ring& ring, const Progress& now) const {
     wait_for_products(acc);
     release(now.held);
     ring = now.ring;

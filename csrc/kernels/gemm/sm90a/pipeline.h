@@ -77,8 +77,8 @@ struct LoraGemmSm90aTile {
 
   // TMA boxes are 64 elements wide; these are the rows of each operand's box.
   static constexpr int kLeftBoxRows = kM, kStoreBoxRows = kSlabRows;
-  template <bool kMNMajor, int kColumns = kN>
-  static constexpr int kRightBoxRows = (kMNMajor ? kK : kColumns) / kClusterSize;
+  template <bool kMNMajor>
+  static constexpr int kRightBoxRows = (kMNMajor ? kK : kN) / kClusterSize;
 };
 
 using LoraGemmSm90aTile128x256 = LoraGemmSm90aTile<256, 4, Sm90aSchedule::kCooperative>;

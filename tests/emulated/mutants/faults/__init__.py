@@ -15,7 +15,6 @@ from emulated.mutants.faults.epilogue import EPILOGUE
 from emulated.mutants.faults.experts import EXPERTS
 from emulated.mutants.faults.grouped import GROUPED
 from emulated.mutants.faults.host import HOST
-from emulated.mutants.faults.jobs import JOBS
 from emulated.mutants.faults.loads import LOADS
 from emulated.mutants.faults.maps import MAPS
 from emulated.mutants.faults.mask import MASK
@@ -25,6 +24,6 @@ from emulated.mutants.faults.slots import SLOTS
 from emulated.mutants.faults.thought import THOUGHT
 
 FAULTS = [
-    *(*THOUGHT, *LOADS, *PRODUCTS, *JOBS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
+    *(*THOUGHT, *LOADS, *PRODUCTS, *SET_UP, *EPILOGUE, *MASK, *MAPS, *HOST, *GROUPED),
     *(*EXPERTS, *DECODE, *DEQUANTIZE, *SLOTS, *DEVICES, *CONTROLS),
 ]

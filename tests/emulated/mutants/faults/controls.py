@@ -5,14 +5,10 @@ from emulated.mutants.faults.fault import Fault
 PRODUCER = "gemm/sm90a/load.h"
 EPILOGUE = "gemm/sm90a/store.h"
 BLOCK = "gemm/sm90a/pipeline.h"
-JOBS = "gemm/sm90a/jobs.h"
-FUSED_SHRINK = "gemm/sm90a/fused_shrink.h"
 ROLES = "gemm/sm90a/kernel.h"
 
-EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
-HALF = "    multicast_half<kColumns>(ring, right, k0, at.column);\n"
-PUBLISH = "    ptx::atomic_add_release_gpu(in.ready + row / Tile::kM, 1);\n"
-BARRIER = "    consumer.epilogue.warpgroup_barrier();\n"
+EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), Tile::kStageBytes);\n"
+HALF = "    multicast_half(ring, right, k0, at.column);\n"
 FENCE = "    ptx::fence_proxy_async_shared();\n"
 STORE = "      ptx::tma_store_2d(&maps.y, slab, column, row);\n"
 
@@ -29,29 +25,6 @@ CONTROLS = [
         "below zero in between",
         (PRODUCER, EXPECT, ""),
         (PRODUCER, HALF, HALF + EXPECT),
-    ),
-    control(
-        "publish_by_fence_and_relaxed_add",
-        "the flag of T is counted by a relaxed atomic after a fence",
-        "fence and strong write are a release pattern",
-        (JOBS, PUBLISH, "    __threadfence();\n" + PUBLISH.replace("release", "relaxed")),
-    ),
-    control(
-        "publish_by_warp",
-        "each warp counts its rows of T, of which 8 are awaited",
-        "__syncwarp orders the lanes' writes before the first lane's release",
-        (JOBS, PUBLISH, ""),
-        (
-            JOBS,
-            "ptx::load_acquire_gpu(ready) < Tile::kConsumers",
-            "ptx::load_acquire_gpu(ready) < 4 * Tile::kConsumers",
-        ),
-        (
-            FUSED_SHRINK,
-            BARRIER,
-            "    __syncwarp();\n    if (consumer.lane == 0) ptx::atomic_add_release_gpu("
-            "jobs.in.ready + row / Tile::kM, 1);\n" + BARRIER,
-        ),
     ),
     control(
         "set_up_with_release",

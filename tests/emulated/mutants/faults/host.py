@@ -6,16 +6,12 @@ Seen by the whole op in emulation, by programs whose rows lie far apart, by the 
 
 from emulated.mutants.faults.fault import Fault
 
-PLAN = "tile_choice.cpp"
 PARAMS = "sequence/linear_params.h"
-SEQUENCE = "sequence/linear_sequence.h"
 LAUNCH = "kernel_launch.cpp"
-DEEP = ("--size", "fused_shrink_deep")
-WIDE = ("--size", "fused_shrink_wide")
 
 
-def whole_op(name: str, what: str, why: str, file: str, old: str, new: str, size=DEEP) -> Fault:
-    return Fault(name, what, why, ((file, old, new),), "lora_linear_sequence", size)
+def whole_op(name: str, what: str, why: str, old: str, new: str) -> Fault:
+    return Fault(name, what, why, ((PARAMS, old, new),), "lora_linear_sequence")
 
 
 def far_apart(name: str, what: str, program: str, file: str, old: str, new: str) -> Fault:
@@ -28,93 +24,18 @@ def seen_by(program: str, name: str, what: str, why: str, file: str, old: str, n
 
 HOST = [
     whole_op(
-        "fused_shrink_as_dependent",
-        "the kernel that makes its own T may begin before the one before it ends",
-        "it draws tickets and adds to flags before their clear is visible",
-        "gemm/sm90a/launch.h",
-        "JobTile<Tile>::kSharedBytes, false};",
-        "JobTile<Tile>::kSharedBytes, true};",
-    ),
-    whole_op(
-        "row_blocks_not_in_pairs",
-        "flags for the row blocks that there are, not for pairs of them",
-        "the empty block of an odd last pair is published, too",
-        PLAN,
-        "row_blocks = 2 * blocks_of(p.m, 2 * tile.rows);",
-        "row_blocks = blocks_of(p.m, tile.rows);",
-    ),
-    whole_op(
-        "flags_over_partial_sums",
-        "the flags lie where dA's partial sums do",
-        "a wgrad launched with PDL overwrites what it waits for",
-        PARAMS,
-        "return at<uint32_t>(plan_.fused_shrink->flags);",
-        "return at<uint32_t>(plan_.g_a != plan::kNone ? plan_.g_a : plan_.fused_shrink->flags);",
-    ),
-    whole_op(
-        "ready_flags_not_cleared",
-        "only the ticket and the parts are cleared",
-        "in a used workspace T is read before it is written",
-        SEQUENCE,
-        "launch_.clear(params_.flags(), plan_.fused_shrink->flag_count());",
-        "launch_.clear(params_.flags(), 2 * plan::kFlagsApart);",
-    ),
-    whole_op(
-        "written_is_ticket",
-        "the parts of T are counted in the word of the ticket",
-        "jobs are passed over, and tickets count as parts of dS",
-        PARAMS,
-        "return flags() + plan::kFlagsApart;",
-        "return flags();",
-        WIDE,
-    ),
-    whole_op(
-        "fused_shrink_up_to_rank_128",
-        "ranks up to 128 make T in the same grid",
-        "the kernel makes one step of 64 columns of T",
-        PLAN,
-        "p.rank <= kMaxFusedShrinkRank",
-        "p.rank <= 128",
-    ),
-    whole_op(
-        "parts_without_halves",
-        "as many parts are awaited as there are row blocks",
-        "each has two",
-        PARAMS,
-        "product.parts = parts_of_t(plan_.fused_shrink->row_blocks);",
-        "product.parts = static_cast<uint32_t>(plan_.fused_shrink->row_blocks);",
-    ),
-    whole_op(
         "factor_of_a_backward",
         "backward makes dS of A's halves",
         "dS = dY B",
-        PARAMS,
-        "return {b_halves().hi, b_halves().pitch};",
-        "return {a_halves().hi, b_halves().pitch};",
+        "shrink_of(g.dy, g.dy_pitch, o_.n, b_halves())",
+        "shrink_of(g.dy, g.dy_pitch, o_.n, a_halves())",
     ),
     whole_op(
-        "s_not_stored_fused_shrink",
-        "the forward kernel that makes its own T stores no S",
-        "backward reads it",
-        SEQUENCE,
-        "params_.fused_shrink(f.s)",
-        "params_.fused_shrink(nullptr)",
-    ),
-    whole_op(
-        "flags_not_cleared",
-        "no flag is cleared",
-        "a workspace comes as the allocator has it",
-        SEQUENCE,
-        "    launch_.clear(params_.flags(), plan_.fused_shrink->flag_count());\n",
-        "",
-    ),
-    whole_op(
-        "fused_shrink_without_scaling",
-        "T is not scaled where the product makes it",
+        "t_without_scaling",
+        "T is not scaled",
         "Y and dX lack the scaling",
-        PARAMS,
-        "in.scaling = o_.scaling",
-        "in.scaling = 1.f",
+        "params.scaling = o_.scaling",
+        "params.scaling = 1.f",
     ),
     far_apart(
         "split_source_in_int",
@@ -191,7 +112,7 @@ HOST = [
         "cuda",
         "every_cluster_begins_early",
         "all launches in clusters have the attribute of programmatic dependents",
-        "the kernel that makes its own T must not begin before its flags are clear",
+        "the experts' product waits for nothing, and reads what the kernel before it makes",
         "kernels/launch/stream_launch.h",
         "launch.numAttrs = config.dependent ? 2 : 1;",
         "launch.numAttrs = 2;",

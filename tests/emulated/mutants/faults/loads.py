@@ -5,16 +5,11 @@ from emulated.mutants.faults.fault import Fault, faults_of
 PRODUCER = "gemm/sm90a/load.h"
 CONSUMER = "gemm/sm90a/multiply.h"
 BLOCK = "gemm/sm90a/pipeline.h"
-JOBS = "gemm/sm90a/jobs.h"
-FUSED_SHRINK = "gemm/sm90a/fused_shrink.h"
 
 EMPTY = "    ptx::mbarrier_wait(block.empty(ring.slot), ring.parity ^ 1);\n"
-EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), kBytes);\n"
+EXPECT = "    ptx::mbarrier_arrive_expect_tx(block.full(ring.slot), Tile::kStageBytes);\n"
 LEFT = "    ptx::tma_load_2d(block.left(ring.slot), left, block.full(ring.slot), k0, at.row);\n"
 RELEASE = "if (lane < kBlocks) ptx::mbarrier_arrive_remote(block.empty(slot), static_cast<uint32_t>(lane));"
-READY = "    jobs.wait_until_ready(at.row);\n"
-LOW_RANK = "    producer.load_low_rank_product(ring, at);\n"
-POLL = "    while (ptx::load_acquire_gpu(ready) < Tile::kConsumers) {\n    }\n"
 GLOBAL_FENCE = "    ptx::fence_proxy_async_global();\n"
 FULL_COLUMNS = "column + panel * 64, k0 + first, kBoth"
 FULL_ROWS = "k0, column + first, kBoth"
@@ -36,54 +31,6 @@ LOADS = [
         (EMPTY + EXPECT + LEFT, LEFT + EMPTY + EXPECT),
     ),
     Fault(
-        "t_load_before_ready",
-        "the flag of T is awaited after the load of T has been issued",
-        "the copy may read T before it has been written",
-        ((FUSED_SHRINK, READY + LOW_RANK, LOW_RANK + READY),),
-    ),
-    Fault(
-        "t_proxy_fence_before_acquire",
-        "the proxy fence stands before the flag's acquire",
-        "the writes of T come before the fence in no order, so the copy may miss them",
-        ((JOBS, POLL + GLOBAL_FENCE, GLOBAL_FENCE + POLL),),
-    ),
-    Fault(
-        "t_proxy_fence_of_shared",
-        "the proxy fence before the load of T is that of shared memory",
-        "T lies in global memory, which fence.proxy.async.shared::cta does not cover",
-        ((JOBS, GLOBAL_FENCE, "    ptx::fence_proxy_async_shared();\n"),),
-    ),
-    Fault(
-        "t_flag_polled_relaxed",
-        "the flag of T is polled by a relaxed atomic",
-        "no acquire: the copy may read T as it was before",
-        (
-            (
-                JOBS,
-                "ptx::load_acquire_gpu(ready) <",
-                "ptx::atomic_add_relaxed_gpu(const_cast<uint32_t*>(ready), 0) <",
-            ),
-        ),
-    ),
-    Fault(
-        "t_awaited_by_one_rank",
-        "only block 0 of the cluster awaits the T of its row block",
-        "block 1 loads another row block's T, which another cluster may still be computing",
-        ((FUSED_SHRINK, READY, "    if (jobs.block.rank == 0) jobs.wait_until_ready(at.row);\n"),),
-    ),
-    Fault(
-        "first_t_not_awaited",
-        "the T of the first row blocks is taken to be there",
-        "another cluster makes it",
-        (
-            (
-                FUSED_SHRINK,
-                READY,
-                "    if (at.row >= Tile::kPairM) jobs.wait_until_ready(at.row);\n",
-            ),
-        ),
-    ),
-    Fault(
         "t_proxy_fence_before_grid",
         "the proxy fence stands before the wait for the grid that writes T",
         "the grid's writes do not come before the fence",
@@ -92,18 +39,6 @@ LOADS = [
                 PRODUCER,
                 "    ptx::griddepcontrol_wait();\n" + GLOBAL_FENCE,
                 GLOBAL_FENCE + "    ptx::griddepcontrol_wait();\n",
-            ),
-        ),
-    ),
-    Fault(
-        "fused_dependents_without_fence",
-        "the next grid may begin, and nothing passes on what the grids before this one wrote",
-        "it polls a counter that one of them has cleared",
-        (
-            (
-                FUSED_SHRINK,
-                "Producer::launch_dependents();",
-                "ptx::griddepcontrol_launch_dependents();",
             ),
         ),
     ),
@@ -132,7 +67,7 @@ LOADS = [
         "expect_own_half_only",
         "the producer announces the bytes that it loads itself, not those that the peer sends",
         "the stage is taken for full while a half of the right operand is under way",
-        (EXPECT, EXPECT.replace("kBytes", "(kBytes + Tile::kLeftBytes) / 2")),
+        (EXPECT, EXPECT.replace("Tile::kStageBytes", "(Tile::kStageBytes + Tile::kLeftBytes) / 2")),
     ),
     of_producer(
         "expect_inside_rows_only",
@@ -141,8 +76,8 @@ LOADS = [
         (
             EXPECT,
             EXPECT.replace(
-                "kBytes",
-                "kBytes - Tile::kLeftBytes + static_cast<uint32_t>(max(0, min(Tile::kM, block.p.m - at.row)))"
+                "Tile::kStageBytes",
+                "Tile::kStageBytes - Tile::kLeftBytes + static_cast<uint32_t>(max(0, min(Tile::kM, block.p.m - at.row)))"
                 " * Tile::kRowBytes",
             ),
         ),

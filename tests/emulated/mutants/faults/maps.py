@@ -14,8 +14,8 @@ MAPS = [
         "right_box_of_a_whole_tile",
         "the boxes of the right operand are those of both blocks",
         "twice the announced bytes come, over the half beside and the stage behind",
-        "encode(data, columns, depth, pitch, kRows)",
-        "encode(data, columns, depth, pitch, 2 * kRows)",
+        "encode(data, p.n, depth, pitch, kRows)",
+        "encode(data, p.n, depth, pitch, 2 * kRows)",
     ),
     of_maps(
         "y_box_of_a_whole_tile",
@@ -42,8 +42,8 @@ MAPS = [
         "left_rows_rounded_up",
         "the left operand's map has as many rows as the row blocks cover",
         "rows past the end of the array are read",
-        "encode(data, rows, depth, pitch, Tile::kLeftBoxRows)",
-        "encode(data, (rows + Tile::kPairM - 1) / Tile::kPairM * Tile::kPairM, depth, pitch, "
+        "encode(data, p.m, depth, pitch, Tile::kLeftBoxRows)",
+        "encode(data, (p.m + Tile::kPairM - 1) / Tile::kPairM * Tile::kPairM, depth, pitch, "
         "Tile::kLeftBoxRows)",
     ),
 ]
