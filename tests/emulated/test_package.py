@@ -46,7 +46,15 @@ ON_HOPPER = (
 BY_DAY = ("-k", "not (f64-f64 or f16-f32 or 2+4 or 3+4 or memory_is_flat or number_of_threads)")
 
 
-@pytest.mark.parametrize(("arch", "route"), [("80", "kernel"), ("80", "hybrid"), ("90", "kernel")])
+# By day 8.0 alone. The hybrid route and Hopper's kernels have tests of their own, here and with cuda/.
+@pytest.mark.parametrize(
+    ("arch", "route"),
+    [
+        ("80", "kernel"),
+        pytest.param("80", "hybrid", marks=pytest.mark.nightly),
+        pytest.param("90", "kernel", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_tests_of_the_op_pass_on_the_kernels(arch, route, seeds):
     environment = {"LORA_EXT_EMULATED_ARCH": arch, "LORA_EXT_EMULATED_ROUTE": route}
 
