@@ -4,7 +4,7 @@ Models and PEFT's layers pass their tensors as `Experts` and `ExpertsAdapter`s; 
 package depends on either.
 """
 
-from .layer import lora_experts
+from .layer import explained, lora_experts
 from .operands import Experts, ExpertsAdapter
 
-__all__ = ["Experts", "ExpertsAdapter", "lora_experts"]
+__all__ = ["Experts", "ExpertsAdapter", "explained", "lora_experts"]

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..quantized.weight import Versions
 from ..torch_state import is_captured
 from . import ops, projection
-from .operands import Projection
+from .operands import Gradient, Projection
 from .routing import Routes
 
 
@@ -28,14 +28,14 @@ def passes() -> Any:
     return ops if torch.compiler.is_compiling() else projection
 
 
-def _with(call: Projection, factors: list[Tensor]) -> Projection:
+def with_factors(call: Projection, factors: list[Tensor]) -> Projection:
     half = len(factors) // 2
     return call._replace(lora_a=factors[:half], lora_b=factors[half:])
 
 
 def _forward(ctx: Any, call: Projection, x: Tensor, factors: list[Tensor], *kept: Tensor) -> Tensor:
     """y of a projection; saves what `_backward` needs, and other tensors."""
-    y, s = passes().forward(x, _with(call, factors))
+    y, s = passes().forward(x, with_factors(call, factors))
     # If W is changed in place before backward, autograd refuses it, or the stack's versions do.
     weight: Any = call.weight
     dense, stack = (weight, None) if isinstance(weight, Tensor) else (None, weight)
@@ -55,34 +55,36 @@ def _saved(ctx: Any, reads_weight: bool, kept: int) -> tuple[Projection, list[Te
         ctx.versions.check()
     weight = ctx.call.weight if dense is None else dense
     call = ctx.call._replace(weight=weight, bias=bias, routes=routes, seed=seed)
-    return _with(call, tensors[kept + 1 :]), tensors[: kept + 1]
+    return with_factors(call, tensors[kept + 1 :]), tensors[: kept + 1]
 
 
-def _wanted(wants: list[bool]) -> tuple[list[bool], list[bool]]:
+def _gradient(
+    grad: Tensor, weights: Tensor | None, s: Tensor, want_x: bool, wants: list[bool]
+) -> Gradient:
     half = len(wants) // 2
-    return wants[:half], wants[half:]
+    return Gradient(grad, weights, s, want_x, wants[:half], wants[half:])
 
 
 class Projected(torch.autograd.Function):
     """y ``[S, out]`` for x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted."""
 
     @staticmethod
-    def forward(*operands: Any) -> Tensor:
-        # One *args for all: torch.compile decides by the number of parameters whether there is a
-        # ctx, and leaves it out of a frozen call with as many operands as parameters.
-        ctx, call, x, *factors = operands
+    def forward(ctx: Any, x: Tensor, *operands: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Three parameters, here and below: torch.compile leaves ctx out of a frozen call with as
+        # many operands as parameters, and these are an even number.
+        call, *factors = operands
         return _forward(ctx, call, x, factors, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, want_x, *wants = ctx.needs_input_grad
+        want_x, _, *wants = ctx.needs_input_grad
         call, (s, x) = _saved(ctx, want_x, 1)
-        found = passes().backward(grad, x, None, call, s, want_x, *_wanted(wants))
+        found = passes().backward(_gradient(grad, None, s, want_x, wants), x, call)
         dx = found.dx
         if dx is not None and call.is_first:
             dx = passes().sum_of_slots(dx, call.routes, None, call.slots)
-        return None, dx, *found.dlora_a, *found.dlora_b
+        return dx, None, *found.dlora_a, *found.dlora_b
 
 
 def _generator(z: Tensor) -> torch.Generator:
@@ -99,8 +101,8 @@ class GateDown(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        call, gate, z, weights, *factors = operands
+    def forward(ctx: Any, z: Tensor, *operands: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        call, gate, weights, *factors = operands
         before = None if gate is None or is_captured(z) else _generator(z).get_state()
         h = z if gate is None else gate(z)
         is_random = before is not None and not torch.equal(before, _generator(z).get_state())
@@ -112,7 +114,7 @@ class GateDown(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, _, want_z, want_weights, *wants = ctx.needs_input_grad
+        want_z, _, _, want_weights, *wants = ctx.needs_input_grad
         call, (s, z, weights) = _saved(ctx, want_z or want_weights, 2)
         h = leaf = z
         if ctx.gate is not None:
@@ -124,7 +126,8 @@ class GateDown(torch.autograd.Function):
                         _generator(z).set_state(state)
                     h = ctx.gate(leaf)
         own_weights, want_x = weights.reshape(-1), want_z or want_weights
-        found = passes().backward(grad, h.detach(), own_weights, call, s, want_x, *_wanted(wants))
+        gradient = _gradient(grad, own_weights, s, want_x, wants)
+        found = passes().backward(gradient, h.detach(), call)
         dz = found.dx if want_z else None
         if dz is not None and ctx.gate is not None:
             with torch.autocast(z.device.type, enabled=False):
@@ -132,4 +135,4 @@ class GateDown(torch.autograd.Function):
         dweights = None
         if want_weights and found.dweights is not None:
             dweights = found.dweights.view(weights.shape)
-        return None, None, dz, dweights, *found.dlora_a, *found.dlora_b
+        return dz, None, None, dweights, *found.dlora_a, *found.dlora_b

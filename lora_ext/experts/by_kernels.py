@@ -22,7 +22,8 @@ import lora_ext._C as _C
 
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
-from .operands import Backward, Projection
+from .expert_groups import Rows
+from .operands import Backward, Gradient, Projection
 from .routing import for_kernels
 
 _ops = torch.ops.lora_ext
@@ -48,17 +49,25 @@ def have_wgmma(device: torch.device) -> bool:
     return _C.plan_as_asked(card, problem, **asked).wgmma
 
 
+# Rows of an expert, on average, below which its product takes the time to read its matrix.
+_READ_BOUND_ROWS = 16
+
+
+def takes(rows: Rows) -> bool:
+    return supports(rows.projection)
+
+
+def are_faster(projection: Projection) -> bool:
+    """Than torch's grouped product, where that is a kernel which takes the call."""
+    weight, routes = projection.weight, projection.routes
+    are_few = len(routes.perm) < _READ_BOUND_ROWS * len(weight)
+    is_by_row = routes.ends is not None  # others read these on the host
+    return supports(projection) and (is_by_row or are_few or have_wgmma(weight.device))
+
+
 def _slices(projection: Projection, x: Tensor) -> Iterable[tuple[int, Tensor]]:
     weight = projection.weight
     return [(0, weight)] if isinstance(weight, Tensor) else weight.slices(x, projection.routes.offs)
-
-
-def _are_refused(
-    weight: Tensor, projection: Projection, workspace: Tensor, t: Tensor | None = None
-) -> bool:
-    """Whether the first slice of several, or a call with t, has taken no kernels."""
-    has_one_route = t is not None or len(weight) < len(projection.weight)
-    return has_one_route and not len(workspace)
 
 
 class _Pools(NamedTuple):
@@ -85,7 +94,7 @@ def _pools(
 ) -> tuple[_Pools, Tensor | None, Tensor | None]:
     """The pools; and for the few rows of an x, s ``[S, R]`` and s by scaling in two terms, beside
     which the pool of lora_a is not written."""
-    weight, ends = projection.weight, _ends(projection)
+    weight, ends = projection.weight, projection.routes.kind_ends
     experts, out, within = weight.shape
     if projection.rank() == 0:
         pool_a, pool_b = (
@@ -114,12 +123,6 @@ def _pools(
     return _Pools(pool_a, pool_b, projection.rank(), scaling, scalings), s, t
 
 
-def _ends(projection: Projection) -> Tensor:
-    """The end of the rows of each group."""
-    routes = projection.routes
-    return routes.offs if routes.ends is None else routes.ends
-
-
 def _in_rows(rows: Tensor) -> Tensor:
     """With unit stride, and rows that do not overlap, as those of an expanded gradient do."""
     is_ordered = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]
@@ -130,19 +133,18 @@ def _mask(projection: Projection) -> tuple:
     """(the mask's row of each row, the probability, the seed)."""
     if projection.seed is None:
         return None, 0.0, None
-    rows = projection.routes.token if projection.is_first else projection.routes.perm
-    return rows, projection.dropout_p, projection.seed
+    return projection.mask_rows, projection.dropout_p, projection.seed
 
 
 # The most rows that take two launches, in which A is read once for each row.
-_TWO_LAUNCHES = 64
+_MOST_IN_TWO_LAUNCHES = 64
 
 
-def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
-    """As `projection.forward`; None if quantised experts cannot take the kernels."""
-    x, rows = _in_rows(x), len(projection.routes.perm)
-    are_few = 0 < rows <= _TWO_LAUNCHES and projection.routes.ends is None
-    if are_few and projection.rank() and projection.seed is None:
+def forward(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """None if quantised experts cannot take the kernels."""
+    x, projection = _in_rows(x), rows.projection
+    are_two = 0 < len(rows) <= _MOST_IN_TWO_LAUNCHES and projection.routes.ends is None
+    if are_two and projection.rank() and projection.seed is None:
         done = _forward(x, projection, *_pools(projection, x))
         if done is not None:
             return done
@@ -150,64 +152,53 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor] | None:
 
 
 def _forward(
-    x: Tensor, projection: Projection, pools: _Pools, of_few: Tensor | None, t: Tensor | None
+    x: Tensor, projection: Projection, pools: _Pools, own_s: Tensor | None, t: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     routes = projection.routes
-    own = *pools[:4], _ends(projection), projection.token(), *_mask(projection)
-    kinds = len(pools.lora_a) // len(projection.weight)
+    own = *pools[:4], routes.kind_ends, projection.token(), *_mask(projection)
     y = s = workspace = None
     for first, weight in _slices(projection, x):
-        given = x, weight, projection.bias, *own, first, y, workspace, routes.tables, t, kinds
+        given = projection.bias, *own, first, y, workspace, routes.tables, t, routes.kinds
+        found = _ops.experts_product(x, weight, *given)
         if first:
-            _ops.experts_product(*given)
             continue
-        y, s, workspace = _ops.experts_product(*given)
-        if _are_refused(weight, projection, workspace, t):
+        y, s, workspace = found
+        # The first slice of several, or a call with t, has taken no kernels.
+        if (t is not None or len(weight) < len(projection.weight)) and not len(workspace):
             return None
     assert y is not None and s is not None
-    s = s if of_few is None else of_few
+    s = s if own_s is None else own_s
     return y, s if projection.rank() else s[:, :0]
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    projection: Projection,
-    s: Tensor,
-    want_x: bool,
-    want_a: Sequence[bool],
-    want_b: Sequence[bool],
-) -> Backward | None:
-    """As `projection.backward`; None as `forward`."""
+def backward(gradient: Gradient, x: Tensor, rows: Rows) -> Backward | None:
+    """None as `forward`."""
+    (grad, weights, s, want_x, want_a, want_b), projection = gradient, rows.projection
     (pools, *_), routes = _pools(projection), projection.routes
     grad, x = _in_rows(grad), _in_rows(x)
-    has_factors = any(want_a) or any(want_b)
     row_weights = None
-    if weights is not None and has_factors:
+    if weights is not None and (any(want_a) or any(want_b)):
         row_weights = for_kernels(weights, grad.dtype)
     s = s if projection.rank() else s.new_empty(len(s), 1)
     wanted = [want_x, any(want_a), any(want_b)]
     grad_rows = None if weights is None else routes.token
-    own = *pools[:4], _ends(projection), projection.token(), grad_rows, *_mask(projection)
-    kinds = len(pools.lora_a) // len(projection.weight)
+    own = *pools[:4], routes.kind_ends, projection.token(), grad_rows, *_mask(projection)
     slices = _slices(projection, x)
     if not want_x and isinstance(projection.weight, QuantizedStack):
         slices = [(0, x.new_empty(1, *projection.weight.shape[1:]))]  # which nothing reads
     dx = da = db = workspace = None
     for first, weight in slices:
-        given = grad, x, s, row_weights, wanted, weight, *own, first, dx, workspace
-        given = *given, routes.tables, routes.perm, kinds
+        given = row_weights, wanted, weight, *own, first, dx, workspace, routes.tables
+        found = _ops.experts_product_backward(grad, x, s, *given, routes.perm, routes.kinds)
         if first:
-            _ops.experts_product_backward(*given)
             continue
-        dx, da, db, workspace = _ops.experts_product_backward(*given)
-        if _are_refused(weight, projection, workspace):
+        dx, da, db, workspace = found
+        if len(weight) < len(projection.weight) and not len(workspace):
             return None
     dweights = None
     if dx is not None and weights is not None:
         dweights = dot(grad, x, dx, weights, projection)
-    groups = projection.weight.shape[0], kinds
+    groups = len(projection.weight), routes.kinds
     # In PEFT's layout, with the groups for experts.
     of_a = () if da is None else da.view(*groups, pools.rank, -1).unbind(1)
     of_b = () if db is None else db.view(-1, pools.rank, *groups).unbind(3)
@@ -241,16 +232,13 @@ def _taken_apart(
 ) -> list[Tensor | None]:
     """The gradient of each adapter. Ranks are dimension 1 of `kinds`: of one kind those of all
     adapters are joined, else kind i + 1 is adapter i's."""
-    found: list[Tensor | None] = []
-    begin, is_one = 0, len(kinds) == 1
-    for place, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
-        own = None
+    parts = [of_kind[:, :rank] for of_kind, rank in zip(kinds[1:], ranks, strict=False)]
+    parts = kinds[0].split(list(ranks), 1) if len(kinds) == 1 else parts
+    found: list[Tensor | None] = [None] * len(factors)
+    for place, part in enumerate(parts):
         if wanted[place]:
-            of_kind = kinds[0 if is_one else place + 1]
-            own = of_kind[:, begin : begin + rank].reshape(factor.shape)
+            own = part.reshape(factors[place].shape)
             if scalings and scalings[place] != 1.0:
                 own = own * scalings[place]
-            own = own.to(factor.dtype)
-        found.append(own)
-        begin += rank * is_one
+            found[place] = own.to(factors[place].dtype)
     return found

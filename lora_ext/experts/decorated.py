@@ -7,6 +7,7 @@ are interchangeable. No module is imported that has not been imported already.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
@@ -143,33 +144,13 @@ def _is_trained(weight: Tensor | QuantizedStack) -> bool:
     return weight.requires_grad and torch.is_grad_enabled()
 
 
-def operands(
-    module: Any, kind: type, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(x, top_k_index, top_k_weights) of a call, or None if `lora_experts` does not support them.
-
-    Args:
-        module: a decorated module.
-        kind: its class, or the class that it replaces.
-        args, kwargs: of its forward; the names of the arguments depend on the model.
-    """
+def in_order(kind: type, args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+    """The arguments of a forward, (x, top_k_index, top_k_weights), whose names depend on the model;
+    () if they are others. kind: the module's class, or the class that it replaces."""
     if kwargs:
         names = kind.forward.__wrapped__.__code__.co_varnames[1:4]  # type: ignore[attr-defined]
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         if len(named) != len(args) + len(kwargs) or named.keys() != set(names):
-            return None
+            return ()
         args = tuple(named[name] for name in names)
-    if len(args) != 3 or not all(map(is_plain, args)):
-        return None
-    x, index, weights = args
-    down = weight_of(module, "down_proj")
-    is_fit = (
-        x.dim() == index.dim() == weights.dim() == 2
-        and index.shape == weights.shape
-        and x.shape == (len(index), down.shape[2 if module.is_transposed else 1])
-        and x.dtype in FLOATS
-        and weights.dtype in FLOATS
-        and not index.is_floating_point()
-        and x.device == down.device
-    )
-    return (x, index, weights) if is_fit else None
+    return args if len(args) == 3 else ()

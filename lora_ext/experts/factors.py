@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
-from .expert_groups import ExpertGroup
-from .operands import Projection
+from .expert_groups import ExpertGroup, Rows
 
 _ops = torch.ops.lora_ext
 
@@ -64,9 +63,8 @@ class Updates:
     """The updates of all groups, and the gradients of their factors.
 
     Args:
-        ends: of the routes as Python numbers: `ends`, or `offs` if all rows have the same adapters;
-            None: known only on the device.
         wanted_a, wanted_b: for which adapters the gradient is requested.
+        are_all_written: whether the gradient of each expert is, with rows or without.
 
     Attributes:
         dlora_a, dlora_b: the gradients in PEFT's layout, whole after the last group; None where it
@@ -75,25 +73,26 @@ class Updates:
 
     def __init__(
         self,
-        projection: Projection,
-        ends: list[int] | None,
+        rows: Rows,
         wanted_a: Sequence[bool] = (),
         wanted_b: Sequence[bool] = (),
+        are_all_written: bool = False,
     ) -> None:
-        self._call, self._ends, self._experts = projection, ends, projection.weight.shape[0]
+        projection = rows.projection
+        self._call, self._rows, self._experts = projection, rows, projection.weight.shape[0]
         self._is_by_row = projection.routes.ends is not None
         ranks, scalings = projection.ranks(), list(projection.scalings)
-        # The adapters of each kind of row, and of these the rank and the scaling.
+        # The adapters of each update, all or one, and its rank and scaling.
         places = range(len(ranks))
-        self._kinds = [[place] for place in places] if self._is_by_row else [list(places)]
-        self._ranks = [sum(ranks[place] for place in kind) for kind in self._kinds]
-        # Scalings that differ within a kind are multiplied into B, and one of float64.
+        self._updates = [[place] for place in places] if self._is_by_row else [list(places)]
+        self._ranks = [sum(ranks[place] for place in update) for update in self._updates]
+        # Scalings that differ within an update are multiplied into B, and one of float64.
         is_wide = projection.weight.dtype == torch.float64 and scalings[:1] != [1.0]
         self._is_in_b = not self._is_by_row and (is_wide or len(set(scalings)) > 1)
         self._scalings = [1.0] if self._is_in_b else scalings
         self._dtype = self._dtype_of(projection.weight.dtype)
-        self.dlora_a = self._made(projection.lora_a, wanted_a)
-        self.dlora_b = self._made(projection.lora_b, wanted_b)
+        self.dlora_a = self._made(projection.lora_a, wanted_a, are_all_written)
+        self.dlora_b = self._made(projection.lora_b, wanted_b, are_all_written)
 
     def of(self, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
         """All groups in their order, each with the update of its rows, None if none of them has
@@ -103,10 +102,8 @@ class Updates:
             yield from every(block) if any(self._ranks) else ((group, None) for group in block)
 
     def _of_pools(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
-        hit, place = None, 0
-        if self._ends is not None:
-            hit = [expert for group in block for expert, _, _ in group.experts or ()]
-            hit = None if len(hit) == self._experts else hit
+        every, place = [expert for group in block for expert in group.experts], 0
+        hit = None if len(every) == self._experts else every
         pools = self._pools(0, hit)
         for group in block:
             count = len(group.offs)
@@ -120,38 +117,31 @@ class Updates:
     def _of_pairs(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
         runs = [self._runs(group) for group in block]
         hit: dict[int, list[int]] = {}
-        for expert, kind, _ in chain(*runs):
-            if kind >= 0:
-                hit.setdefault(kind, []).append(expert)
-        pools = {kind: self._pools(kind, experts) for kind, experts in hit.items()}
+        for expert, adapter, _ in chain(*runs):
+            if adapter >= 0:
+                hit.setdefault(adapter, []).append(expert)
+        pools = {adapter: self._pools(adapter, experts) for adapter, experts in hit.items()}
         made: list[dict] = [{}, {}, {}, {}]  # for each pair what is an element of a pool
-        for kind, every in pools.items():
+        for adapter, every in pools.items():
             for found, pool in zip(made, every, strict=True):
-                pairs = ((expert, kind) for expert in hit[kind])
+                pairs = ((expert, adapter) for expert in hit[adapter])
                 found.update(() if pool is None else zip(pairs, pool.unbind(0), strict=True))
         for group, own in zip(block, runs, strict=True):
             yield group, self._update(group, own, made)
-        for kind, (_, _, da, db) in pools.items():
-            self._put(kind, hit[kind], da, db)
+        for adapter, (_, _, da, db) in pools.items():
+            self._put(adapter, hit[adapter], da, db)
 
     def _runs(self, group: ExpertGroup) -> list[tuple[int, int, int]]:
-        """(expert, kind, number of rows) of each run of rows; kind -1: the base alone."""
-        assert self._ends is not None
-        first, last = _span(group)
-        kinds, begin, found = len(self._kinds) + 1, group.begin, []
-        for place in range(first * kinds, last * kinds):
-            end = self._ends[place]
-            if end > begin:
-                kind = place % kinds - 1
-                has_update = kind >= 0 and self._ranks[kind] > 0
-                found.append((place // kinds, kind if has_update else -1, end - begin))
-                begin = end
-        return [*found, (self._experts, -1, group.end - begin)]
+        """(expert, adapter, number of rows) of each run of rows; adapter -1: the base alone."""
+        runs = self._rows.runs(*_span(group))
+        found = [(expert, i if i >= 0 and self._ranks[i] else -1, n) for expert, i, n in runs]
+        rest = group.where.stop - group.where.start - sum(n for *_, n in found)
+        return [*found, (self._experts, -1, rest)]
 
     def _update(
         self, group: ExpertGroup, runs: list[tuple[int, int, int]], made: list[dict]
     ) -> Update | None:
-        pairs = [(expert, kind) for expert, kind, _ in runs if kind >= 0]
+        pairs = [(expert, adapter) for expert, adapter, _ in runs if adapter >= 0]
         if not pairs:
             return None
         a, b, *gradients = ([found[pair] for pair in pairs] if found else [] for found in made)
@@ -159,7 +149,7 @@ class Updates:
         wide = torch.promote_types(self._call.weight.dtype, torch.float32)
         scaling = torch.tensor([self._scalings[k] for _, k in pairs], dtype=wide, device=device)
         places = iter(range(len(pairs)))
-        numbers = [next(places) if kind >= 0 else -1 for _, kind, _ in runs]
+        numbers = [next(places) if adapter >= 0 else -1 for _, adapter, _ in runs]
         index = torch.repeat_interleave(
             torch.tensor(numbers, dtype=torch.int32, device="cpu"),
             torch.tensor([rows for *_, rows in runs], device="cpu"),
@@ -167,11 +157,11 @@ class Updates:
         return Update(a, b, scaling, index.to(device), None, *gradients)
 
     def _pools(
-        self, kind: int, hit: list[int] | None
+        self, adapter: int, hit: list[int] | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A ``[n, R, in]`` and B ``[n, out, R]`` of some experts, and memory for their gradients if
         any is requested."""
-        call, own = self._call, self._kinds[kind]
+        call, own = self._call, self._updates[adapter]
         some_a = [some(a_by_expert(call.lora_a[i], self._experts), hit) for i in own]
         some_b = [pool_of_b(call.lora_b[i], self._experts, hit) for i in own]
         lora_a, lora_b = ([each.to(self._dtype) for each in some] for some in (some_a, some_b))
@@ -182,11 +172,11 @@ class Updates:
         return a, b, da, torch.empty_like(b) if is_any(self.dlora_b) else None
 
     def _put(
-        self, kind: int, hit: list[int] | None, lora_a: Tensor | None, lora_b: Tensor | None
+        self, adapter: int, hit: list[int] | None, lora_a: Tensor | None, lora_b: Tensor | None
     ) -> None:
         """Writes gradients of the form of `_pools` into those in PEFT's layout."""
         begin = 0
-        for i in self._kinds[kind]:
+        for i in self._updates[adapter]:
             ranks = slice(begin, begin + len(self._call.lora_a[i]) // self._experts)
             begin, of_a, of_b = ranks.stop, self.dlora_a[i], self.dlora_b[i]
             if of_a is not None and lora_a is not None:
@@ -202,25 +192,19 @@ class Updates:
         is_same = all(factor.dtype == dtype for factor in every)
         return torch.float32 if dtype in HALVES and (self._is_in_b or not is_same) else dtype
 
-    def _made(self, factors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    def _made(
+        self, factors: Sequence[Tensor], wanted: Sequence[bool], are_all_written: bool
+    ) -> list[Tensor | None]:
         """Gradients of factors: zeros where not all experts will be written."""
         found: list[Tensor | None] = []
         for place, (factor, wants) in enumerate(
             zip(factors, wanted or [False] * len(factors), strict=True)
         ):
-            kind = place * self._is_by_row
-            make = torch.empty_like if wants and self._has_all(kind) else torch.zeros_like
+            kind = (place + 1) * self._is_by_row
+            is_whole = are_all_written or (wants and self._rows.has_all(kind))
+            make = torch.empty_like if is_whole else torch.zeros_like
             found.append(make(factor, memory_format=torch.contiguous_format) if wants else None)
         return found
-
-    def _has_all(self, kind: int) -> bool:
-        """Whether every expert has rows of a kind."""
-        if self._ends is None:
-            return True
-        kinds = len(self._kinds) + self._is_by_row
-        places = range(kind + self._is_by_row, self._experts * kinds, kinds)
-        before = [0, *self._ends]
-        return all(self._ends[place] > before[place] for place in places)
 
 
 def _blocks(groups: Sequence[ExpertGroup]) -> Iterator[list[ExpertGroup]]:
@@ -237,9 +221,7 @@ def _blocks(groups: Sequence[ExpertGroup]) -> Iterator[list[ExpertGroup]]:
 
 def _span(group: ExpertGroup) -> tuple[int, int]:
     """(first, last + 1) of a group's experts."""
-    if group.experts is None:
-        return 0, len(group.offs)
-    return group.experts[0][0], group.experts[-1][0] + 1
+    return group.experts[0], group.experts[-1] + 1
 
 
 def is_any(gradients: Sequence[Tensor | None]) -> bool:

@@ -12,10 +12,11 @@ from ..dropout import draw_seed, keep_scale_of
 from ..dtypes import HALVES
 from ..invariance import row_block
 from ..quantized.stack import QuantizedStack
-from .autograd import GateDown, Projected
+from .autograd import GateDown, Projected, with_factors
 from .gate_blocks import in_equal_blocks
 from .operands import Experts, ExpertsAdapter, Projection
-from .routing import Routes, places_of, routes_of
+from .projection import way_of
+from .routing import Routes, example_routes, places_of, routes_of
 
 
 def lora_experts(
@@ -78,20 +79,40 @@ def lora_experts(
     given = routes, top_k_index.shape[-1], block
     first, first_factors = _call(experts, True, up, *given)
     second, second_factors = _call(experts, False, down, *given)
+    first, second = map(_seeded, (first, second))
     with torch.autocast(x.device.type, enabled=False):
-        z = Projected.apply(first, x.to(experts.up.dtype), *first_factors)
+        z = Projected.apply(x.to(experts.up.dtype), first, *first_factors)
         gate, h = experts.gate, z
         if experts.norm is not None or experts.is_gate_trained or torch.compiler.is_compiling():
             gate, h = None, gate(z)
         if experts.norm is None:
-            out = GateDown.apply(second, gate, h, top_k_weights, *second_factors)
+            out = GateDown.apply(h, second, gate, top_k_weights, *second_factors)
         else:
-            y = experts.norm(Projected.apply(second, h, *second_factors))
+            y = experts.norm(Projected.apply(h, second, *second_factors))
             # In torch's own differentiable calls.
             slots = y[places_of(routes)].view(*top_k_weights.shape, y.shape[-1])
             wide = torch.promote_types(y.dtype, torch.float32)
             out = (slots * top_k_weights[..., None].to(wide)).sum(1).to(y.dtype)
     return out.to(x.dtype)
+
+
+def explained(
+    experts: Experts,
+    up: Sequence[ExpertsAdapter | None],
+    down: Sequence[ExpertsAdapter | None],
+    is_by_row: bool,
+) -> str:
+    """How a forward is computed, as text. Arguments as of `lora_experts`."""
+    weight = experts.up
+    routes = example_routes(weight.device, weight.shape[0], 1, is_by_row)
+    given = routes, 1, row_block(weight) if weight.is_cpu else 0
+    calls = _call(experts, True, up, *given), _call(experts, False, down, *given)
+    first, second = (way_of(with_factors(*call)) for call in calls)
+    return first if first == second else f"{first}; the second projection: {second}"
+
+
+def _seeded(call: Projection) -> Projection:
+    return call._replace(seed=draw_seed(call.weight.device)) if call.dropout_p else call
 
 
 def _call(
@@ -102,7 +123,7 @@ def _call(
     slots: int,
     block: int,
 ) -> tuple[Projection, list[Tensor]]:
-    """A projection without its factors, and the factors."""
+    """A projection without its factors and its seed, and the factors."""
     weight, bias = experts.up, experts.up_bias
     if not is_first:
         weight, bias = experts.down, experts.down_bias
@@ -116,7 +137,7 @@ def _call(
     p = _dropout_of(adapters)
     if p > 0.0:
         scalings = tuple(scaling * keep_scale_of(p) for scaling in scalings)
-        call = call._replace(scalings=scalings, dropout_p=p, seed=draw_seed(weight.device))
+        call = call._replace(scalings=scalings, dropout_p=p)
     return call, factors
 
 

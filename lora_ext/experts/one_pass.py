@@ -23,7 +23,7 @@ import lora_ext._C as _C
 from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
 from ..torch_state import dispatch_modes
-from .expert_groups import ExpertGroup
+from .expert_groups import ExpertGroup, Rows
 from .factors import Update
 from .operands import Projection
 from .products import GroupGrad
@@ -32,9 +32,10 @@ _ops = torch.ops.lora_ext
 _DTYPES = (*HALVES, torch.float32)
 
 
-def supports(projection: Projection) -> bool:
+def takes(rows: Rows) -> bool:
     """Whether a projection is computed in this way. Modes that see each op, such as torch's FLOP
     counter, know torch's products alone."""
+    projection = rows.projection
     weight = projection.weight
     # torch's is_in_torch_dispatch_mode is still true in the first call of what was just compiled.
     if not weight.is_cpu or weight.dtype not in _DTYPES or dispatch_modes():
@@ -54,12 +55,12 @@ def forward(
     group: ExpertGroup,
     update: Update | None,
     y: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """As `products.forward`; S is in float32."""
     x = _with_unit_stride(x)
     with _experts(projection, group, x) as (matrices, bias, *which):
         words = _arguments(projection, group, update)
-        return y, _ops.experts_linear(x, matrices, bias, *which, *words, y)
+        return _ops.experts_linear(x, matrices, bias, *which, *words, y)
 
 
 def backward(
@@ -68,11 +69,11 @@ def backward(
     group: ExpertGroup,
     update: Update | None,
     dx: Tensor | None,
-) -> Tensor | None:
+) -> None:
     """As `products.backward`."""
     gradients = [update.dlora_a, update.dlora_b] if update is not None else [[], []]
     if dx is None and not any(gradients):
-        return None
+        return
     grad = _with_unit_stride(rows.grad)
     x, s = rows.x_and_s(projection.weight, 0 if update is None else update.rank)
     x = _with_unit_stride(x) if gradients[0] else x
@@ -88,7 +89,6 @@ def backward(
             *gradients,
             rows.weights,  # of dS, which is not rounded, rather than of x
         )
-    return dx
 
 
 def _with_unit_stride(rows: Tensor) -> Tensor:
@@ -102,9 +102,8 @@ def _experts(
     """(the matrices, the biases, the numbers in them of the group's experts, the end of the rows of
     each). A quantised expert is a stack of one, without its values if the call does not read
     them."""
-    assert group.experts is not None
     weight, bias = projection.weight, projection.bias
-    numbers, _, ends = map(list, zip(*group.experts, strict=True))
+    numbers, ends = list(group.experts), list(group.ends)
     if isinstance(weight, Tensor):
         yield weight, bias, numbers, ends
         return
@@ -125,5 +124,6 @@ def _arguments(projection: Projection, group: ExpertGroup, update: Update | None
     else:
         own = update.arguments()
         if projection.seed is not None:
-            p, seed, mask_rows = projection.dropout_p, projection.seed, projection.mask_rows(group)
+            p, seed = projection.dropout_p, projection.seed
+            mask_rows = projection.mask_rows[group.where].long()
     return *own, p, seed, mask_rows, projection.row_block

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATS
 from ..quantized.stack import QuantizedStack
+from ..torch_state import is_plain
 from .decorated import has_gate, norm_of, up_name, weight_of
-from .expert_groups import ExpertGroup
 from .routing import Routes
 
 
@@ -65,6 +66,19 @@ class Experts(NamedTuple):
             module.is_transposed,
             norm_of(module),
             any(each.requires_grad for part in parts for each in part.parameters()),
+        )
+
+    def fit(self, x: Tensor, index: Tensor, weights: Tensor) -> bool:
+        """Whether `lora_experts` supports these operands of a module's forward."""
+        return (
+            all(map(is_plain, (x, index, weights)))
+            and x.dim() == index.dim() == weights.dim() == 2
+            and index.shape == weights.shape
+            and x.shape == (len(index), self.down.shape[2 if self.is_transposed else 1])
+            and x.dtype in FLOATS
+            and weights.dtype in FLOATS
+            and not index.is_floating_point()
+            and x.device == self.down.device
         )
 
 
@@ -125,23 +139,44 @@ class Projection(NamedTuple):
         """For each sorted row its index in x; None if x has the sorted rows."""
         return self.routes.token if self.is_first else None
 
-    def mask_rows(self, group: ExpertGroup) -> Tensor:
-        """int64, the mask's row of each row of a group."""
-        rows = self.routes.token if self.is_first else self.routes.perm
-        return rows[group.begin : group.end].long()
+    @property
+    def mask_rows(self) -> Tensor:
+        """The mask's row of each sorted row."""
+        return self.routes.token if self.is_first else self.routes.perm
 
-    def drop(self, values: Tensor, group: ExpertGroup, in_place: bool) -> Tensor:
-        """The rows of a group with zeros where the mask drops.
+    def drop(self, values: Tensor, where: slice, in_place: bool) -> Tensor:
+        """Some of the sorted rows with zeros where the mask drops.
 
         Args:
             values: ``[rows, n]``.
+            where: which rows these are.
             in_place: whether they may be written to.
         """
         if self.seed is None:
             return values
         values = values if in_place else values.clone(memory_format=torch.contiguous_format)
-        torch.ops.lora_ext.drop_rows(values, self.mask_rows(group), self.seed, self.dropout_p)
+        mask_rows = self.mask_rows[where].long()
+        torch.ops.lora_ext.drop_rows(values, mask_rows, self.seed, self.dropout_p)
         return values
+
+
+class Gradient(NamedTuple):
+    """What a projection's backward gets besides x and the rows.
+
+    Attributes:
+        grad: ``[S, out]``, sorted; with weights ``[T, out]``.
+        weights: ``[S]`` by slot, or None for 1.
+        s: ``[S, R]`` of forward.
+        want_x, want_a, want_b: which gradients are requested, of lora_a and lora_b for each
+            adapter.
+    """
+
+    grad: Tensor
+    weights: Tensor | None
+    s: Tensor
+    want_x: bool
+    want_a: Sequence[bool]
+    want_b: Sequence[bool]
 
 
 class Backward(NamedTuple):
@@ -159,7 +194,6 @@ class Backward(NamedTuple):
     dlora_b: list[Tensor | None]
 
 
-def part_of(values: Tensor, token: Tensor | None, group: ExpertGroup) -> Tensor:
-    """The rows of a group: of sorted rows, or of those that token gives the indices of."""
-    where = slice(group.begin, group.end)
+def part_of(values: Tensor, token: Tensor | None, where: slice) -> Tensor:
+    """Some of the sorted rows: of such, or of those that token gives the indices of."""
     return values[where] if token is None else values.index_select(0, token[where])

@@ -7,7 +7,6 @@ the dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from ..quantized.stacks import flat_weight, weight_from_flat
 from . import by_kernels, routing
 from . import projection as eager
-from .operands import Projection
-from .projection import Backward
+from .operands import Backward, Gradient, Projection
 from .routing import Routes
 
 # A `Projection`: its weight, bias and routes, then its other fields but slots.
@@ -44,17 +42,9 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     return _forward[_may_be_captured(projection)](x, *_flat(projection))
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    projection: Projection,
-    s: Tensor,
-    want_x: bool,
-    want_a: Sequence[bool],
-    want_b: Sequence[bool],
-) -> Backward:
+def backward(gradient: Gradient, x: Tensor, projection: Projection) -> Backward:
     """`projection.backward`, as an op."""
+    grad, weights, s, want_x, want_a, want_b = gradient
     wanted = [want_x, want_x and weights is not None, *want_a, *want_b]
     run = _backward[_may_be_captured(projection)]
     found = iter(run(grad, x, weights, s, wanted, *_flat(projection)))
@@ -102,8 +92,8 @@ def _fake_forward(x, *flat):
 def _run_backward(grad, x, weights, s, wanted, *flat: Any) -> list[Tensor]:
     projection = _projection(*flat)
     half = 2 + len(projection.lora_a)
-    wants = wanted[0], wanted[2:half], wanted[half:]
-    found = eager.backward(grad, x, weights, projection, s, *wants)
+    gradient = Gradient(grad, weights, s, wanted[0], wanted[2:half], wanted[half:])
+    found = eager.backward(gradient, x, projection)
     every = (found.dx, found.dweights, *found.dlora_a, *found.dlora_b)
     return [gradient for gradient in every if gradient is not None]
 

@@ -9,12 +9,15 @@
 Here drop(x) is mask * x, and s is multiplied by keep_scale (`operands`). With weights, y is
 multiplied by them later, and g is the gradient of the sum of these products: so y is not needed for
 dw. W has no gradient.
+
+`WAYS` are the ways to compute one: the first that takes the rows does, and `explain` names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,52 +25,56 @@ from torch import Tensor
 import lora_ext._C as _C
 
 from ..quantized.stack import QuantizedStack
-from . import by_kernels, expert_groups, few_rows, one_pass, products
-from .expert_groups import ExpertGroup
+from . import by_kernels, few_rows, grouped_product, one_pass, products
+from .expert_groups import ExpertGroup, Rows
 from .factors import Updates
-from .operands import Backward, Projection, part_of
+from .operands import Backward, Gradient, Projection, part_of
 from .products import GroupGrad
-from .routing import sum_of_slots
+from .routing import by_slot, example_routes, sum_of_slots
 
 __all__ = ["Backward", "backward", "forward", "sum_of_slots"]  # the passes, as those of `ops`
 
 
-def _numbers(projection: Projection, given: Tensor | None) -> tuple[list[int] | None, list[int]]:
-    """(ends of the routes, as of `Updates`; offs as Python numbers, empty if they are known only on
-    the device) of a call, with rows that are used in place, not gathered."""
-    routes, weight = projection.routes, projection.weight
-    _check_invariant(projection)
-    is_whole = products.are_grouped(weight, len(routes.perm), given)
-    if is_whole and routes.ends is None:
-        return None, []
-    ends = expert_groups.on_host_numbers(routes.offs if routes.ends is None else routes.ends)
-    kinds = len(ends) // weight.shape[0]
-    return ends, [] if is_whole else ends[kinds - 1 :: kinds]
+class Way(NamedTuple):
+    """A way to compute a projection.
+
+    Attributes:
+        name: as `explain` shows it.
+        takes: whether it is taken for these rows, unless one before it is.
+        forward: that of x and its rows.
+        backward: that of a gradient, x and its rows; None: by one of the next ways.
+
+    Both return None where kernels turn out not to take the call: the next way does.
+    """
+
+    name: str
+    takes: Callable[[Rows], bool]
+    forward: Callable[[Tensor, Rows], tuple[Tensor, Tensor] | None]
+    backward: Callable[[Gradient, Tensor, Rows], Backward | None] | None = None
 
 
-# Rows of an expert, on average, below which its product takes the time to read its matrix.
-_FEW_ROWS = 16
+def _functions(run: Any) -> tuple[Any, Any, Any]:
+    return run.takes, run.forward, run.backward
 
 
-def _is_by_kernels(projection: Projection, given: Tensor | None) -> bool:
-    """Whether `by_kernels` computes a call. Torch's grouped product, where it is a kernel that
-    takes the call, is faster for more than few rows, but not than kernels on wgmma."""
-    if not by_kernels.supports(projection):
-        return False
-    weight, rows = projection.weight, len(projection.routes.perm)
-    is_by_row = projection.routes.ends is not None  # others read these on the host
-    are_faster = rows < _FEW_ROWS * len(weight) or by_kernels.have_wgmma(weight.device)
-    return is_by_row or are_faster or not products.are_grouped(weight, rows, given)
+def _by_groups(run: Any) -> tuple[Any, Any]:
+    return partial(_forward, run), partial(_backward, run)
 
 
-def _groups(projection: Projection, bounds: list[int]) -> tuple[Any, list[ExpertGroup]]:
-    """(the module that computes them, the groups)."""
-    weight, routes = projection.weight, projection.routes
-    if not bounds:
-        return products, [ExpertGroup(0, len(routes.perm), routes.offs, None)]
-    run = one_pass if one_pass.supports(projection) else products
-    is_alone = run is one_pass and isinstance(weight, QuantizedStack)
-    return run, expert_groups.on_host(bounds, weight.device, int(is_alone))
+def _ways(rows: Rows) -> Iterator[Way]:
+    """Those that take the rows, the first one first."""
+    return (way for way in WAYS if way.takes(rows))
+
+
+def way_of(projection: Projection) -> str:
+    """The way of a forward, whatever its routes, as `explain` shows it."""
+    names = []
+    for rows in (1, 512):  # of each expert
+        given = projection.weight.device, projection.weight.shape[0], rows
+        routes = example_routes(*given, projection.routes.ends is not None)
+        names.append(next(_ways(Rows(projection._replace(routes=routes), None))).name)
+    few, many = names
+    return many if few == many else f"{few} where rows are few, else {many}"
 
 
 def _check_invariant(projection: Projection) -> None:
@@ -88,91 +95,86 @@ def forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     Args:
         x: ``[T, in]`` if its rows are tokens, else ``[S, in]``, sorted.
     """
+    _check_invariant(projection)
+    rows = Rows(projection, x if projection.token() is None else None)
+    found = (way.forward(x, rows) for way in _ways(rows))
+    return next(each for each in found if each is not None)
+
+
+def backward(gradient: Gradient, x: Tensor, projection: Projection) -> Backward:
+    """The gradients of the equations above; x as of `forward`."""
+    _check_invariant(projection)
+    rows = Rows(projection, gradient.grad if gradient.weights is None else None)
+    found = (way.backward(gradient, x, rows) for way in _ways(rows) if way.backward is not None)
+    return next(each for each in found if each is not None)
+
+
+# ---- by groups of rows, each by `one_pass` or by `products` ----
+
+
+def _groups(run: Any, rows: Rows) -> list[ExpertGroup]:
+    is_alone = run is one_pass and isinstance(rows.projection.weight, QuantizedStack)
+    return rows.groups(int(is_alone))
+
+
+def _clear_rest(groups: Sequence[ExpertGroup], *tensors: Tensor | None) -> None:
+    """Writes zeros to the rows after those of the last expert."""
+    end = groups[-1].where.stop if groups else 0
+    for tensor in tensors:
+        if tensor is not None and end < len(tensor):
+            tensor[end:] = 0
+
+
+def _forward(run: Any, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    projection = rows.projection
     weight, token = projection.weight, projection.token()
-    given = x if token is None else None
-    if _is_by_kernels(projection, given):
-        done = by_kernels.forward(x, projection)
-        if done is not None:
-            return done
-    ends, bounds = _numbers(projection, given)
-    found = few_rows.forward(x, projection, ends) if bounds else None
-    if found is not None:
-        return found
-    run, groups = _groups(projection, bounds)
-    size, wide = len(projection.routes.perm), torch.promote_types(weight.dtype, torch.float32)
-    y = weight.new_empty(size, weight.shape[1]) if bounds else None
-    is_one = not bounds and ends is None and projection.rank() > 0  # S is that of the one update
-    s = None if is_one else weight.new_empty(size, projection.rank(), dtype=wide)
-    for group, update in Updates(projection, ends).of(groups):
-        where = slice(group.begin, group.end)
-        part, out = part_of(x, token, group), None if y is None else y[where]
-        sums, own = run.forward(part, token is not None, projection, group, update, out)
-        y = sums if y is None else y
-        if s is None:
-            s = own
-        elif own is not None:
-            s[where, : own.shape[1]] = own
-    assert y is not None and s is not None
-    expert_groups.clear_rest(groups, y, s if bounds else None)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    y = weight.new_empty(len(rows), weight.shape[1])
+    s = weight.new_empty(len(rows), projection.rank(), dtype=wide)
+    groups = _groups(run, rows)
+    for group, update in Updates(rows).of(groups):
+        part = part_of(x, token, group.where)
+        own = run.forward(part, token is not None, projection, group, update, y[group.where])
+        if own is not None:
+            s[group.where, : own.shape[1]] = own
+    _clear_rest(groups, y, s)
     return y, s
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    projection: Projection,
-    s: Tensor,
-    want_x: bool,
-    want_a: Sequence[bool],
-    want_b: Sequence[bool],
-) -> Backward:
-    """The gradients of the equations above.
-
-    Args:
-        grad: ``[S, out]``, sorted; with weights ``[T, out]``.
-        x: as of `forward`.
-        weights: ``[S]`` by slot, or None for 1.
-    """
-    weight, bias, token = projection.weight, projection.bias, projection.token()
-    given = grad if weights is None else None
-    if _is_by_kernels(projection, given):
-        done = by_kernels.backward(grad, x, weights, projection, s, want_x, want_a, want_b)
-        if done is not None:
-            return done
-    perm, by_slot = projection.routes.perm, weights
-    weights = None if by_slot is None else by_slot.index_select(0, perm).to(s.dtype)
-    grad_token = None if weights is None else projection.routes.token
-    ends, bounds = _numbers(projection, given)
-    run, groups = _groups(projection, bounds)
-    updates = Updates(projection, ends, want_a, want_b)
-    dx = weight.new_empty(len(s), weight.shape[2]) if want_x and bounds else None
-    wants_weights = want_x and weights is not None
-    is_by_dot = not bounds and projection.routes.place is not None  # of all rows at once
-    dweights = s.new_empty(len(s)) if wants_weights and not is_by_dot else None
-    needs_x = weights is not None or any(want_a)
-    of_slots = None
+def _backward(run: Any, gradient: Gradient, x: Tensor, rows: Rows) -> Backward:
+    (grad, weights, s, want_x, want_a, want_b), projection = gradient, rows.projection
+    (weight, bias, routes, *_), token = projection, projection.token()
+    of_row = None if weights is None else weights.index_select(0, routes.perm).to(s.dtype)
+    grad_token = None if weights is None else routes.token
+    groups, updates = _groups(run, rows), Updates(rows, want_a, want_b)
+    dx = weight.new_empty(len(s), weight.shape[2]) if want_x else None
+    dweights = s.new_empty(len(s)) if want_x and weights is not None else None
     for group, update in updates.of(groups):
-        where = slice(group.begin, group.end)
-        g = part_of(grad, grad_token, group)
-        part = part_of(x, token, group) if needs_x else None
-        own_weights = None if weights is None else weights[where]
-        rows = GroupGrad(g, part, token is not None, own_weights, s[where], want_x)
-        dpart = run.backward(rows, projection, group, update, None if dx is None else dx[where])
-        if wants_weights and is_by_dot:
-            assert part is not None and dpart is not None and by_slot is not None
-            of_slots = by_kernels.dot(grad, part, dpart, by_slot, projection)
-        elif dweights is not None and own_weights is not None:
-            assert part is not None and dpart is not None
+        where = group.where
+        g = part_of(grad, grad_token, where)
+        part = part_of(x, token, where) if weights is not None or any(want_a) else None
+        own = None if of_row is None else of_row[where]
+        dpart = None if dx is None else dx[where]
+        given = GroupGrad(g, part, token is not None, own, s[where])
+        run.backward(given, projection, group, update, dpart)
+        if dweights is not None and dpart is not None and part is not None and own is not None:
             dweights[where] = products.dot(part, dpart)
             if bias is not None:
                 dweights[where] += products.dot_bias(g, bias, group)
-            dpart *= own_weights[:, None]
-        dx = dpart if dx is None else dx
-    # The kernels do not sum rows of no expert.
-    is_summed = projection.is_first and projection.routes.place is not None
-    expert_groups.clear_rest(groups, None if is_summed else dx, dweights)
-    if dweights is not None and by_slot is not None:
-        of_slots = torch.empty_like(by_slot)
-        of_slots[perm] = dweights.to(by_slot.dtype)
+            dpart *= own[:, None]
+    _clear_rest(groups, dx, dweights)
+    of_slots = None
+    if dweights is not None and weights is not None:
+        of_slots = by_slot(dweights, weights, routes)
     return Backward(dx, of_slots, updates.dlora_a, updates.dlora_b)
+
+
+# ---- the ways ----
+
+WAYS = (
+    Way("torch's grouped product, then the update", *_functions(grouped_product)),
+    Way("kernels for all experts", *_functions(by_kernels)),
+    Way("one op for all experts", few_rows.takes, few_rows.forward),
+    Way("one pass for base and update of each expert", one_pass.takes, *_by_groups(one_pass)),
+    Way("a product for each expert, then the update", lambda rows: True, *_by_groups(products)),
+)

@@ -46,6 +46,16 @@ class Routes(NamedTuple):
     place: Tensor | None = None
     tables: Tensor | None = None
 
+    @property
+    def kind_ends(self) -> Tensor:
+        """The end of the rows of each expert and kind: those of an expert with the same adapter."""
+        return self.offs if self.ends is None else self.ends
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of rows an expert has: n + 1, or 1 if all have the same adapters."""
+        return len(self.kind_ends) // len(self.offs)
+
 
 def routes_of(
     top_k_index: Tensor, experts: int, adapter_index: Tensor | None = None, adapters: int = 0
@@ -66,19 +76,28 @@ def routes_of(
         # Clamped, so that the product cannot overflow: a number that is no expert may be any.
         ids = ids.clamp(-1, experts).long() * kinds + own
     place = tables = None
+    groups = experts * kinds
     if has_kernels(top_k_index.device):
-        perm, token, place, ends, tables = _ops.experts_routes(ids, experts * kinds, kinds)
+        perm, token, place, ends, tables = _ops.experts_routes(ids, groups, kinds)
     else:
         ids = ids.long()
-        ids = ids.masked_fill(ids < 0, experts * kinds)  # which would be sorted to the first expert
+        ids = ids.masked_fill(ids < 0, groups)  # which would be sorted to the first expert
         ids, perm = torch.sort(ids.reshape(-1), stable=True)
-        numbers = torch.arange(experts * kinds, device=ids.device, dtype=ids.dtype)
+        numbers = torch.arange(groups, device=ids.device, dtype=ids.dtype)
         ends = torch.searchsorted(ids, numbers, right=True, out_int32=True)
         token = perm // top_k_index.shape[-1]
     if adapter_index is None:
         return Routes(perm, token, ends, None, place, tables)
     offs = ends.view(experts, kinds)[:, -1].contiguous()
     return Routes(perm, token, offs, ends, place, tables)
+
+
+def example_routes(device: torch.device, experts: int, rows: int, is_by_row: bool) -> Routes:
+    """Those of some rows for each expert, as far as the choice of a way reads them."""
+    offs = torch.arange(1, experts + 1, dtype=torch.int32, device="cpu") * rows
+    order = offs[:1].expand(experts * rows)
+    ends = offs.repeat_interleave(2) if is_by_row else None
+    return Routes(order, order, offs, ends, order if has_kernels(device) else None)
 
 
 def for_kernels(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,6 +114,13 @@ def places_of(routes: Routes) -> Tensor:
     places = torch.empty_like(perm)
     places[perm] = torch.arange(perm.shape[0], device=perm.device)
     return places
+
+
+def by_slot(of_rows: Tensor, like: Tensor, routes: Routes) -> Tensor:
+    """Numbers of sorted rows by flat slot, as a tensor like another one."""
+    found = torch.empty_like(like)
+    found[routes.perm] = of_rows.to(like.dtype)
+    return found
 
 
 def sum_of_slots(rows: Tensor, routes: Routes, weights: Tensor | None, slots: int) -> Tensor:

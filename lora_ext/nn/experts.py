@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..call import Call, Decision, Path
 from ..call.decision import of_rows
 from ..dtypes import FLOATS
-from ..experts import Experts, ExpertsAdapter, lora_experts
+from ..experts import Experts, ExpertsAdapter, explained, lora_experts
 from ..experts.decorated import (
+    in_order,
     is_decorated,
     is_parallel,
     obstacle,
-    operands,
     quantised_note,
     up_name,
     workspace_bytes,
@@ -38,6 +38,51 @@ def is_experts(module: nn.Module) -> bool:
     transformers' `use_experts_implementation`: its weights are two stacks ``[E, ...]``."""
     kind = module.base_type if isinstance(module, LoRAModule) else type(module)
     return all(mark in module.__dict__ for mark in _MARKS) and is_decorated(kind)
+
+
+class AdaptedExperts(NamedTuple):
+    """Experts of a decorated module with adapters, in a model of ours or of PEFT's.
+
+    Attributes:
+        module: the decorated module.
+        experts: the frozen part of it.
+        up, down: by name, the adapters that are on each projection now.
+    """
+
+    module: Any
+    experts: Experts
+    up: Mapping[str, ExpertsAdapter]
+    down: Mapping[str, ExpertsAdapter]
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        names: Sequence[str],
+        rows: RowAdapters | None,
+    ) -> Tensor:
+        """`lora_experts`; names and rows as of `LoRAExperts.decide`."""
+        up, down = self._sides(names, rows)
+        own = None if rows is None else rows.index_for(x, names)
+        return lora_experts(self.experts, x, index, weights, up, down, own)
+
+    def _sides(self, names: Sequence[str], rows: RowAdapters | None) -> list[list[Any]]:
+        """The adapters that all rows have, or those that rows may have: None for one that the
+        projection lacks."""
+        sides = self.up, self.down
+        if rows is None:
+            return [list(side.values()) for side in sides]
+        return [[side.get(name) for name in names] if side else [] for side in sides]
+
+    def note(self, names: Sequence[str], rows: RowAdapters | None) -> str:
+        """What is computed, and how, as text."""
+        up, down = self._sides(names, rows)
+        sides = (("down_proj", self.down), (up_name(self.module), self.up))
+        adapted = ", ".join(name for name, side in sides if side)
+        updates = f", updates of {adapted}" if adapted else ""
+        how = explained(self.experts, up, down, rows is not None)
+        return f"{how}{updates}{quantised_note(self.module)}"
 
 
 class LoRAExperts(LoRAModule):
@@ -112,23 +157,16 @@ class LoRAExperts(LoRAModule):
             return Decision(run, Path.ADDED, f"{reason}: {what}")
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            found = operands(self, self.base_type, args, kwargs)
-            if found is None:
+            found, adapted = in_order(self.base_type, args, kwargs), self._adapted(names, rows)
+            if not (found and adapted.experts.fit(*found)):
                 reason = "these arguments are not those of experts"
                 return self._by_others(rows, reason, *args, **kwargs)
-            experts, layers = Experts.of(self, self.lora), self._pair()
-            if rows is None:
-                up, down = map(_weight, layers, (experts.up, experts.down))
-                experts = experts._replace(up=up, down=down)
-            index = None if rows is None else rows.index_for(found[0], names)
-            given = None if rows is None else names
-            adapters = (self._adapters(layer, given) for layer in layers)
-            return lora_experts(experts, *found, *adapters, adapter_index=index)
+            x, index, weights = found
+            return adapted.forward(x, index, weights, names, rows)
 
         def detail() -> tuple[Path, str]:
-            what = "rows sorted by expert, base and update of each"
-            each = of_rows(names) if names else what
-            return Path.FUSED, each + quantised_note(self)
+            note = self._adapted(names, rows).note(names, rows)
+            return Path.FUSED, f"{of_rows(names)}: {note}" if names else note
 
         return Decision(run, Path.FUSED, "", detail, self)
 
@@ -136,29 +174,38 @@ class LoRAExperts(LoRAModule):
         """Bytes of the experts that are dequantised at a time."""
         return workspace_bytes(self)
 
+    def _adapted(self, names: Sequence[str], rows: RowAdapters | None) -> AdaptedExperts:
+        """The experts and the adapters that rows now have."""
+        experts, layers = Experts.of(self, self.lora), self._pair()
+        if rows is None:
+            up, down = map(_weight, layers, (experts.up, experts.down))
+            experts = experts._replace(up=up, down=down)
+        return AdaptedExperts(
+            self, experts, *(self._adapters(each, names, rows) for each in layers)
+        )
+
     def _adapters(
-        self, layer: LoRAParameter, names: Sequence[str] | None
-    ) -> list[ExpertsAdapter | None]:
-        """The adapters that all rows have, or those that rows may have: None for one that the
-        layer lacks."""
-        if names is None:
+        self, layer: LoRAParameter, names: Sequence[str], rows: RowAdapters | None
+    ) -> dict[str, ExpertsAdapter]:
+        """The adapters of a projection that rows now have."""
+        if rows is None:
             names = layer.added_adapters if _adds(layer) else ()
-        specs = [layer.spec_of(name) if layer.has(name) else None for name in names]
-        return [
-            spec
-            and ExpertsAdapter(
+        specs = {name: layer.spec_of(name) for name in names if layer.has(name)}
+        return {
+            name: ExpertsAdapter(
                 *layer.factors(name), spec.scaling, spec.lora_dropout if self.training else 0.0
             )
-            for name, spec in zip(names, specs, strict=True)
-        ]
+            for name, spec in specs.items()
+            if spec is not None
+        }
 
     def _by_others(self, rows: RowAdapters | None, reason: str, *args: Any, **kwargs: Any) -> Any:
         """A forward that `lora_experts` cannot compute; RuntimeError where W + scaling B A would
         leave out the dropout of an update."""
         if rows is not None:
             self._refuse_rows(f"needs transformers' own forward: {reason}")
-        found = [each for layer in self._pair() for each in self._adapters(layer, None)]
-        most = max((each.dropout for each in found if each is not None), default=0.0)
+        found = [each for side in self._pair() for each in self._adapters(side, (), None).values()]
+        most = max((each.dropout for each in found), default=0.0)
         if most > 0.0:
             raise RuntimeError(
                 f"lora_ext.nn.LoRAExperts: expected experts that lora_ext computes for dropout "

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
 from ..call import Path
-from ..experts import Experts, ExpertsAdapter, decorated, lora_experts
+from ..experts import Experts, ExpertsAdapter, decorated
 from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import MAX_RANK, check_dropout
+from ..nn.experts import AdaptedExperts
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
 from ..torch_state import is_transformed
@@ -82,52 +83,37 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
 
 
 def forward(
-    chain: Chain, args: tuple, kwargs: Any, names: Sequence[str], rows: RowAdapters | None
+    chain: Chain,
+    x: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    rows: RowAdapters | None,
 ) -> Any:
     """The experts' output, or NotImplemented: as of `matrices.forward`."""
-    found = None
-    if not is_transformed():
-        found = decorated.operands(chain.base, type(chain.base), args, kwargs)
-    if found is None:
+    found = () if is_transformed() else decorated.in_order(type(chain.base), (x, *args), kwargs)
+    adapted = _adapted(chain)
+    if not (found and adapted.experts.fit(*found)):
         return NotImplemented
-    index = None if rows is None else rows.index_for(found[0], names)
+    _, index, weights = found
+    return adapted.forward(x, index, weights, names, rows)
+
+
+def _adapted(chain: Chain) -> AdaptedExperts:
     p = chain.dropout  # read once, so that it is one number for a compiler
-    given = None if rows is None else names
-    up, down = (_adapters(target, given, p) for target in _pair(chain))
-    return lora_experts(Experts.of(chain.base), *found, up, down, index)
+    sides: list[dict[str, ExpertsAdapter]] = [{}, {}]
+    for wrapper, parameter, names in chain.targets:
+        for name in names:
+            factors = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+            adapter = ExpertsAdapter(*factors, wrapper.scaling[name], p)
+            sides[parameter == "down_proj"][name] = adapter
+    return AdaptedExperts(chain.base, Experts.of(chain.base), *sides)
 
 
-def _pair(chain: Chain) -> tuple[Target | None, Target | None]:
-    """The targets of the first projection and of the second."""
-    found = {target.name: target for target in chain.targets}
-    down = found.pop("down_proj", None)
-    return next(iter(found.values()), None), down
-
-
-def _adapters(
-    target: Target | None, names: Sequence[str] | None, p: float
-) -> list[ExpertsAdapter | None]:
-    """The adapters that all rows have, or those that rows may have: None for one that the target
-    lacks."""
-    if target is None:
-        return []
-    wrapper, _, here = target
-    return [
-        ExpertsAdapter(
-            wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.scaling[name], p
-        )
-        if name in here
-        else None
-        for name in (here if names is None else names)
-    ]
-
-
-def note(chain: Chain, by_row: bool) -> str:
+def note(chain: Chain, names: Sequence[str], rows: RowAdapters | None) -> str:
     """What is computed, as text."""
-    names = ", ".join(sorted(target.name for target in chain.targets if target.adapters))
-    updates = f", updates of {names}" if names else ""
     dropout = f", expert_dropout {chain.dropout}" if chain.dropout else ""
-    return f"rows of each expert{updates}{dropout}{decorated.quantised_note(chain.base)}"
+    return _adapted(chain).note(names, rows) + dropout
 
 
 # ---- dropout ----

@@ -37,14 +37,15 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     return "the model is exported or traced" if is_exported() else ""
 
 
-def note(chain: Chain, by_row: bool) -> str:
+def note(chain: Chain, names: Sequence[str], rows: RowAdapters | None) -> str:
     """What is computed, as text."""
-    each = ", for the rows of each" if by_row else ""
+    each = "" if rows is None else ", for the rows of each"
     return f"the module is called with W + B A, as PEFT makes it{each}"
 
 
 def forward(
     chain: Chain,
+    x: Any,
     args: tuple,
     kwargs: Mapping[str, Any],
     names: Sequence[str],
@@ -60,9 +61,8 @@ def forward(
     if is_transformed() or kwargs.get("adapter_names"):
         return NotImplemented
     if rows is None:
-        return _called(chain, args, kwargs)
-    x, *others = args
-    if others or kwargs or not is_plain(x) or x.dim() < 2:
+        return _called(chain, (x, *args), kwargs)
+    if args or kwargs or not is_plain(x) or x.dim() < 2:
         return NotImplemented
 
     def call(name: str | None, part: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """PEFT's wrapper of a parameter (`target_parameters`) with another forward.
 
-Path.PEFT nests one wrapper in another for each parameter of a module, and each registers a
+PEFT nests one wrapper in another for each parameter of a module, and each registers a
 parametrization, W + B A, during the module's forward. Here the outermost wrapper processes the
-whole chain, also for rows with different adapters, which Path.PEFT refuses:
+whole chain, also for rows with different adapters, which PEFT refuses:
 
     experts     `lora_experts`, with the adapters of all tokens or of each
     matrices    the module is called with W + B A; for rows, once for each adapter
@@ -70,11 +70,11 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
             note = of_rows(names)
 
         def run(x: Any) -> Any:
-            found = kind.forward(chain, (x, *args), kwargs, names, rows)
+            found = kind.forward(chain, x, args, kwargs, names, rows)
             return others.run(x) if found is NotImplemented else found
 
         def detail() -> tuple[Path, str]:
-            return path, (note and f"{note}: ") + kind.note(chain, by_row=rows is not None)
+            return path, (note and f"{note}: ") + kind.note(chain, names, rows)
 
         return Decision(run, path, "", detail, self)
 
@@ -98,7 +98,7 @@ def _of_others(layer: Any, chain: Chain, call: Call, path: Path, reason: str) ->
         return Decision(run, path, reason)
     if path == Path.BASE:
         return Decision(lambda x: chain.base(x, *args, **kwargs), Path.BASE, NONE_OF_ROWS)
-    why = f"each row its own adapter, which Path.PEFT refuses: {reason}"
+    why = f"each row its own adapter, which PEFT refuses: {reason}"
     return Decision(lambda _: _refuse(chain, rows, reason), Path.PEFT, why)
 
 

@@ -24,7 +24,6 @@ from two_processes import (
 
 import lora_ext
 import lora_ext.nn.experts
-import lora_ext.peft.experts
 from contract import bases
 from contract.cases import KINDS
 
@@ -218,7 +217,7 @@ def experts_train_as_one_process(rank):
     """In each step each layer of experts is one call of `lora_experts`."""
     for wrap in (parallel, shard_experts):
         for subject, alone in alike("one", nets=bases.MIXTURES):
-            module = {"peft": lora_ext.peft.experts, "ours": lora_ext.nn.experts}[subject.kind.name]
+            module = lora_ext.nn.experts
             with mock.patch.object(module, "lora_experts", wraps=module.lora_experts) as calls:
                 gradients = train(subject, wrap(subject) or subject.model, [rank])
             assert calls.call_count == STEPS * 2

@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import F64
+from helpers import F64, keep_scale_of
 from peft import LoraConfig, get_peft_model
 from peft_helpers import randomize
 from torch import Tensor, nn
 
+from lora_ext.experts import Experts
 from lora_ext.experts.decorated import up_name
+from lora_ext.functional import dropout_mask
 
 EXPERTS, HIDDEN, INNER = 6, 16, 24
+# How float64 is computed, as `explain` says it.
+BY_PRODUCTS = "a product for each expert, then the update"
+# Of the masks of both projections.
+SEEDS = (11, 12)
 
 # A kind of each layout: transformers' model and class.
 KINDS = {
@@ -156,3 +162,50 @@ def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], tolerance: 
         error = float((found[name].double() - value).abs().max()) if value.numel() else 0.0
         most = float(value.abs().max()) if value.numel() else 0.0
         assert error <= tolerance * max(most, 1e-3), (name, error, most)
+
+
+def sides_of(experts: Experts) -> list[tuple[int, int]]:
+    """(out, in) of each projection."""
+    sides = [tuple(weight.shape[1:]) for weight in (experts.up, experts.down)]
+    return [side[::-1] if experts.is_transposed else side for side in sides]
+
+
+def by_tokens(experts: Experts, x, index, weights, up, down, own=None) -> Tensor:
+    """`lora_experts` for one row after the other, with W and the update apart; masks are those of
+    `SEEDS`."""
+    (count, *_), k = experts.up.shape, index.shape[1]
+
+    def mask_of(adapters, seed, rows, within):
+        p = next((adapter.dropout for adapter in adapters if adapter), 0.0)
+        ones = torch.ones(rows, within, dtype=x.dtype, device=x.device)
+        return keep_scale_of(p) * dropout_mask(seed, rows, within, p).to(ones) if p else ones
+
+    def project(row, e, token, mask, weight, bias, adapters):
+        matrix = weight[e].t() if experts.is_transposed else weight[e]
+        y = matrix @ row + (0 if bias is None else bias[e])
+        for i, adapter in enumerate(adapters):
+            if adapter is not None and (own is None or int(own[token]) == i):
+                a = adapter.lora_a.reshape(count, -1, len(row))[e]
+                b = adapter.lora_b.reshape(len(y), -1, count)[:, :, e]
+                y = y + adapter.scaling * (b @ (a @ (row * mask)))
+        return y
+
+    masks = [
+        mask_of(adapters, seed, rows, within)
+        for adapters, seed, rows, (_, within) in zip(
+            (up, down), SEEDS, (len(x), index.numel()), sides_of(experts), strict=True
+        )
+    ]
+    out = []
+    for t in range(len(x)):
+        total = torch.zeros_like(x[t])
+        for slot, e in enumerate(index[t].tolist()):
+            if not 0 <= e < count:
+                continue
+            z = project(x[t], e, t, masks[0][t], experts.up, experts.up_bias, up)
+            h, mask = experts.gate(z[None])[0], masks[1][t * k + slot]
+            y = project(h, e, t, mask, experts.down, experts.down_bias, down)
+            y = y if experts.norm is None else experts.norm(y[None])[0]
+            total = total + weights[t, slot] * y
+        out.append(total)
+    return torch.stack(out) if out else 0 * x

@@ -3,7 +3,7 @@ which PEFT refuses for experts, and `use_adapters`, against each adapter alone o
 
 import pytest
 import torch
-from expert_helpers import make_routes
+from expert_helpers import BY_PRODUCTS, make_routes
 from expert_helpers import mixture as experts_of_peft
 from mixture_helpers import mixture, randomized, some_ids
 from peft import LoraConfig, get_peft_model
@@ -358,7 +358,7 @@ def test_names_and_verbs():
         model.delete_adapter("y")
         with pytest.raises(RuntimeError, match="'y' was removed since"):
             model(*operands)
-    what = "rows of each expert, updates of down_proj, gate_up_proj"
+    what = f"{BY_PRODUCTS}, updates of down_proj, gate_up_proj"
     assert paths == {("fused", f"each row its own adapter, 2 in this batch: {what}")}
     torch.testing.assert_close(of_rows(model, [None] * 4, operands), base)
     torch.testing.assert_close(of_rows(model, ["x"] * 4, operands)[1], y[1])

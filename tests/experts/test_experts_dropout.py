@@ -5,15 +5,23 @@ import itertools
 
 import pytest
 import torch
-from expert_helpers import EXPERTS, HIDDEN, assert_close, make_experts, make_routes
-from helpers import BF16, F16, F32, F64, keep_scale_of, pair_id
+from expert_helpers import (
+    EXPERTS,
+    HIDDEN,
+    SEEDS,
+    assert_close,
+    by_tokens,
+    make_experts,
+    make_routes,
+    sides_of,
+)
+from helpers import BF16, F16, F32, F64, pair_id
 from torch import Tensor
 
-from lora_ext.experts import Experts, ExpertsAdapter, expert_groups, layer, lora_experts, products
+from lora_ext.experts import Experts, ExpertsAdapter, grouped_product, layer, lora_experts
 from lora_ext.functional import dropout_mask
 
 P, RANKS, SCALINGS = 0.3, (3, 2), (0.5, -2.0)
-SEEDS = (11, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +29,6 @@ def known_seeds(monkeypatch):
     """The first projection of each call has the first seed, the second the other."""
     drawn = itertools.cycle(SEEDS)
     monkeypatch.setattr(layer, "draw_seed", lambda device: torch.tensor(next(drawn), device=device))
-
-
-def sides_of(experts: Experts) -> list[tuple[int, int]]:
-    """(out, in) of each projection."""
-    sides = [tuple(weight.shape[1:]) for weight in (experts.up, experts.down)]
-    return [side[::-1] if experts.is_transposed else side for side in sides]
 
 
 def make_factors(experts: Experts, dtype: torch.dtype = F64, ranks=RANKS) -> list[Tensor]:
@@ -37,41 +39,6 @@ def make_factors(experts: Experts, dtype: torch.dtype = F64, ranks=RANKS) -> lis
         for shape in ((EXPERTS * rank, within), (out, rank * EXPERTS)):
             made.append((0.3 * torch.randn(shape, generator=generator, dtype=F64)).to(dtype))
     return made
-
-
-def by_masks(experts, x, index, weights, up, down) -> Tensor:
-    """The layer for one row after the other, with W and the update apart."""
-    k, p = index.shape[1], up[0].dropout
-    masks = [
-        dropout_mask(seed, rows, within, p)
-        for seed, rows, (_, within) in zip(
-            SEEDS, (len(x), index.numel()), sides_of(experts), strict=True
-        )
-    ]
-
-    def project(row, e, mask, weight, bias, adapters):
-        matrix = weight[e].t() if experts.is_transposed else weight[e]
-        y = matrix @ row + (0 if bias is None else bias[e])
-        for lora_a, lora_b, scaling, _ in adapters:
-            a = lora_a.view(EXPERTS, -1, len(row))[e]
-            b = lora_b.view(len(y), -1, EXPERTS)[:, :, e]
-            y = y + scaling * keep_scale_of(p) * (b @ (a @ (row * mask)))
-        return y
-
-    out = []
-    for t in range(len(x)):
-        total = torch.zeros_like(x[t])
-        for slot in range(k):
-            e = int(index[t, slot])
-            if e == EXPERTS:
-                continue
-            z = project(x[t], e, masks[0][t], experts.up, experts.up_bias, up)
-            h = experts.gate(z[None])[0]
-            y = project(h, e, masks[1][t * k + slot], experts.down, experts.down_bias, down)
-            y = y if experts.norm is None else experts.norm(y[None])[0]
-            total = total + weights[t, slot] * y
-        out.append(total)
-    return torch.stack(out) if out else torch.zeros_like(x)
 
 
 def step(function, experts, factors, x, index, weights, p=P) -> dict[str, Tensor]:
@@ -90,19 +57,6 @@ def step(function, experts, factors, x, index, weights, p=P) -> dict[str, Tensor
     return dict(zip(names, [y.detach(), *found], strict=True))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 40])
-@pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "no gate", "norm"])
-def test_y_and_gradients_are_those_of_the_masks(kind, tokens, monkeypatch):
-    """Two adapters on each projection, in groups of few rows; some slots have no expert."""
-    monkeypatch.setattr(expert_groups, "_ROWS", 8)
-    experts = Experts.of(make_experts(kind))
-    factors, (x, index, weights) = make_factors(experts), make_routes(tokens, 3)
-    index[index == 2] = EXPERTS
-    found = step(lora_experts, experts, factors, x, index, weights)
-    if tokens:
-        assert_close(found, step(by_masks, experts, factors, x, index, weights), 1e-11)
-
-
 @pytest.mark.parametrize("is_grouped", [False, True], ids=["by expert", "grouped product"])
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32)], ids=pair_id)
@@ -110,7 +64,7 @@ def test_other_dtypes_have_the_same_masks(device, pair, tokens, is_grouped, monk
     """One token, which without dropout the op of few rows takes; and torch's grouped product, as on
     a GPU."""
     if is_grouped:
-        monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
+        monkeypatch.setattr(grouped_product, "DEVICES", ("cpu", "cuda"))
     module = make_experts("plain").to(device, pair[0])
     experts = Experts.of(module)
     factors = [factor.to(device) for factor in make_factors(experts, pair[1], ranks=(3,))]
@@ -118,9 +72,9 @@ def test_other_dtypes_have_the_same_masks(device, pair, tokens, is_grouped, monk
     found = step(lora_experts, experts, factors, x, index, weights)
     wide = Experts.of(copy.deepcopy(module).double())
     factors = [factor.double() for factor in factors]
-    exact = step(by_masks, wide, factors, x.double(), index, weights.double())
+    exact = step(by_tokens, wide, factors, x.double(), index, weights.double())
     assert_close(found, exact, 1e-5 if pair[0] == F32 else 3e-2)
-    other = step(by_masks, wide, factors, x.double(), index, weights.double(), p=0.0)
+    other = step(by_tokens, wide, factors, x.double(), index, weights.double(), p=0.0)
     with pytest.raises(AssertionError):
         assert_close(found, other, 6e-2)
 
@@ -130,7 +84,7 @@ def test_h_is_kept_where_a_trained_gate_computed_it():
     experts = Experts.of(make_experts("plain"))._replace(is_gate_trained=True)
     factors, operands = make_factors(experts), make_routes(9, 3)
     found = step(lora_experts, experts, factors, *operands)
-    assert_close(found, step(by_masks, experts, factors, *operands), 1e-11)
+    assert_close(found, step(by_tokens, experts, factors, *operands), 1e-11)
 
 
 def test_a_gate_that_draws_has_in_backward_what_it_drew():
@@ -157,7 +111,7 @@ def test_kept_elements_are_scaled_by_the_rounded_probability(p):
     experts = Experts.of(make_experts("plain"))
     factors, operands = make_factors(experts), make_routes(9, 3)
     found = step(lora_experts, experts, factors, *operands, p=p)
-    assert_close(found, step(by_masks, experts, factors, *operands, p=p), 1e-11)
+    assert_close(found, step(by_tokens, experts, factors, *operands, p=p), 1e-11)
 
 
 def permuted(factors, order) -> list[Tensor]:

@@ -7,7 +7,7 @@ import json
 import peft
 import pytest
 import torch
-from expert_helpers import make_routes, run
+from expert_helpers import BY_PRODUCTS, make_routes, run
 from expert_helpers import mixture as small
 from mixture_helpers import edit, logits, mixture, peft_mixture, randomized, some_ids
 from peft.tuners.lora.layer import ParamWrapper
@@ -126,7 +126,7 @@ def test_the_probability_stays_and_goes():
     lora_ext.accelerate(model, expert_dropout=P)
     assert probabilities() == [P, P]
     assert reasons(model.train()) == {
-        ("fused", f"rows of each expert, updates of down_proj, gate_up_proj, expert_dropout {P}")
+        ("fused", f"{BY_PRODUCTS}, updates of down_proj, gate_up_proj, expert_dropout {P}")
     }
     lora_ext.accelerate(model)
     assert probabilities() == [P, P]

@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_ext
 from lora_ext.experts import Experts, few_rows, lora_experts
+from lora_ext.experts.expert_groups import Rows
 from lora_ext.experts.operands import Projection
 from lora_ext.experts.routing import Routes
 from lora_ext.quantized.of_bitsandbytes import four_bit_stack
@@ -69,7 +70,7 @@ def test_matrices_of_more_than_one_strip(nested, threads, request):
     weights = four_bit_stack(packed, state), dequantised(packed, state)
     order, ends = torch.arange(1), [0, 1, 1]
     calls = [Projection(w, None, Routes(order, order, torch.tensor(ends))) for w in weights]
-    (found, _), (wanted, _) = (few_rows.forward(x, call, ends) for call in calls)
+    (found, _), (wanted, _) = (few_rows.forward(x, Rows(call, None)) for call in calls)
     assert torch.equal(found, wanted)
 
 
@@ -118,7 +119,8 @@ def test_adapters_that_are_off():
         torch.testing.assert_close(packed(*routes(7)), dense(*routes(7)))
         ((path, reason),) = reasons(packed)
     assert path == "base"
-    assert reason == "adapters are disabled: rows of each expert, nf4, one dequantised at a time"
+    assert reason.startswith("adapters are disabled: ")
+    assert reason.endswith(", nf4, one dequantised at a time")
     assert all(part.calls == 0 for part in parts_of(packed))
 
 

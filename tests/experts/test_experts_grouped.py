@@ -6,7 +6,6 @@ the kernels in the emulated package.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,30 +21,32 @@ from lora_ext.experts import (
     ExpertsAdapter,
     by_kernels,
     expert_groups,
+    grouped_product,
     lora_experts,
-    products,
-    projection,
 )
+from lora_ext.experts.expert_groups import Rows
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.routing import Routes
 from lora_ext.torch_state import is_captured
 
 EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
 HAS_KERNELS = EMULATED or torch.cuda.is_available()
-CARDS = products._CARDS
+CARDS = grouped_product._CARDS
 
 
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch):
     """No group of experts is made by numbers that the host reads."""
-    monkeypatch.setattr(products, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(expert_groups, "on_host", None)
-    monkeypatch.setattr(products, "_CARDS", range(8, 20))
+    monkeypatch.setattr(grouped_product, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(Rows, "groups", None)
+    monkeypatch.setattr(grouped_product, "_CARDS", range(8, 20))
 
 
 def take_kernels(device: str, monkeypatch) -> None:
     """All that is left to a call that reads nothing on the host."""
     if device == "cpu" and not EMULATED:
         pytest.skip("a CPU has the kernels in the emulated package")
-    monkeypatch.setattr(products, "DEVICES", ())
+    monkeypatch.setattr(grouped_product, "DEVICES", ())
 
 
 def swiglu(z: Tensor) -> Tensor:
@@ -249,6 +250,12 @@ def test_nothing_is_read_on_the_host(cuda, way, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def rows_of(weight: Any, count: int, in_place: Tensor | None = None, **routes: Any) -> Rows:
+    """So far as a choice of way reads them."""
+    order = torch.empty(count, dtype=torch.int32)
+    return Rows(Projection(weight, None, Routes(order, order, order, **routes)), in_place)
+
+
 @pytest.mark.parametrize(
     ("dtype", "columns", "rows", "takes"),
     [
@@ -268,28 +275,22 @@ def test_what_the_grouped_product_takes(dtype, columns, rows, takes):
     """Bfloat16 whose rows begin at whole 16 bytes."""
     weight = torch.empty(EXPERTS, 48, columns, dtype=dtype)
     count = 5 if rows is None else len(rows)
-    assert products.are_grouped(weight, count, rows) == takes
+    assert grouped_product.takes(rows_of(weight, count, rows)) == takes
 
 
 class OfCard(Tensor):
     """On a CPU; says otherwise."""
 
-    is_cuda = True
+    is_cuda, device = True, torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
 def test_cards_without_the_kernel(capability, monkeypatch):
     """Where torch's grouped product is a loop that reads the numbers of rows on the host."""
-    monkeypatch.setattr(products, "_CARDS", CARDS)
+    monkeypatch.setattr(grouped_product, "_CARDS", CARDS)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = torch.empty(EXPERTS, 48, 32, dtype=BF16).as_subclass(OfCard)
-    assert products.are_grouped(weight, 5, None) == (capability[0] in (9, 10))
-
-
-class OnCard(list):
-    """A weight of as many experts, so far as a choice reads it."""
-
-    device = torch.device("cuda", 0)
+    assert grouped_product.takes(rows_of(weight, 5)) == (capability[0] in (9, 10))
 
 
 @pytest.mark.parametrize(
@@ -310,10 +311,11 @@ def test_kernels_take_the_place_of_the_grouped_product(
     monkeypatch.setattr(_C, "cuda_card", lambda device: card)
     monkeypatch.setattr(by_kernels, "have_wgmma", by_kernels.have_wgmma.__wrapped__)
     monkeypatch.setattr(by_kernels, "supports", lambda projection: True)
-    monkeypatch.setattr(products, "are_grouped", lambda *call: True)
-    routes = SimpleNamespace(perm=range(rows), ends=ends)
-    case = SimpleNamespace(weight=OnCard(range(EXPERTS)), routes=routes)
-    assert projection._is_by_kernels(case, None) == takes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
+    weight = torch.empty(EXPERTS, 48, 32, dtype=BF16).as_subclass(OfCard)
+    case = rows_of(weight, rows, ends=ends)
+    assert by_kernels.are_faster(case.projection) == takes
+    assert grouped_product.takes(case) != takes
 
 
 def test_a_capture(monkeypatch):

@@ -1,58 +1,31 @@
-"""LoRA on experts against PEFT's own forward in float64, both with transformers' eager experts."""
+"""Layers of experts beside PEFT's own forward, and the ops of projections."""
 
 from functools import partial
 
 import pytest
 import torch
-from expert_helpers import EXPERTS, KINDS, assert_close, make_experts, make_routes, mixture, run
-from helpers import BF16, F16, F32, F64, pair_id
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from expert_helpers import EXPERTS, assert_close, make_routes, mixture, run
+from helpers import BF16, F16, F32, F64, pair_id, short
 from peft_helpers import accelerated, exact_model, reasons
 from torch import Tensor, nn
 
 from lora_ext import _C
 from lora_ext.experts import (
-    Experts,
-    ExpertsAdapter,
     expert_groups,
     few_rows,
-    lora_experts,
-    routing,
 )
-from lora_ext.experts.operands import Projection
+from lora_ext.experts.expert_groups import Rows
+from lora_ext.experts.operands import Gradient, Projection
 from lora_ext.experts.projection import backward
 from lora_ext.experts.routing import Routes
 
-ROUNDED = "float32 gate"  # by the gate itself
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3}}
 
 
-def assert_as_peft(model, *operands, kind="plain") -> None:
-    fast, tolerance = accelerated(model), 1e-6 if kind == ROUNDED else 1e-11
+def assert_as_peft(model, *operands) -> None:
+    fast = accelerated(model)
     assert {path for path, _ in reasons(fast)} == {"fused"}
-    assert_close(run(fast, *operands), run(model, *operands), tolerance)
-
-
-@pytest.fixture(params=[8, 512])
-def group_rows(request, monkeypatch):
-    """Rows at which a group of experts ends; with few, few elements that are summed together."""
-    monkeypatch.setattr(expert_groups, "_ROWS", request.param)
-    monkeypatch.setattr(routing, "_CPU_BLOCK", 100 if request.param == 8 else 1 << 18)
-
-
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_no_tokens(kind):
-    """PEFT's y has no gradient then; here each factor's is zero."""
-    found = run(accelerated(mixture(kind)), *make_routes(0))
-    assert found["y"].shape == found["dx"].shape == (0, 16)
-    assert len(found) == 7 and all(float(value.abs().sum()) == 0 for value in found.values())
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 128])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_layout(kind, tokens, group_rows):
-    assert_as_peft(mixture(kind), *make_routes(tokens), kind=kind)
+    assert_close(run(fast, *operands), run(model, *operands), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16])
@@ -71,41 +44,6 @@ def test_a_capture_is_refused_where_the_host_reads_rows(dtype, monkeypatch):
 @pytest.mark.parametrize("kind", ["plain", "transposed, biases, interleaved", "norm"])
 def test_adapters_of_one_parameter(kind, name, adapters):
     assert_as_peft(mixture(kind, adapters, [name]), *make_routes(9))
-
-
-@pytest.mark.parametrize(
-    ("index", "what"),
-    [
-        ([[2]] * 5, "one expert for all, k = 1"),
-        ([[0, 1, 2, 3, 4, 5]] * 5, "all experts for all, k = E"),
-        ([[5, 0], [0, 5], [5, 0]], "the first and the last"),
-        ([[3, 3], [1, 1]], "twice the same"),
-    ],
-)
-def test_routes(index, what, group_rows):
-    index = torch.tensor(index)
-    x, _, weights = make_routes(*index.shape)
-    assert_as_peft(mixture("plain", TWO), x, index, weights)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_random_routes(data):
-    experts = data.draw(st.integers(2, 9), "experts")
-    slots = data.draw(st.integers(1, experts), "slots")
-    tokens = data.draw(st.integers(1, 12), "tokens")
-    number = st.integers(0, experts - 1)
-    index = data.draw(
-        st.lists(
-            st.lists(number, min_size=slots, max_size=slots), min_size=tokens, max_size=tokens
-        ),
-        "index",
-    )
-    rank = data.draw(st.sampled_from([1, 2, experts]), "rank")
-    kind = data.draw(st.sampled_from(list(KINDS)), "kind")
-    model = mixture(kind, {"x": {"r": rank, "lora_alpha": 2 * rank}}, experts=experts)
-    x, _, weights = make_routes(tokens, slots, experts)
-    assert_as_peft(model, x, torch.tensor(index).view(tokens, slots), weights, kind=kind)
 
 
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, BF16), (F16, BF16)]
@@ -138,39 +76,65 @@ def test_errors_are_at_most_twice_pefts(device, kind, names, adapters, pair, tok
         assert error <= most * of_peft + floor, name
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=short)
+def test_slots_of_no_expert_have_no_gradient(device, dtype, deterministic):
+    """Their rows are not written, and memory that nobody writes is NaN; as slots of weight 0."""
+    model = accelerated(mixture(dtype=dtype)).to(device)
+    x, index, weights = (each.to(device) for each in make_routes(9, dtype=dtype))
+    absent = torch.arange(18, device=device).view(9, 2) % 5 == 0
+    found = run(model, x, index.masked_fill(absent, EXPERTS), weights)
+    exact = run(model, x, index, weights.masked_fill(absent, 0))
+    del found["dweights"], exact["dweights"]
+    assert_close(found, {n: value.double() for n, value in exact.items()}, 4 * 2**-7)
+
+
+# The adapter of each of eight rows, or -1; None: all rows have all.
+OWN = [0, -1, 1, -1, 0, 0, 2, 1]
+
+
 @pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("out_features", [25, 600])
+@pytest.mark.parametrize("own", [None, OWN], ids=["all", "by row"])
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, BF16)], ids=pair_id)
-def test_few_rows(pair, out_features, is_transposed, threads, deterministic, monkeypatch, request):
-    """Of one to five rows of an expert, with biases and two adapters; rounded once. Memory that
-    nobody writes is NaN."""
+def test_few_rows(
+    pair, own, out_features, is_transposed, threads, deterministic, monkeypatch, request
+):
+    """Of one to five rows of an expert, with biases and three adapters, one of rank 0; rounded
+    once. Memory that nobody writes is NaN."""
     request.getfixturevalue(threads)
-    monkeypatch.setattr(few_rows, "MOST_ROWS", 5)  # more than the kernel takes at a time
+    monkeypatch.setattr(few_rows, "MOST_OF_AN_EXPERT", 5)  # more than the kernel takes at a time
     weight = torch.randn(EXPERTS, out_features, 40).to(pair[0])
     if is_transposed:
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     bias, x = torch.randn(EXPERTS, out_features).to(pair[0]), torch.randn(4, 40).to(pair[0])
-    ranks = (3, 2)
+    ranks, scalings = (3, 2, 0), (0.5, -2.0, 1.0)
     lora_a = [torch.randn(EXPERTS * r, 40).to(pair[1]) for r in ranks]
     lora_b = [torch.randn(out_features, r * EXPERTS).to(pair[1]) for r in ranks]
-    bounds, token = [0, 1, 3, 3, 3, 8], torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
-    routes, scalings = Routes(token, token, torch.tensor(bounds)), (0.5, -2.0)
+    numbers, token = [1, 2, 2, 5, 5, 5, 5, 5], torch.tensor([3, 0, 1, 2, 2, 0, 1, 3])
+    if own is not None:  # those of an expert are sorted by adapter
+        order = sorted(range(8), key=lambda m: (numbers[m], own[m]))
+        own = [own[m] for m in order]
+    keys = torch.tensor([4 * e + a + 1 for e, a in zip(numbers, own or [2] * 8, strict=True)])
+    ends = torch.searchsorted(keys, torch.arange(4 * EXPERTS), right=True).int()
+    offs = ends.view(EXPERTS, 4)[:, -1].contiguous()
+    routes = Routes(token, token, offs, None if own is None else ends)
     call = Projection(weight, bias, routes, lora_a, lora_b, scalings, is_first=True)
-    numbers, found = [1, 2, 2, 5, 5, 5, 5, 5], few_rows.forward(x, call, bounds)
-    assert found is not None
-    y, s = found
-    rows = x[token].double()
-    low_rank = [
-        torch.einsum("mk,mrk->mr", rows, a.double().view(EXPERTS, -1, 40)[numbers]) for a in lora_a
-    ]
-    exact = torch.einsum("mk,mok->mo", rows, weight[numbers].double()) + bias[numbers]
-    for part, b, scaling in zip(low_rank, lora_b, scalings, strict=True):
-        of_expert = b.double().view(out_features, -1, EXPERTS).permute(2, 0, 1)[numbers]
-        exact += scaling * torch.einsum("mr,mor->mo", part, of_expert)
-    torch.testing.assert_close(s.double(), torch.cat(low_rank, 1), rtol=1e-5, atol=1e-4)
+    rows = Rows(call, None)
+    assert few_rows.takes(rows)
+    y, s = few_rows.forward(x, rows)
+    assert s.shape == (8, 5 if own is None else 3)
     half = torch.finfo(pair[0]).eps / 2
-    torch.testing.assert_close(y.double(), exact, rtol=1.01 * half, atol=1e-4)
+    for m, (e, t) in enumerate(zip(numbers, token.tolist(), strict=True)):
+        exact = weight[e].double() @ x[t].double() + bias[e].double()
+        low_rank = []
+        for i in range(3) if own is None else [own[m]] * (own[m] >= 0):
+            low_rank.append(lora_a[i].double().view(EXPERTS, ranks[i], 40)[e] @ x[t].double())
+            matrix = lora_b[i].double().view(out_features, ranks[i], EXPERTS)[..., e]
+            exact += scalings[i] * (matrix @ low_rank[-1])
+        found = torch.cat([*low_rank, torch.empty(0, dtype=F64)])
+        torch.testing.assert_close(s[m, : len(found)].double(), found, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(y[m].double(), exact, rtol=1.01 * half, atol=1e-4)
 
 
 @pytest.mark.parametrize("panels", ["none", "float32"])
@@ -207,7 +171,8 @@ def test_gradients_of_float32_factors_round_nothing_to_half(is_by_row, want_x, p
     call = Projection(weight, None, Routes(order, order, offs, ends), lora_a, lora_b, scalings)
     _C.set_cpu_panels(panels)
     try:
-        found = backward(g, x, w, call, s.float(), want_x, [True] * 2, [True] * 2)
+        gradient = Gradient(g, w, s.float(), want_x, [True] * 2, [True] * 2)
+        found = backward(gradient, x, call)
     finally:
         _C.set_cpu_panels("auto")
     names = [f"{name}{i}" for name in "AB" for i in range(2)]
@@ -221,7 +186,7 @@ def test_rows_that_the_op_does_not_take():
     def takes(bounds: list[int], rows: int, weight: Tensor, *factors) -> bool:
         order = torch.arange(rows)
         call = Projection(weight, None, Routes(order, order, torch.tensor(bounds)), *factors)
-        return few_rows.forward(torch.ones(rows, 40, dtype=weight.dtype), call, bounds) is not None
+        return few_rows.takes(Rows(call, None))
 
     assert takes(bounds, 3, weight)
     assert not takes([0, 1, 1, 1, 1, 6], 6, weight)
@@ -232,6 +197,10 @@ def test_rows_that_the_op_does_not_take():
 
 
 OPS = torch.ops.lora_ext
+
+
+def few_rows_of(adapters, x, w, a, b):
+    OPS.experts_few_rows(x, None, w, None, [a], [b], [1.0], [0], adapters)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +217,10 @@ OPS = torch.ops.lora_ext
                 x, torch.tensor([1]), w, None, [a], [b], [1.0], [0]
             ),
             "of tokens below 1",
+        ),
+        *(
+            (partial(few_rows_of, adapters), message)
+            for adapters, message in (([1], "from -1"), ([-2], "from -1"), ([0, 0], "one for each"))
         ),
         (
             lambda x, w, a, b: OPS.experts_copy(a.view(1, 24, -1), b, torch.tensor([6]), EXPERTS),
@@ -343,36 +316,53 @@ def test_operands_of_a_product_that_do_not_fit_are_refused(changes, message):
         product_and_gradients(**changes)
 
 
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_the_same_bits_each_time(kind, two_threads):
-    model, operands = accelerated(mixture(kind, dtype=BF16)), make_routes(128, 4, dtype=BF16)
-    first, second = run(model, *operands), run(model, *operands)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def _rows_of_two_experts(index: Tensor, dtype: torch.dtype = F32) -> dict:
+    """Operands of the op of one pass: 40 rows of expert 0, then 40 of expert 2."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = (80, 65), (3, 49, 65), (2, 4, 65), (2, 49, 4)
+    x, weight, a, b = (torch.randn(each, generator=generator).to(dtype) for each in shapes)
+    lists = {"lora_a": [*a], "lora_b": [*b], "scaling": torch.tensor([0.5, 2.0])}
+    experts = {"experts": [0, 2], "ends": [40, 80], "index": index.int(), "offs": None}
+    dropout = {"dropout_p": 0.0, "seed": None, "mask_rows": None, "row_block": 0}
+    return {"x": x, "weight": weight, **experts, **lists, **dropout}
 
 
-@pytest.mark.parametrize("kind", ["transposed, biases, interleaved", "norm"])
-def test_numbers_of_no_expert_add_nothing(kind):
-    """They are as slots of weight 0, whatever it is, and their weights have no gradient."""
-    experts = Experts.of(make_experts(kind))
-    sides = [(16, 48), (24, 16)]
-    factors = [torch.randn(EXPERTS * 2, n, dtype=F64) for n, _ in sides]
-    factors += [torch.randn(m, EXPERTS * 2, dtype=F64) for _, m in sides]
-    x, index, weights = make_routes(7)
-    absent = torch.zeros_like(index, dtype=torch.bool)
-    absent[0, 1] = absent[3] = absent[5, 0] = True
+@pytest.mark.parametrize(
+    ("panels", "dtype", "tolerance"),
+    [("none", F32, 2e-5), ("float32", F32, 2e-5), ("none", BF16, 0.1), ("bfloat16", BF16, 0.1)],
+)
+def test_rows_of_an_expert_whose_adapters_alternate(panels, dtype, tolerance):
+    """The op takes adapters in any order, also where an expert's rows must stay together; sizes are
+    odd."""
+    index = torch.arange(80) % 3 - 1
+    given = _rows_of_two_experts(index, dtype)
+    y, dx = (torch.empty(80, columns, dtype=dtype) for columns in (49, 65))
+    _C.set_cpu_panels(panels)
+    try:
+        s = OPS.experts_linear(bias=None, y=y, **given)
+        OPS.experts_linear_backward(y, s=s, dx=dx, dlora_a=[], dlora_b=[], **given)
+    finally:
+        _C.set_cpu_panels("auto")
+    matrices = given["weight"][torch.tensor([0, 2]).repeat_interleave(40)].double()
+    for g, (a, b) in enumerate(zip(given["lora_a"], given["lora_b"], strict=True)):
+        matrices[index == g] += float(given["scaling"][g]) * (b.double() @ a.double())
+    exact = torch.einsum("mk,mnk->mn", given["x"].double(), matrices)
+    exact_dx = torch.einsum("mn,mnk->mk", y.double(), matrices)
+    assert_close({"y": y, "dx": dx}, {"y": exact, "dx": exact_dx}, tolerance)
 
-    def step(index: Tensor, weights: Tensor) -> list[Tensor]:
-        a1, a2, b1, b2 = leaves = [f.clone().requires_grad_() for f in factors]
-        inputs = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
-        up, down = ExpertsAdapter(a1, b1, 0.5), ExpertsAdapter(a2, b2, 2.0)
-        y = lora_experts(experts, inputs[0], index, inputs[1], [up], [down])
-        return [y.detach(), *torch.autograd.grad(y, [*inputs, *leaves], torch.ones_like(y))]
 
-    nobody = torch.tensor([EXPERTS, -1, -(2**63), 2**63 - 1]).repeat(4)
-    unknown = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=F64).repeat(4)
-    found = step(index.masked_scatter(absent, nobody), weights.masked_scatter(absent, unknown))
-    exact = step(index, weights.masked_fill(absent, 0.0))
-    exact[2] = exact[2].masked_fill(absent, 0.0)
-    for one, other in zip(found, exact, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    assert float(found[0][3].abs().max()) == 0.0
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(()).expand(80, 65)}, "expected x in Float, contiguous along"),
+        ({"x": torch.zeros(80, 65).bfloat16()}, "expected x in Float, contiguous along"),
+        ({"x": torch.zeros(81, 65), "dx": None}, "expected x and dx of 65 columns"),
+        ({"s": torch.zeros(()).expand(80, 4)}, "expected a contiguous s"),
+    ],
+)
+def test_a_backward_in_one_pass_refuses_what_it_would_read_beyond(change, message):
+    given = _rows_of_two_experts(torch.arange(80) // 40)
+    given |= {"s": torch.zeros(80, 4), "dx": torch.empty(80, 65)} | change
+    to = {f"d{name}": [torch.empty_like(f) for f in given[name]] for name in ("lora_a", "lora_b")}
+    with pytest.raises(RuntimeError, match=message):
+        OPS.experts_linear_backward(torch.zeros(80, 49), **given, **to)

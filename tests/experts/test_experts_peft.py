@@ -9,6 +9,7 @@ import quantised_experts
 import torch
 from accelerate import hooks
 from expert_helpers import (
+    BY_PRODUCTS,
     HIDDEN,
     INNER,
     Mixture,
@@ -30,7 +31,7 @@ from lora_ext.experts import decorated
 
 BIASES = "transposed, biases, interleaved"
 TWO = {"x": {"r": 3, "lora_alpha": 5}, "y": {"r": 2, "lora_alpha": -3, "use_rslora": True}}
-FUSED = {("fused", "rows of each expert, updates of down_proj, gate_up_proj")}
+FUSED = {("fused", f"{BY_PRODUCTS}, updates of down_proj, gate_up_proj")}
 
 
 def assert_same(model, other, tolerance=1e-11):

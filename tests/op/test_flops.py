@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_ext
 from lora_ext import LoraConfig, reference
 from lora_ext.experts import ops, projection
-from lora_ext.experts.operands import Projection
+from lora_ext.experts.operands import Gradient, Projection
 from lora_ext.experts.routing import Routes
 
 ROWS, IN, OUT = 20, 32, 48
@@ -122,9 +122,9 @@ def test_experts(by_row):
     assert eager == count(lambda: ops.forward(x, each))
     ranks = 4 * 2 + 10 * 3 if by_row else 17 * 5  # summed over rows
     assert eager == 2 * (17 * IN * OUT + ranks * (IN + OUT))
-    wants = (None, each, s, True, (True, True), (True, True))
-    eager = count(lambda: projection.backward(grad, x, *wants))
-    assert eager == count(lambda: ops.backward(grad, x, *wants))
+    gradient = Gradient(grad, None, s, True, (True, True), (True, True))
+    eager = count(lambda: projection.backward(gradient, x, each))
+    assert eager == count(lambda: ops.backward(gradient, x, each))
 
 
 def test_a_projection_of_experts():
