@@ -20,20 +20,55 @@ from .operands import Projection
 _ROWS = 512
 
 
+class Update(NamedTuple):
+    """The update of a group's rows.
+
+    Attributes:
+        lora_a, lora_b: ``[r, in]`` and ``[out, r]`` of each pair with rows; or one pool of each,
+            ``[n, R, in]`` and ``[n, out, R]``, if all rows have the same adapters.
+        scaling: one for each pair.
+        of_row: int32 ``[rows]``, the pair of each row, or -1; or None.
+        offs: int32, the end of each pair's rows, if all rows have the same adapters.
+        dlora_a, dlora_b: tensors for the gradients of lora_a and lora_b; empty if none is
+            requested.
+    """
+
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scaling: Tensor
+    of_row: Tensor | None
+    offs: Tensor | None
+    dlora_a: list[Tensor]
+    dlora_b: list[Tensor]
+
+    def arguments(self) -> tuple:
+        """Those of the ops that say what the update is; dropout is not among them."""
+        return self[:5]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of S: the largest rank."""
+        return max(a.shape[-2] for a in self.lora_a)
+
+
 class ExpertGroup(NamedTuple):
     """Consecutive experts.
 
     Attributes:
+        projection: theirs.
         where: their rows.
         experts: the numbers of those that have rows, or of all.
         ends: the end of each expert's rows, counted from the first row of the group.
         offs: the same, int32 on the device of the rows.
+        update: of the rows; None: no row has one.
     """
 
+    projection: Projection
     where: slice
     experts: Sequence[int]
     ends: Sequence[int]
     offs: Tensor
+    update: Update | None = None
 
     def parts(self) -> Iterator[tuple[int, slice]]:
         """(number, rows counted from the first of the group) of each expert."""
@@ -96,8 +131,7 @@ class Rows:
 
     def groups(self, rows: int = 0) -> list[ExpertGroup]:
         """Groups of a few hundred rows, or of at least this number."""
-        bounds, device = self.bounds, self.projection.weight.device
-        groups: list[ExpertGroup] = []
+        bounds, groups = self.bounds, []
         first, last, experts, ends = 0, 0, [], []
         for number, end in enumerate(bounds):
             if end > last:
@@ -105,7 +139,8 @@ class Rows:
                 ends.append(end - first)
                 last = end
             if experts and (last - first >= (rows or _ROWS) or number + 1 == len(bounds)):
-                offs = torch.tensor(ends, dtype=torch.int32, device=device)
-                groups.append(ExpertGroup(slice(first, last), experts, ends, offs))
+                offs = torch.tensor(ends, dtype=torch.int32, device=self.projection.weight.device)
+                own = self.projection, slice(first, last)
+                groups.append(ExpertGroup(*own, experts, ends, offs))
                 first, experts, ends = last, [], []
         return groups

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import HALVES
-from .expert_groups import ExpertGroup, Rows
+from .expert_groups import ExpertGroup, Rows, Update
+from .operands import Gradient
 
 _ops = torch.ops.lora_ext
 
@@ -28,42 +28,11 @@ _ops = torch.ops.lora_ext
 _BLOCK = 32
 
 
-class Update(NamedTuple):
-    """The update of a group's rows.
-
-    Attributes:
-        lora_a, lora_b: ``[r, in]`` and ``[out, r]`` of each pair with rows; or one pool of each,
-            ``[n, R, in]`` and ``[n, out, R]``, if all rows have the same adapters.
-        scaling: one for each pair.
-        of_row: int32 ``[rows]``, the pair of each row, or -1; or None.
-        offs: int32, the end of each pair's rows, if all rows have the same adapters.
-        dlora_a, dlora_b: tensors for the gradients of lora_a and lora_b; empty if none is
-            requested.
-    """
-
-    lora_a: list[Tensor]
-    lora_b: list[Tensor]
-    scaling: Tensor
-    of_row: Tensor | None
-    offs: Tensor | None
-    dlora_a: list[Tensor]
-    dlora_b: list[Tensor]
-
-    def arguments(self) -> tuple:
-        """Those of the ops that say what the update is; dropout is not among them."""
-        return self[:5]
-
-    @property
-    def rank(self) -> int:
-        """The number of columns of S: the largest rank."""
-        return max(a.shape[-2] for a in self.lora_a)
-
-
 class Updates:
     """The updates of all groups, and the gradients of their factors.
 
     Args:
-        wanted_a, wanted_b: for which adapters the gradient is requested.
+        gradient: says of which factors gradients are requested; None: of none.
         are_all_written: whether the gradient of each expert is, with rows or without.
 
     Attributes:
@@ -74,8 +43,7 @@ class Updates:
     def __init__(
         self,
         rows: Rows,
-        wanted_a: Sequence[bool] = (),
-        wanted_b: Sequence[bool] = (),
+        gradient: Gradient | None = None,
         are_all_written: bool = False,
     ) -> None:
         projection = rows.projection
@@ -91,17 +59,18 @@ class Updates:
         self._is_in_b = not self._is_by_row and (is_wide or len(set(scalings)) > 1)
         self._scalings = [1.0] if self._is_in_b else scalings
         self._dtype = self._dtype_of(projection.weight.dtype)
-        self.dlora_a = self._made(projection.lora_a, wanted_a, are_all_written)
-        self.dlora_b = self._made(projection.lora_b, wanted_b, are_all_written)
+        want_a, want_b = ((), ()) if gradient is None else gradient[-2:]
+        self.dlora_a = self._made(projection.lora_a, want_a, are_all_written)
+        self.dlora_b = self._made(projection.lora_b, want_b, are_all_written)
 
-    def of(self, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
-        """All groups in their order, each with the update of its rows, None if none of them has
-        one. When the next is requested, the tensors for gradients have been written to."""
+    def of(self, groups: Sequence[ExpertGroup]) -> Iterator[ExpertGroup]:
+        """All groups in their order, each with the update of its rows. When the next is requested,
+        the tensors for gradients have been written to."""
         every = self._of_pairs if self._is_by_row else self._of_pools
         for block in _blocks(groups):
-            yield from every(block) if any(self._ranks) else ((group, None) for group in block)
+            yield from every(block) if any(self._ranks) else block
 
-    def _of_pools(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
+    def _of_pools(self, block: list[ExpertGroup]) -> Iterator[ExpertGroup]:
         every, place = [expert for group in block for expert in group.experts], 0
         hit = None if len(every) == self._experts else every
         pools = self._pools(0, hit)
@@ -111,10 +80,10 @@ class Updates:
             a, b, da, db = own
             place += count
             scaling = pools[0].new_full((count,), self._scalings[0], dtype=torch.float32)
-            yield group, Update(a, b, scaling, None, group.offs, da, db)
+            yield group._replace(update=Update(a, b, scaling, None, group.offs, da, db))
         self._put(0, hit, *pools[2:])
 
-    def _of_pairs(self, block: list[ExpertGroup]) -> Iterator[tuple[ExpertGroup, Update | None]]:
+    def _of_pairs(self, block: list[ExpertGroup]) -> Iterator[ExpertGroup]:
         runs = [self._runs(group) for group in block]
         hit: dict[int, list[int]] = {}
         for expert, adapter, _ in chain(*runs):
@@ -127,7 +96,7 @@ class Updates:
                 pairs = ((expert, adapter) for expert in hit[adapter])
                 found.update(() if pool is None else zip(pairs, pool.unbind(0), strict=True))
         for group, own in zip(block, runs, strict=True):
-            yield group, self._update(group, own, made)
+            yield group._replace(update=self._update(group, own, made))
         for adapter, (_, _, da, db) in pools.items():
             self._put(adapter, hit[adapter], da, db)
 

@@ -15,7 +15,6 @@ from . import by_kernels, products
 from .expert_groups import ExpertGroup, Rows
 from .factors import Updates
 from .operands import Backward, Gradient, Projection, part_of
-from .products import GroupGrad
 from .routing import by_slot
 
 # The devices on which the grouped product is one kernel, and the major compute capabilities of
@@ -50,44 +49,40 @@ def _is_aligned(matrices: Tensor) -> bool:
 
 
 def forward(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    projection, token = rows.projection, rows.projection.token()
-    group, bias = _whole(rows), projection.bias
-    x = part_of(x, token, group.where)
+    projection, group = rows.projection, _whole(rows)
+    x = part_of(x, projection.token(), group.where)
     # [E, in, out], as of a product from the left.
     y = grouped_mm(x, _dense(projection).transpose(1, 2), offs=group.offs)
-    if bias is not None:
-        y += bias[_numbers(rows)]
+    if projection.bias is not None:
+        y += projection.bias[_numbers(rows)]
     s = y.new_empty(len(rows), projection.rank(), dtype=torch.float32)
-    for _, update in Updates(rows, are_all_written=_are_all_written(rows)).of([group]):
-        if update is not None:
-            y, own = products.add_update(x, token is not None, projection, group, update, y)
+    for each in _updates(rows).of([group]):
+        if each.update is not None:
+            y, own = products.add_update(x, each, each.update, y)
             s = torch.nn.functional.pad(own, (0, s.shape[1] - own.shape[1]))
     _clear_rest(rows, y)
     return y, s
 
 
 def backward(gradient: Gradient, x: Tensor, rows: Rows) -> Backward:
-    (grad, weights, s, want_x, want_a, want_b), projection = gradient, rows.projection
-    token, routes, group = projection.token(), projection.routes, _whole(rows)
-    is_weighted = weights is not None
-    of_row = None if weights is None else weights.index_select(0, routes.perm).to(s.dtype)
-    g = part_of(grad, routes.token if is_weighted else None, group.where)
-    part = part_of(x, token, group.where) if is_weighted or any(want_a) else None
-    dx = grouped_mm(g, _dense(projection), offs=group.offs) if want_x else None
-    updates = Updates(rows, want_a, want_b, _are_all_written(rows))
-    for _, update in updates.of([group]):
-        if update is not None:
-            given = GroupGrad(g, part, token is not None, of_row, s)
-            products.add_gradients(given, projection, group, update, dx)
-    dweights = None
-    if dx is not None and part is not None and weights is not None and of_row is not None:
+    projection, weights, group = rows.projection, gradient.weights, _whole(rows)
+    own, part = products.of_group(gradient, x, group)
+    dx = None
+    if gradient.want_x:
+        dx = grouped_mm(own.grad, _dense(projection), offs=group.offs)
+    updates = _updates(rows, gradient)
+    for each in updates.of([group]):
+        if each.update is not None:
+            products.add_gradients(own, part, each, each.update, dx)
+    dweights, routes = None, projection.routes
+    if dx is not None and weights is not None and own.weights is not None:
         if routes.place is not None:
-            dweights = by_kernels.dot(grad, part, dx, weights, projection)
+            dweights = by_kernels.dot(gradient.grad, part, dx, weights, projection)
         else:
             found = products.dot(part, dx)
             if projection.bias is not None:
-                found += products.dot(g, projection.bias[_numbers(rows)])
-            dx *= of_row[:, None]
+                found += products.dot(own.grad, projection.bias[_numbers(rows)])
+            dx *= own.weights[:, None]
             _clear_rest(rows, found)
             dweights = by_slot(found, weights, routes)
     if dx is not None and not (projection.is_first and routes.place is not None):
@@ -100,14 +95,14 @@ def _dense(projection: Projection) -> Tensor:
     return projection.weight
 
 
-def _are_all_written(rows: Rows) -> bool:
-    return rows.projection.routes.ends is None
+def _updates(rows: Rows, gradient: Gradient | None = None) -> Updates:
+    return Updates(rows, gradient, are_all_written=rows.projection.routes.ends is None)
 
 
 def _whole(rows: Rows) -> ExpertGroup:
     """All rows, and all experts, whose ends are on the device."""
     offs = rows.projection.routes.offs
-    return ExpertGroup(slice(0, len(rows)), range(len(offs)), (), offs)
+    return ExpertGroup(rows.projection, slice(0, len(rows)), range(len(offs)), (), offs)
 
 
 def _numbers(rows: Rows) -> Tensor:

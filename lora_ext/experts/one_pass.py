@@ -24,9 +24,7 @@ from ..dtypes import HALVES
 from ..quantized.stack import QuantizedStack
 from ..torch_state import dispatch_modes
 from .expert_groups import ExpertGroup, Rows
-from .factors import Update
-from .operands import Projection
-from .products import GroupGrad
+from .operands import Gradient
 
 _ops = torch.ops.lora_ext
 _DTYPES = (*HALVES, torch.float32)
@@ -48,46 +46,33 @@ def takes(rows: Rows) -> bool:
     return not _C.cpu_library_reason(weight.dtype, rank)
 
 
-def forward(
-    x: Tensor,
-    is_own_x: bool,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update | None,
-    y: Tensor,
-) -> Tensor:
+def forward(x: Tensor, group: ExpertGroup, y: Tensor) -> Tensor:
     """As `products.forward`; S is in float32."""
     x = _with_unit_stride(x)
-    with _experts(projection, group, x) as (matrices, bias, *which):
-        words = _arguments(projection, group, update)
-        return _ops.experts_linear(x, matrices, bias, *which, *words, y)
+    with _experts(group, x) as (matrices, bias, *which):
+        return _ops.experts_linear(x, matrices, bias, *which, *_arguments(group), y)
 
 
-def backward(
-    rows: GroupGrad,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update | None,
-    dx: Tensor | None,
-) -> None:
+def backward(gradient: Gradient, x: Tensor, group: ExpertGroup, dx: Tensor | None) -> None:
     """As `products.backward`."""
+    update, (grad, weights, s, *_) = group.update, gradient
     gradients = [update.dlora_a, update.dlora_b] if update is not None else [[], []]
     if dx is None and not any(gradients):
         return
-    grad = _with_unit_stride(rows.grad)
-    x, s = rows.x_and_s(projection.weight, 0 if update is None else update.rank)
+    grad = _with_unit_stride(grad)
     x = _with_unit_stride(x) if gradients[0] else x
-    with _experts(projection, group, grad, is_read=dx is not None) as (matrices, _, *which):
+    s = s[:, : 0 if update is None else update.rank].contiguous()
+    with _experts(group, grad, is_read=dx is not None) as (matrices, _, *which):
         _ops.experts_linear_backward(
             grad,
             x,
             s,
             matrices,
             *which,
-            *_arguments(projection, group, update),
+            *_arguments(group),
             dx,
             *gradients,
-            rows.weights,  # of dS, which is not rounded, rather than of x
+            weights,  # of dS, which is not rounded, rather than of x
         )
 
 
@@ -97,12 +82,12 @@ def _with_unit_stride(rows: Tensor) -> Tensor:
 
 @contextmanager
 def _experts(
-    projection: Projection, group: ExpertGroup, x: Tensor, is_read: bool = True
+    group: ExpertGroup, x: Tensor, is_read: bool = True
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int], list[int]]]:
     """(the matrices, the biases, the numbers in them of the group's experts, the end of the rows of
     each). A quantised expert is a stack of one, without its values if the call does not read
     them."""
-    weight, bias = projection.weight, projection.bias
+    weight, bias, *_ = group.projection
     numbers, ends = list(group.experts), list(group.ends)
     if isinstance(weight, Tensor):
         yield weight, bias, numbers, ends
@@ -116,8 +101,9 @@ def _experts(
         yield x.new_empty(()).expand(1, *weight.shape[1:]), bias, [0], ends
 
 
-def _arguments(projection: Projection, group: ExpertGroup, update: Update | None) -> tuple:
+def _arguments(group: ExpertGroup) -> tuple:
     """Those of the op that say what the update of the rows is, and the row block."""
+    projection, update = group.projection, group.update
     p, seed, mask_rows = 0.0, None, None
     if update is None:
         own = [], [], None, None, None

@@ -11,113 +11,81 @@ a time for their product, those with rows alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..quantized.stack import QuantizedStack
-from .expert_groups import ExpertGroup
-from .factors import Update
-from .operands import Projection
+from .expert_groups import ExpertGroup, Update
+from .operands import Gradient, part_of
 
 _ops = torch.ops.lora_ext
 
 
-class GroupGrad(NamedTuple):
-    """The rows of a group in a backward.
-
-    Attributes:
-        grad: ``[rows, out]``.
-        x: ``[rows, in]``, or None if it is not read.
-        is_own_x: whether x may be overwritten.
-        weights: ``[rows]``, or None for 1.
-        s: ``[rows, R]`` of forward.
-    """
-
-    grad: Tensor
-    x: Tensor | None
-    is_own_x: bool
-    weights: Tensor | None
-    s: Tensor
-
-    def x_and_s(self, weight: Tensor | QuantizedStack, rank: int) -> tuple[Tensor, Tensor]:
-        """(x, of which only shape and dtype are used if there is none; S of an update)."""
-        x, s = self.x, self.s if self.weights is None else self.s * self.weights[:, None]
-        if x is None:
-            x = weight.new_empty(()).expand(len(self.grad), weight.shape[2])
-        return x, s[:, :rank].contiguous()
-
-
-def forward(
-    x: Tensor,
-    is_own_x: bool,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update | None,
-    y: Tensor,
-) -> Tensor | None:
+def forward(x: Tensor, group: ExpertGroup, y: Tensor) -> Tensor | None:
     """Writes to y ``[rows, out]``; S ``[rows, R]`` in at least float32, or None without an update.
 
     Args:
-        x: ``[rows, in]``.
-        is_own_x: whether x may be overwritten.
-        update: of the group; None: no row has one.
+        x: ``[rows, in]``, which may be overwritten if it was gathered: in the first projection.
     """
+    projection = group.projection
     # [E, in, out], as of a product from the left.
     _of_base(x, projection.weight.transpose(1, 2), projection.bias, group, y)
-    if update is None:
+    if group.update is None:
         return None
-    sums, s = add_update(x, is_own_x, projection, group, update, y)
+    sums, s = add_update(x, group, group.update, y)
     y.copy_(sums)
     return s
 
 
-def add_update(
-    x: Tensor,
-    is_own_x: bool,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update,
-    y: Tensor,
-) -> tuple[Tensor, Tensor]:
+def add_update(x: Tensor, group: ExpertGroup, update: Update, y: Tensor) -> tuple[Tensor, Tensor]:
     """(y with the update of the group, S)."""
-    x, words = projection.drop(x, group.where, is_own_x), {"row_block": projection.row_block}
+    projection = group.projection
+    x = projection.drop(x, group.where, in_place=projection.is_first)
+    words = {"row_block": projection.row_block}
     return _ops.lora_grouped_forward(x, None, y, *update.arguments(), **words)
 
 
-def backward(
-    rows: GroupGrad,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update | None,
-    dx: Tensor | None,
-) -> None:
-    """Writes the gradients of the factors, and dX where it is requested."""
+def of_group(gradient: Gradient, x: Tensor, group: ExpertGroup) -> tuple[Gradient, Tensor]:
+    """(that of a group's rows, all sorted, with s times the weights; their x, of which only shape
+    and dtype are used where neither the weights nor lora_a need more)."""
+    (grad, weights, s, *_), projection, where = gradient, group.projection, group.where
+    routes, s = projection.routes, s[where]
+    grad = part_of(grad, None if weights is None else routes.token, where)
+    if weights is not None:
+        weights = weights.index_select(0, routes.perm[where]).to(s.dtype)
+        s = s * weights[:, None]
+    if weights is not None or any(gradient.want_a):
+        x = part_of(x, projection.token(), where)
+    else:
+        x = x.new_empty(()).expand(len(grad), x.shape[1])
+    return gradient._replace(grad=grad, weights=weights, s=s), x
+
+
+def backward(gradient: Gradient, x: Tensor, group: ExpertGroup, dx: Tensor | None) -> None:
+    """Writes the gradients of the factors, and dX where it is requested; gradient and x as of
+    `of_group`."""
     if dx is not None:
-        _of_base(rows.grad, projection.weight, None, group, dx)
-    if update is not None:
-        add_gradients(rows, projection, group, update, dx)
+        _of_base(gradient.grad, group.projection.weight, None, group, dx)
+    if group.update is not None:
+        add_gradients(gradient, x, group, group.update, dx)
 
 
 def add_gradients(
-    rows: GroupGrad,
-    projection: Projection,
-    group: ExpertGroup,
-    update: Update,
-    dx: Tensor | None,
+    gradient: Gradient, x: Tensor, group: ExpertGroup, update: Update, dx: Tensor | None
 ) -> None:
     """Writes the gradients of the factors, and adds the update's part to dx."""
-    x, s = rows.x_and_s(projection.weight, update.rank)
-    is_own_x, has_a = rows.is_own_x, len(update.dlora_a) > 0
-    if rows.weights is not None:
-        x, is_own_x = (x * rows.weights[:, None]).to(x.dtype), True
-    if rows.x is not None and has_a:
+    projection, has_a = group.projection, len(update.dlora_a) > 0
+    (grad, weights, s, *_), is_own_x = gradient, projection.is_first
+    if weights is not None:
+        x, is_own_x = (x * weights[:, None]).to(x.dtype), True
+    if has_a:
         x = projection.drop(x, group.where, is_own_x)
     count = len(update.lora_a)
     wanted = [dx is not None, False], [has_a] * count, [len(update.dlora_b) > 0] * count
-    given = rows.grad, s, *wanted, x, None, None, *update.arguments()
-    low_rank, da, db, _ = _ops.lora_grouped_backward(*given, row_block=projection.row_block)
+    given = s[:, : update.rank].contiguous(), *wanted, x, None, None, *update.arguments()
+    words = {"row_block": projection.row_block}
+    low_rank, da, db, _ = _ops.lora_grouped_backward(grad, *given, **words)
     for own, found in zip((*update.dlora_a, *update.dlora_b), (*da, *db), strict=True):
         own.copy_(found)
     if dx is not None:

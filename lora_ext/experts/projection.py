@@ -29,7 +29,6 @@ from . import by_kernels, few_rows, grouped_product, one_pass, products
 from .expert_groups import ExpertGroup, Rows
 from .factors import Updates
 from .operands import Backward, Gradient, Projection, part_of
-from .products import GroupGrad
 from .routing import by_slot, example_routes, sum_of_slots
 
 __all__ = ["Backward", "backward", "forward", "sum_of_slots"]  # the passes, as those of `ops`
@@ -132,9 +131,8 @@ def _forward(run: Any, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     y = weight.new_empty(len(rows), weight.shape[1])
     s = weight.new_empty(len(rows), projection.rank(), dtype=wide)
     groups = _groups(run, rows)
-    for group, update in Updates(rows).of(groups):
-        part = part_of(x, token, group.where)
-        own = run.forward(part, token is not None, projection, group, update, y[group.where])
+    for group in Updates(rows).of(groups):
+        own = run.forward(part_of(x, token, group.where), group, y[group.where])
         if own is not None:
             s[group.where, : own.shape[1]] = own
     _clear_rest(groups, y, s)
@@ -142,26 +140,21 @@ def _forward(run: Any, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _backward(run: Any, gradient: Gradient, x: Tensor, rows: Rows) -> Backward:
-    (grad, weights, s, want_x, want_a, want_b), projection = gradient, rows.projection
-    (weight, bias, routes, *_), token = projection, projection.token()
-    of_row = None if weights is None else weights.index_select(0, routes.perm).to(s.dtype)
-    grad_token = None if weights is None else routes.token
-    groups, updates = _groups(run, rows), Updates(rows, want_a, want_b)
-    dx = weight.new_empty(len(s), weight.shape[2]) if want_x else None
-    dweights = s.new_empty(len(s)) if want_x and weights is not None else None
-    for group, update in updates.of(groups):
-        where = group.where
-        g = part_of(grad, grad_token, where)
-        part = part_of(x, token, where) if weights is not None or any(want_a) else None
-        own = None if of_row is None else of_row[where]
-        dpart = None if dx is None else dx[where]
-        given = GroupGrad(g, part, token is not None, own, s[where])
-        run.backward(given, projection, group, update, dpart)
-        if dweights is not None and dpart is not None and part is not None and own is not None:
-            dweights[where] = products.dot(part, dpart)
+    weight, bias, routes, *_ = rows.projection
+    weights = gradient.weights
+    dx = weight.new_empty(len(rows), weight.shape[2]) if gradient.want_x else None
+    dweights = None if dx is None or weights is None else gradient.s.new_empty(len(rows))
+    groups, updates = _groups(run, rows), Updates(rows, gradient)
+    for group in updates.of(groups):
+        own, part = products.of_group(gradient, x, group)
+        dpart = None if dx is None else dx[group.where]
+        run.backward(own, part, group, dpart)
+        if dweights is not None and dpart is not None and own.weights is not None:
+            found = products.dot(part, dpart)
             if bias is not None:
-                dweights[where] += products.dot_bias(g, bias, group)
-            dpart *= own[:, None]
+                found += products.dot_bias(own.grad, bias, group)
+            dweights[group.where] = found
+            dpart *= own.weights[:, None]
     _clear_rest(groups, dx, dweights)
     of_slots = None
     if dweights is not None and weights is not None:
