@@ -117,7 +117,8 @@ class Case:
 
     def patched(self) -> ExitStack:
         """A block in which seeds are known and sizes are the case's."""
-        stack, seeds = ExitStack(), itertools.cycle(SEEDS)
+        has_first = any(first for first, _ in self.ranks)  # else it draws no seed
+        stack, seeds = ExitStack(), itertools.cycle(SEEDS if has_first else SEEDS[1:])
         known = layer, "draw_seed", lambda device: torch.tensor(next(seeds), device="cpu")
         sizes = (expert_groups, "_ROWS", 8), (factors, "_BLOCK", 2), (routing, "_CPU_BLOCK", 100)
         for patch in (known, *sizes * self.is_small):
