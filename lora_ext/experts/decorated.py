@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..dtypes import FLOATS
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stacks_of
-from ..torch_state import is_exported, is_plain
+from ..torch_state import is_exported, is_plain, is_transformed
 from .devices import has_kernels
 
 # The forwards of transformers, which all compute the same. Nothing is known about others.
@@ -117,6 +117,8 @@ def obstacle(module: Any) -> str:
         return "the experts' implementation is not one of transformers' own"
     if is_exported():
         return "the model is exported or traced"
+    if is_transformed():
+        return "a transform of torch.func or forward-mode AD is active"
     names = (up_name(module), "down_proj")
     first = stack_of(module, names[0])
     for name in names:

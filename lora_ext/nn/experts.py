@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from ..experts.decorated import (
 )
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
-from ..torch_state import is_transformed
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
@@ -45,44 +44,52 @@ class AdaptedExperts(NamedTuple):
 
     Attributes:
         module: the decorated module.
-        experts: the frozen part of it.
-        up, down: by name, the adapters that are on each projection now.
+        kind: its class, or the class that it replaces.
+        names: the adapters that rows have, if they have different ones.
+        rows: the block that says which row has which; None: they all have the same.
+        adapted: returns the experts and, by name, the adapters that each projection has now.
+        others: the forward for arguments that are not those of experts.
     """
 
     module: Any
-    experts: Experts
-    up: Mapping[str, ExpertsAdapter]
-    down: Mapping[str, ExpertsAdapter]
+    kind: type
+    names: Sequence[str]
+    rows: RowAdapters | None
+    adapted: Callable[[], tuple[Experts, dict[str, ExpertsAdapter], dict[str, ExpertsAdapter]]]
+    others: Callable[..., Any]
 
-    def forward(
-        self,
-        x: Tensor,
-        index: Tensor,
-        weights: Tensor,
-        names: Sequence[str],
-        rows: RowAdapters | None,
-    ) -> Tensor:
-        """`lora_experts`; names and rows as of `LoRAExperts.decide`."""
-        up, down = self._sides(names, rows)
-        own = None if rows is None else rows.index_for(x, names)
-        return lora_experts(self.experts, x, index, weights, up, down, own)
+    def decision(self) -> Decision:
+        """That for `lora_experts`."""
+        return Decision(self._run, Path.FUSED, "", self._detail, self)
 
-    def _sides(self, names: Sequence[str], rows: RowAdapters | None) -> list[list[Any]]:
-        """The adapters that all rows have, or those that rows may have: None for one that the
-        projection lacks."""
-        sides = self.up, self.down
-        if rows is None:
-            return [list(side.values()) for side in sides]
-        return [[side.get(name) for name in names] if side else [] for side in sides]
+    def workspace_bytes(self) -> int:
+        """Bytes of the experts that are dequantised at a time."""
+        return workspace_bytes(self.module)
 
-    def note(self, names: Sequence[str], rows: RowAdapters | None) -> str:
-        """What is computed, and how, as text."""
-        up, down = self._sides(names, rows)
-        sides = (("down_proj", self.down), (up_name(self.module), self.up))
-        adapted = ", ".join(name for name, side in sides if side)
+    def _operands(self) -> tuple[Experts, list[Any], list[Any]]:
+        """The experts, and the adapters of each projection: None for one that it lacks."""
+        experts, *sides = self.adapted()
+        up, down = ([side.get(name) for name in self.names or side] for side in sides)
+        return experts, up, down
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        found, (experts, up, down) = in_order(self.kind, args, kwargs), self._operands()
+        if not (found and experts.fit(*found)):
+            return self.others(*args, **kwargs)
+        x, index, weights = found
+        own = None if self.rows is None else self.rows.index_for(x, self.names)
+        return lora_experts(experts, x, index, weights, up, down, own)
+
+    def _detail(self) -> tuple[Path, str]:
+        experts, up, down = self._operands()
+        sides = ("down_proj", down), (up_name(self.module), up)
+        adapted = ", ".join(name for name, side in sides if any(side))
+        p = max((adapter.dropout for adapter in (*up, *down) if adapter is not None), default=0)
+        each = f"{of_rows(self.names)}: " if self.names else ""
+        how = explained(experts, up, down, bool(self.names))
         updates = f", updates of {adapted}" if adapted else ""
-        how = explained(self.experts, up, down, rows is not None)
-        return f"{how}{updates}{quantised_note(self.module)}"
+        dropout = f", dropout {p}" if p else ""
+        return Path.FUSED, f"{each}{how}{updates}{dropout}{quantised_note(self.module)}"
 
 
 class LoRAExperts(LoRAModule):
@@ -147,49 +154,28 @@ class LoRAExperts(LoRAModule):
         if rows is None and not (any(map(_adds, self._pair())) or stacks_of(self)):
             return super().decide(call)
         reason = self._obstacle() if rows is None else obstacle(self)
-        if not reason and is_transformed():
-            reason = "a transform of torch.func or forward-mode AD is active"
         if reason:
             what = "transformers' forward with W + scaling B A"
             if rows is not None:
                 what = "rows with different adapters are refused"
             run = partial(self._by_others, rows, reason)
             return Decision(run, Path.ADDED, f"{reason}: {what}")
+        others = partial(self._by_others, rows, "these arguments are not those of experts")
+        adapted = partial(self._adapted, names)
+        return AdaptedExperts(self, self.base_type, names, rows, adapted, others).decision()
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            found, adapted = in_order(self.base_type, args, kwargs), self._adapted(names, rows)
-            if not (found and adapted.experts.fit(*found)):
-                reason = "these arguments are not those of experts"
-                return self._by_others(rows, reason, *args, **kwargs)
-            x, index, weights = found
-            return adapted.forward(x, index, weights, names, rows)
-
-        def detail() -> tuple[Path, str]:
-            note = self._adapted(names, rows).note(names, rows)
-            return Path.FUSED, f"{of_rows(names)}: {note}" if names else note
-
-        return Decision(run, Path.FUSED, "", detail, self)
-
-    def workspace_bytes(self) -> int:
-        """Bytes of the experts that are dequantised at a time."""
-        return workspace_bytes(self)
-
-    def _adapted(self, names: Sequence[str], rows: RowAdapters | None) -> AdaptedExperts:
-        """The experts and the adapters that rows now have."""
+    def _adapted(self, names: Sequence[str]) -> tuple:
+        """As `AdaptedExperts.adapted`."""
         experts, layers = Experts.of(self, self.lora), self._pair()
-        if rows is None:
-            up, down = map(_weight, layers, (experts.up, experts.down))
-            experts = experts._replace(up=up, down=down)
-        return AdaptedExperts(
-            self, experts, *(self._adapters(each, names, rows) for each in layers)
-        )
+        up, down = map(_weight, layers, (experts.up, experts.down))
+        experts = experts._replace(up=up, down=down)
+        return experts, *(self._adapters(layer, names) for layer in layers)
 
     def _adapters(
-        self, layer: LoRAParameter, names: Sequence[str], rows: RowAdapters | None
+        self, layer: LoRAParameter, names: Sequence[str] = ()
     ) -> dict[str, ExpertsAdapter]:
-        """The adapters of a projection that rows now have."""
-        if rows is None:
-            names = layer.added_adapters if _adds(layer) else ()
+        """The adapters of a projection that all rows have now, or those of some names."""
+        names = names or (layer.added_adapters if _adds(layer) else ())
         specs = {name: layer.spec_of(name) for name in names if layer.has(name)}
         return {
             name: ExpertsAdapter(
@@ -204,7 +190,7 @@ class LoRAExperts(LoRAModule):
         leave out the dropout of an update."""
         if rows is not None:
             self._refuse_rows(f"needs transformers' own forward: {reason}")
-        found = [each for side in self._pair() for each in self._adapters(side, (), None).values()]
+        found = [each for side in self._pair() for each in self._adapters(side).values()]
         most = max((each.dropout for each in found), default=0.0)
         if most > 0.0:
             raise RuntimeError(

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
-from ..call import Path
+from ..call import Decision, Path
 from ..experts import Experts, ExpertsAdapter, decorated
 from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import MAX_RANK, check_dropout
 from ..nn.experts import AdaptedExperts
 from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
-from ..torch_state import is_transformed
 from ..versions import TOO_OLD
 from .chain import EXPERT_DROPOUT, Chain, Target, chain_of, chain_state, has_updates
 from .reasons import has_hooks
@@ -82,24 +82,16 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)
 
 
-def forward(
-    chain: Chain,
-    x: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    names: Sequence[str],
-    rows: RowAdapters | None,
-) -> Any:
-    """The experts' output, or NotImplemented: as of `matrices.forward`."""
-    found = () if is_transformed() else decorated.in_order(type(chain.base), (x, *args), kwargs)
-    adapted = _adapted(chain)
-    if not (found and adapted.experts.fit(*found)):
-        return NotImplemented
-    _, index, weights = found
-    return adapted.forward(x, index, weights, names, rows)
+def decision(
+    chain: Chain, names: Sequence[str], rows: RowAdapters | None, others: Callable[..., Any]
+) -> Decision:
+    """That for `lora_experts`; arguments as of `AdaptedExperts`."""
+    own = type(chain.base), names, rows, partial(_adapted, chain), others
+    return AdaptedExperts(chain.base, *own).decision()
 
 
-def _adapted(chain: Chain) -> AdaptedExperts:
+def _adapted(chain: Chain) -> tuple:
+    """As `AdaptedExperts.adapted`."""
     p = chain.dropout  # read once, so that it is one number for a compiler
     sides: list[dict[str, ExpertsAdapter]] = [{}, {}]
     for wrapper, parameter, names in chain.targets:
@@ -107,13 +99,7 @@ def _adapted(chain: Chain) -> AdaptedExperts:
             factors = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             adapter = ExpertsAdapter(*factors, wrapper.scaling[name], p)
             sides[parameter == "down_proj"][name] = adapter
-    return AdaptedExperts(chain.base, Experts.of(chain.base), *sides)
-
-
-def note(chain: Chain, names: Sequence[str], rows: RowAdapters | None) -> str:
-    """What is computed, as text."""
-    dropout = f", expert_dropout {chain.dropout}" if chain.dropout else ""
-    return _adapted(chain).note(names, rows) + dropout
+    return Experts.of(chain.base), *sides
 
 
 # ---- dropout ----
@@ -186,15 +172,14 @@ def remove_dropout(model: nn.Module) -> None:
         )
 
 
-def refuse_pefts_forward(chain: Chain) -> None:
+def refuse_pefts_forward(chain: Chain, reason: str) -> None:
     """Raises RuntimeError if PEFT's own forward is about to leave out the dropout of an update."""
     p = chain.dropout
     if p == 0.0 or not has_updates(chain):
         return
-    why = _obstacle(chain) or "these arguments, or a transform of torch.func, are not supported"
     raise RuntimeError(
         f"lora_ext.accelerate: expected experts that lora_ext computes for expert_dropout={p} in "
-        f"training, but this forward is PEFT's own, which has no dropout: {why}; call "
+        f"training, but this forward is PEFT's own, which has no dropout: {reason}; call "
         "model.eval(), or turn it off by lora_ext.accelerate(model, expert_dropout=0)"
     )
 

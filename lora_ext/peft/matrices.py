@@ -8,7 +8,7 @@ here the module is called with W' instead of W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
+from ..call import Decision, Path
+from ..call.decision import of_rows
 from ..dtypes import FLOATS
 from ..nn.row_adapters import RowAdapters
 from ..nn.rows_apart import by_adapter
@@ -34,36 +36,21 @@ def reason(chain: Chain, by_row: bool = False) -> str:
     """Why PEFT's own forward is needed, or ""."""
     if any(chain.base._parameters[name].dtype not in FLOATS for _, name, _ in chain.targets):
         return "a parameter is not of a floating dtype"
-    return "the model is exported or traced" if is_exported() else ""
+    if is_exported():
+        return "the model is exported or traced"
+    return "a transform of torch.func or forward-mode AD is active" if is_transformed() else ""
 
 
-def note(chain: Chain, names: Sequence[str], rows: RowAdapters | None) -> str:
-    """What is computed, as text."""
-    each = "" if rows is None else ", for the rows of each"
-    return f"the module is called with W + B A, as PEFT makes it{each}"
-
-
-def forward(
-    chain: Chain,
-    x: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    names: Sequence[str],
-    rows: RowAdapters | None,
-) -> Any:
-    """The module's output with W + B A instead of each W; NotImplemented for arguments that need
-    PEFT's own forward.
+def decision(
+    chain: Chain, names: Sequence[str], rows: RowAdapters | None, others: Callable[..., Any]
+) -> Decision:
+    """That for the module with W + B A instead of each W.
 
     Args:
         names: the adapters that rows have, if they have different ones.
         rows: the block that says which row has which; None: they all have the chain's.
+        others: PEFT's own forward, for arguments that need it.
     """
-    if is_transformed() or kwargs.get("adapter_names"):
-        return NotImplemented
-    if rows is None:
-        return _called(chain, (x, *args), kwargs)
-    if args or kwargs or not is_plain(x) or x.dim() < 2:
-        return NotImplemented
 
     def call(name: str | None, part: Tensor) -> Any:
         targets = [
@@ -72,7 +59,21 @@ def forward(
         ]
         return _called(chain._replace(targets=targets), (part,), {})
 
-    return by_adapter(call, x, rows.index_for(x, names), names)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names"):
+            return others(*args, **kwargs)
+        if rows is None:
+            return _called(chain, args, kwargs)
+        x, *more = args
+        if more or kwargs or not is_plain(x) or x.dim() < 2:
+            return others(*args, **kwargs)
+        return by_adapter(call, x, rows.index_for(x, names), names)
+
+    def detail() -> tuple[Path, str]:
+        how = "the module is called with W + B A, as PEFT makes it"
+        return Path.ADDED, f"{of_rows(names)}: {how}, for the rows of each" if names else how
+
+    return Decision(run, Path.ADDED, "", detail)
 
 
 def _called(chain: Chain, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -10,16 +10,15 @@ whole chain, also for rows with different adapters, which PEFT refuses:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 from peft.tuners.lora import layer as peft_layers
 
 from ..call import Call, Decision, Path
-from ..call.decision import of_rows
-from ..experts import decorated
 from ..nn.row_adapters import RowAdapters
 from . import experts, matrices
-from .chain import Chain, base_state, chain_of, chain_state, has_updates
+from .chain import Chain, base_state, chain_of, chain_state
 from .layer import NONE_OF_ROWS, Accelerated, forward_over
 
 
@@ -44,7 +43,11 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
 
     def decide(self, call: Call) -> Decision:
         """That for arguments that suit the module: others are checked as it runs."""
-        rows, args, kwargs = call[1:]
+        found = self._decide(call.rows)
+        return found._replace(run=lambda x: found.run(x, *call.args, **call.kwargs))
+
+    def _decide(self, rows: RowAdapters | None) -> Decision:
+        """`decide`, whose run takes all arguments."""
         chain = chain_of(self, rows)
         state = chain_state(chain)
         kind: Any = matrices if state is None and matrices.are_all(chain) else experts
@@ -53,56 +56,43 @@ class ParamWrapper(Accelerated, peft_layers.ParamWrapper):
             names = next(filter(None, merged))
             state = Path.PEFT, f"{names} are merged into the weight; call unmerge_adapter first"
         reason = "" if state is not None else kind.reason(chain, by_row=rows is not None)
+        here = {name for target in chain.targets for name in target.adapters}
         if reason:
-            state = (Path.PEFT, reason) if has_updates(chain) else base_state(chain)
+            state = (Path.PEFT, reason) if here else base_state(chain)
         if state is not None:
-            return _of_others(self, chain, call, *state)
-        reason = "these arguments, or a transform of torch.func, are not supported"
-        others = Path.PEFT if has_updates(chain) else Path.BASE
-        others = _of_others(self, chain, call, others, reason)
-        path, names, note = Path.FUSED if kind is experts else Path.ADDED, [], ""
-        if not has_updates(chain):  # quantised
-            path, note = base_state(chain) if rows is None else (Path.BASE, NONE_OF_ROWS)
-            rows = None
-        elif rows is not None:
-            here = {name for target in chain.targets for name in target.adapters}
-            names = [name for name in rows.names if name in here]
-            note = of_rows(names)
-
-        def run(x: Any) -> Any:
-            found = kind.forward(chain, x, args, kwargs, names, rows)
-            return others.run(x) if found is NotImplemented else found
-
-        def detail() -> tuple[Path, str]:
-            return path, (note and f"{note}: ") + kind.note(chain, names, rows)
-
-        return Decision(run, path, "", detail, self)
+            return _of_others(self, chain, rows, *state)
+        words = Path.PEFT if here else Path.BASE, "these arguments are not supported"
+        others = _of_others(self, chain, rows, *words).run
+        if here:
+            names = [] if rows is None else [name for name in rows.names if name in here]
+            return kind.decision(chain, names, rows, others)
+        found = kind.decision(chain, [], None, others)  # quantised
+        path, note = base_state(chain) if rows is None else (Path.BASE, NONE_OF_ROWS)
+        detail = lambda: (path, f"{note}: {found.explained()[1]}")  # noqa: E731
+        return found._replace(path=path, detail=detail)
 
     def example(self, rows: int | None, block: RowAdapters | None) -> None:
         return None
 
-    def workspace_bytes(self) -> int:
-        """Bytes of one dequantised expert."""
-        return decorated.workspace_bytes(chain_of(self).base)
 
-
-def _of_others(layer: Any, chain: Chain, call: Call, path: Path, reason: str) -> Decision:
+def _of_others(
+    layer: Any, chain: Chain, rows: RowAdapters | None, path: Path, reason: str
+) -> Decision:
     """The decision for PEFT's own forward; for rows the module alone, or an error."""
-    _, rows, args, kwargs = call
 
-    def run(x: Any) -> Any:
-        experts.refuse_pefts_forward(chain)
-        return layer.pefts_forward(x, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        experts.refuse_pefts_forward(chain, reason)
+        return layer.pefts_forward(*args, **kwargs)
 
     if rows is None:
         return Decision(run, path, reason)
     if path == Path.BASE:
-        return Decision(lambda x: chain.base(x, *args, **kwargs), Path.BASE, NONE_OF_ROWS)
+        return Decision(chain.base, Path.BASE, NONE_OF_ROWS)
     why = f"each row its own adapter, which PEFT refuses: {reason}"
-    return Decision(lambda _: _refuse(chain, rows, reason), Path.PEFT, why)
+    return Decision(partial(_refuse, chain, rows, reason), Path.PEFT, why)
 
 
-def _refuse(chain: Chain, rows: RowAdapters, reason: str) -> NoReturn:
+def _refuse(chain: Chain, rows: RowAdapters, reason: str, *_: Any, **__: Any) -> NoReturn:
     where = "lora_ext.use_adapters: expected"
     if rows.is_pefts:  # PEFT's own words, too, on which its callers may rely
         where = (

@@ -126,7 +126,7 @@ def test_the_probability_stays_and_goes():
     lora_ext.accelerate(model, expert_dropout=P)
     assert probabilities() == [P, P]
     assert reasons(model.train()) == {
-        ("fused", f"{BY_PRODUCTS}, updates of down_proj, gate_up_proj, expert_dropout {P}")
+        ("fused", f"{BY_PRODUCTS}, updates of down_proj, gate_up_proj, dropout {P}")
     }
     lora_ext.accelerate(model)
     assert probabilities() == [P, P]
@@ -155,7 +155,7 @@ def test_adapters_that_are_added_later_have_it():
     model.set_adapter("x")
     randomized(model).train()
     texts = [each.reason for each in lora_ext.explain(model)]
-    assert [f"expert_dropout {P}" in text for text in texts] == [True, True]
+    assert [f", dropout {P}" in text for text in texts] == [True, True]
     assert not torch.equal(logits(model), logits(model))
 
 
