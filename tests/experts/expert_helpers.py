@@ -185,8 +185,8 @@ def by_tokens(experts: Experts, x, index, weights, up, down, own=None) -> Tensor
         y = matrix @ row + (0 if bias is None else bias[e])
         for i, adapter in enumerate(adapters):
             if adapter is not None and (own is None or int(own[token]) == i):
-                a = adapter.lora_a.reshape(count, -1, len(row))[e]
-                b = adapter.lora_b.reshape(len(y), -1, count)[:, :, e]
+                a = adapter.lora_a.reshape(count, -1, len(row))[e].to(row)
+                b = adapter.lora_b.reshape(len(y), -1, count)[:, :, e].to(row)
                 y = y + adapter.scaling * (b @ (a @ (row * mask)))
         return y
 

@@ -2,23 +2,12 @@
 loop over tokens in float64."""
 
 import copy
-import itertools
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from unittest import mock
+from dataclasses import replace
 
 import pytest
 import torch
-from expert_helpers import (
-    EXPERTS,
-    KINDS,
-    SEEDS,
-    assert_close,
-    by_tokens,
-    make_experts,
-    make_routes,
-    sides_of,
-)
+from expert_cases import BOTH, FOUR, Case, assert_at_most_twice, some_index, some_own
+from expert_helpers import EXPERTS, KINDS, assert_close, by_tokens, make_experts
 from helpers import BF16, F16, F32, F64, pair_id
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -26,115 +15,9 @@ from quantised_experts import FOUR_BITS, two_experts
 from torch import Tensor
 from torchao_experts import STAND_INS
 
-from lora_ext import _C
-from lora_ext.experts import (
-    Experts,
-    ExpertsAdapter,
-    expert_groups,
-    explained,
-    factors,
-    layer,
-    lora_experts,
-    projection,
-    routing,
-)
+from lora_ext.experts import Experts, explained, lora_experts, projection
 
-SCALINGS = (0.5, -2.0, 1.5, 1.0)
-# The rank of each adapter on both projections.
-BOTH, FOUR = ((3, 3), (2, 2)), ((3, 3), (1, 0), (0, 2), (2, 2))
 NO_EXPERT = (-1, -(2**63), 2**63 - 1, (2**64 + 4) // 5)  # the last times 5 kinds of rows is 4
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and what it is called with.
-
-    Attributes:
-        index: of experts; a number out of their range is none, and has a weight that is none.
-        pair: the dtype of all but the factors, then that of each adapter's, over again.
-        own: the adapter of each token, -1 for none; None: all have all.
-        is_small: whether groups and blocks have few rows and experts.
-        is_odd: whether scalings are in tensors, B is not contiguous and `own` is of int64.
-        wants: the first letters of x, the weights, A and B, whose gradients are.
-        default: torch's default device, on which nothing of the call is made.
-    """
-
-    kind: str = "plain"
-    form: str = "dense"
-    pair: tuple[torch.dtype, ...] = (F64, F64)
-    index: tuple[tuple[int, ...], ...] = ()
-    own: tuple[int, ...] | None = None
-    ranks: tuple[tuple[int, int], ...] = BOTH
-    dropout: float = 0.0
-    count: int = EXPERTS
-    is_small: bool = False
-    panels: str = "auto"
-    is_odd: bool = False
-    wants: str = "xwab"
-    default: str = "cpu"
-
-    def step(self, function, experts: Experts | None = None) -> dict[str, Tensor]:
-        """y and the gradients that are wanted. With experts in float64, all of it is."""
-        experts = self.experts_of() if experts is None else experts
-        generator, leaves = torch.Generator().manual_seed(3), {}
-
-        def leaf(name: str, *shape: int, dtype: torch.dtype = self.pair[0]) -> Tensor:
-            is_turned = self.is_odd and name[0] == "b"
-            values = (0.3 * torch.randn(shape, generator=generator)).to(dtype)
-            values = values.double() if experts.up.dtype == F64 else values
-            leaves[name] = values.t().contiguous().t() if is_turned else values
-            return leaves[name].requires_grad_(name[0] in self.wants)
-
-        sides: list[list] = [[], []]
-        for (i, ranks), which in itertools.product(enumerate(self.ranks), range(2)):
-            rank, (out, within) = ranks[which] * self.count, sides_of(experts)[which]
-            dtype = self.pair[1 + i % (len(self.pair) - 1)]
-            if rank:
-                a = leaf(f"a{which}{i}", rank, within, dtype=dtype)
-                b = leaf(f"b{which}{i}", out, rank, dtype=dtype)
-                scaling = torch.tensor(SCALINGS[i]) if self.is_odd else SCALINGS[i]
-                sides[which].append(ExpertsAdapter(a, b, scaling, self.dropout))
-            elif self.own is not None:
-                sides[which].append(None)
-        slots = len(self.index[0]) if self.index else 2
-        index = torch.tensor(self.index, dtype=torch.int64).view(-1, slots)
-        x, weights = leaf("x", len(index), sides_of(experts)[0][1]), leaf("w", *index.shape)
-        with torch.no_grad():
-            weights[(index < 0) | (index >= self.count)] = torch.nan
-        width = torch.int64 if self.is_odd else torch.int32
-        own = None if self.own is None else torch.tensor(self.own, dtype=width)
-        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(x.dtype)
-        with self.patched(), torch.device(self.default):
-            y = function(experts, x, index, weights, *sides, own)
-            if y.requires_grad:
-                y.backward(grad)
-        grads = {name: each.grad for name, each in leaves.items() if each.grad is not None}
-        return {"y": y.detach(), **grads}
-
-    def experts_of(self) -> Experts:
-        torch.manual_seed(0)
-        return Experts.of(make_experts(self.kind, self.count).to(self.pair[0]))
-
-    def patched(self) -> ExitStack:
-        """A block in which seeds are known and sizes are the case's."""
-        has_first = any(first for first, _ in self.ranks)  # else it draws no seed
-        stack, seeds = ExitStack(), itertools.cycle(SEEDS if has_first else SEEDS[1:])
-        known = layer, "draw_seed", lambda device: torch.tensor(next(seeds), device="cpu")
-        sizes = (expert_groups, "_ROWS", 8), (factors, "_BLOCK", 2), (routing, "_CPU_BLOCK", 100)
-        for patch in (known, *sizes * self.is_small):
-            stack.enter_context(mock.patch.object(*patch))
-        _C.set_cpu_panels(self.panels)
-        stack.callback(_C.set_cpu_panels, "auto")
-        return stack
-
-
-def some_index(tokens: int, slots: int = 2) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(tuple, make_routes(tokens, slots)[1].tolist()))
-
-
-def some_own(tokens: int) -> tuple[int, ...]:
-    return tuple(i % 4 - 1 for i in range(tokens))
-
 
 WIDE, SINGLE = (F64, F64), (F32, F32)
 FEW, MANY = some_index(7), some_index(64)
@@ -160,6 +43,7 @@ NAMED = [
     *(Case(kind, index=((0, 6), (6, 6), (1, 0)), is_odd=True) for kind in ("plain", "norm")),
     Case(index=FEW, own=some_own(7), ranks=((0, 0),) * 4),  # the base
     Case(index=FEW, own=some_own(7), ranks=((3, 0),) * 4),
+    *(Case(index=FEW, dropout=p) for p in (0.05, 1 / 65536, 1 - 2.0**-20)),
     *(Case(index=MANY, own=own, ranks=FOUR, dropout=0.4) for own in (None, some_own(64))),
     *(Case(form=form, pair=SINGLE, panels="none", **BY_ROW) for form in FOUR_BITS),
     *(
@@ -216,8 +100,6 @@ def test_a_layer_is_that_of_a_loop_over_tokens(case):
         same = case.step(lora_experts, Experts.of(dense))
         assert all(torch.equal(found[name], value) for name, value in same.items())
     exact = case.step(by_tokens, Experts.of(copy.deepcopy(dense).double()))
-    without_rows = found.keys() - exact.keys()  # whose gradient is zeros
-    exact |= {name: torch.zeros_like(found[name]) for name in without_rows}
     # A float32 gate rounds itself.
     tolerance = 2e-5 if case.pair == SINGLE else 1e-6 if case.kind == "float32 gate" else 1e-11
     assert_close(found, exact, tolerance)
@@ -298,10 +180,7 @@ def test_errors_are_at_most_twice_those_alone(pair, tokens):
     """The last pair has adapters of two dtypes in one batch. The gate is smooth: at a clamp's edge
     a rounding of z decides about a gradient."""
     case = Case("plain", "dense", pair, some_index(tokens), some_own(tokens), FOUR)
-    experts = case.experts_of()
-    names = ("up", "down")
-    wide = experts._replace(**{name: getattr(experts, name).double() for name in names})
-    exact, found = case.step(by_tokens, wide), case.step(lora_experts)
+    exact, found = case.exact(), case.step(lora_experts)
     alone = {name: torch.zeros_like(value) for name, value in found.items()}
     for adapter in set(case.own):  # of all tokens, and the others have no expert
         pairs = zip(case.index, case.own, strict=True)
@@ -310,11 +189,7 @@ def test_errors_are_at_most_twice_those_alone(pair, tokens):
             replace(case, index=index, own=(adapter,) * tokens).step(lora_experts).items()
         ):
             alone[name] += value
-    for name, value in exact.items():
-        assert found[name].dtype == alone[name].dtype
-        floor = 4 * torch.finfo(found[name].dtype).eps * float(value.norm())
-        error, of_alone = (float((each[name] - value).norm()) for each in (found, alone))
-        assert error <= 2 * of_alone + floor, name
+    assert_at_most_twice(found, alone, exact)
 
 
 @pytest.mark.parametrize(

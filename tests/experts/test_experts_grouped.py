@@ -5,31 +5,24 @@ the kernels in the emulated package.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, EMULATED, F16, F32, F64, pair_id
+from expert_cases import Case, assert_at_most_twice, some_index
+from expert_helpers import EXPERTS, HIDDEN, INNER, by_tokens, sides_of
+from helpers import BF16, EMULATED, F16, F32, pair_id
 from torch import Tensor
-from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
 from lora_ext import _C
-from lora_ext.experts import (
-    Experts,
-    ExpertsAdapter,
-    by_kernels,
-    expert_groups,
-    grouped_product,
-    lora_experts,
-)
+from lora_ext.experts import Experts, by_kernels, expert_groups, grouped_product, lora_experts
 from lora_ext.experts.expert_groups import Rows
 from lora_ext.experts.operands import Projection
 from lora_ext.experts.routing import Routes
 from lora_ext.torch_state import is_captured
 
-EXPERTS, HIDDEN, INNER, RANK = 6, 32, 24, 3
 HAS_KERNELS = EMULATED or torch.cuda.is_available()
 CARDS = grouped_product._CARDS
 
@@ -49,97 +42,29 @@ def take_kernels(device: str, monkeypatch) -> None:
     monkeypatch.setattr(grouped_product, "DEVICES", ())
 
 
-def swiglu(z: Tensor) -> Tensor:
-    gate, up = z.chunk(2, -1)
-    return silu(gate) * up
+def case_of(device: str, pair=(BF16, F32), tokens: int = 40, **words: Any) -> Case:
+    """Some of the slots have the number of no expert; one expert has no slot."""
+    index = tuple(tuple(EXPERTS if e == 2 else e for e in row) for row in some_index(tokens, 3))
+    words = {"ranks": ((3, 3),), "device": device} | words
+    return Case(pair=pair, index=index, **words)
 
 
-@dataclass
-class Case:
-    """A layer and what it is called with; x, the router's weights and the factors are leaves."""
-
-    experts: Experts
-    x: Tensor
-    index: Tensor
-    weights: Tensor
-    factors: list[Tensor]
-
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same numbers, all in one dtype."""
-        names = ("up", "down", "up_bias", "down_bias")
-        frozen = {name: getattr(self.experts, name) for name in names}
-        made = {name: t.to(dtype) for name, t in frozen.items() if t is not None}
-        experts = self.experts._replace(**made)
-        leaves = [t.detach().to(dtype) for t in self.leaves()]
-        return Case(experts, leaves[0], self.index, leaves[1], leaves[2:])
-
-    def leaves(self) -> list[Tensor]:
-        return [self.x, self.weights, *self.factors]
-
-    def step(self, layer) -> list[Tensor]:
-        """What a layer returns, and the gradient of each leaf."""
-        leaves = [t.detach().clone().requires_grad_() for t in self.leaves()]
-        x, weights, a1, b1, a2, b2 = leaves
-        up, down = [ExpertsAdapter(a1, b1, 0.5)], [ExpertsAdapter(a2, b2, -2.0)]
-        y = layer(self.experts, x, self.index, weights, up, down)
-        # Made on the device: a copy from the host would wait for it.
-        grad = torch.arange(y.numel(), dtype=F32, device=y.device).mul(0.7).sin().mul(2)
-        grad = grad.view(y.shape).to(y.dtype)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+def experts_of(case: Case, with_bias: bool = True, is_transposed: bool = False) -> Experts:
+    experts = case.experts_of()
+    if with_bias:
+        sides = ((EXPERTS, out) for out, _ in sides_of(experts))
+        up, down = (torch.randn(side).to(experts.up).mul_(0.3) for side in sides)
+        experts = experts._replace(up_bias=up, down_bias=down)
+    if is_transposed:
+        up, down = experts.up.mT.contiguous(), experts.down.mT.contiguous()
+        experts = experts._replace(up=up, down=down, is_transposed=True)
+    return experts
 
 
-def make_case(
-    pair: tuple[torch.dtype, torch.dtype],
-    device: str,
-    tokens: int = 40,
-    with_bias: bool = False,
-    is_transposed: bool = False,
-    widths: tuple[int, int] = (HIDDEN, INNER),
-) -> Case:
-    """Some of the slots have the number of no expert, and a weight that is none; one expert has no
-    slot."""
-    generator = torch.Generator().manual_seed(tokens)
-
-    def draw(*shape: int, dtype: torch.dtype = pair[0]) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=generator)).to(dtype).to(device)
-
-    hidden, inner = widths
-    sides = [(2 * inner, hidden), (hidden, inner)]
-    weights = [draw(EXPERTS, *(reversed(s) if is_transposed else s)) for s in sides]
-    biases = [draw(EXPERTS, out) if with_bias else None for out, _ in sides]
-    factors = []
-    for out, within in sides:
-        factors += [
-            draw(EXPERTS * RANK, within, dtype=pair[1]),
-            draw(out, RANK * EXPERTS, dtype=pair[1]),
-        ]
-    index = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)[:, :3]
-    index[index == 2] = EXPERTS
-    experts = Experts(*weights, swiglu, *biases, is_transposed)
-    router = torch.rand(tokens, 3, generator=generator).to(pair[0])
-    router = router.masked_fill(index == EXPERTS, torch.nan).to(device)
-    return Case(experts, draw(tokens, hidden), index.to(device), router, factors)
-
-
-def by_sums(experts, x, index, weights, up, down) -> Tensor:
-    """The layer with W + B A of every expert, as PEFT and grouped products give it."""
-    stacks = []
-    for weight, ((a, b, scaling, _),) in ((experts.up, up), (experts.down, down)):
-        weight = weight.transpose(1, 2) if experts.is_transposed else weight
-        first = a.view(EXPERTS, RANK, -1)
-        delta = torch.einsum("ore,eri->eoi", b.view(len(b), RANK, EXPERTS), first)
-        stacks.append(weight + (scaling * delta).to(weight.dtype))
-    biases = [experts.up_bias, experts.down_bias]
-    out = torch.zeros_like(x)
-    for e in range(EXPERTS):
-        token, slot = torch.where(index == e)
-        rows = x[token]
-        for stack, bias, gate in zip(stacks, biases, (swiglu, None), strict=True):
-            rows = linear(rows, stack[e])
-            rows = rows if bias is None else rows + bias[e]
-            rows = gate(rows) if gate else rows
-        out = out.index_add(0, token, (rows * weights[token, slot, None]).to(out.dtype))
-    return out
+def check(case: Case, experts: Experts) -> None:
+    """Errors are at most twice those of a loop over tokens in the same dtype."""
+    found, theirs = (case.step(layer, experts) for layer in (lora_experts, by_tokens))
+    assert_at_most_twice(found, theirs, case.exact(experts))
 
 
 GROUPED = [(BF16, BF16), (BF16, F32)]
@@ -157,47 +82,36 @@ CALLS = [
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("way", "pair", "tokens", "widths"), CALLS)
-def test_errors_are_at_most_twice_those_of_sums(
+def test_errors_are_at_most_twice_those_of_a_loop(
     device, way, pair, with_bias, is_transposed, tokens, widths, monkeypatch
 ):
     if way == "kernels":
         take_kernels(device, monkeypatch)
-    case = make_case(pair, device, tokens, with_bias, is_transposed, widths)
-    exact = case.to(F64).step(by_sums)
-    for own, theirs, value in zip(case.step(lora_experts), case.step(by_sums), exact, strict=True):
-        assert own.dtype == theirs.dtype
-        floor = 4 * torch.finfo(own.dtype).eps * float(value.norm())
-        error, of_sums = (float((each - value).norm()) for each in (own, theirs))
-        assert error <= 2 * of_sums + floor
-
-
-def dropped(*call: Any) -> Tensor:
-    """The layer with dropout in both projections."""
-    *operands, up, down = call
-    first, second = ([each._replace(dropout=0.3) for each in side] for side in (up, down))
-    return lora_experts(*operands, first, second)
+    case = case_of(device, pair, tokens, sizes=widths)
+    check(case, experts_of(case, with_bias, is_transposed))
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the kernels")
 @pytest.mark.parametrize("pair", [(BF16, F32), (F16, F16)], ids=pair_id)
 def test_every_way_has_the_bits_of_a_call(device, pair, forget_graphs, monkeypatch):
     take_kernels(device, monkeypatch)
-    case = make_case(pair, device, with_bias=True)
+    case = case_of(device, pair, dropout=0.3, draws=True)
+    experts = experts_of(case)
 
-    def step(layer) -> list[Tensor]:
+    def step(layer, case=case) -> dict[str, Tensor]:
         torch.manual_seed(7)
-        return case.step(layer)
+        return case.step(layer, experts)
 
-    found = step(dropped)
+    found = step(lora_experts)
     with ThreadPoolExecutor(1) as pool:
-        in_thread = pool.submit(step, dropped).result()
+        in_thread = pool.submit(step, lora_experts).result()
     for each in (
         in_thread,
-        step(lambda *call: checkpoint(dropped, *call, use_reentrant=False)),
-        step(torch.compile(dropped, backend="aot_eager", fullgraph=True)),
+        step(lambda *call: checkpoint(lora_experts, *call, use_reentrant=False)),
+        step(torch.compile(lora_experts, backend="aot_eager", fullgraph=True)),
     ):
-        assert all(torch.equal(*both) for both in zip(each, found, strict=True))
-    assert not torch.equal(found[0], step(lora_experts)[0])
+        assert all(torch.equal(each[name], value) for name, value in found.items())
+    assert not torch.equal(found["y"], step(lora_experts, replace(case, dropout=0.0))["y"])
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -206,31 +120,9 @@ def test_tokens_with_adapters_of_their_own(device, pair, tokens, monkeypatch):
     """One on both projections, one on the first alone, and none; by the kernels where they are."""
     if EMULATED or device != "cpu":
         take_kernels(device, monkeypatch)
-    case = make_case(pair, device, tokens, with_bias=True)
-    adapters = torch.arange(tokens, device=device) % 3 - 1
-
-    def mixed(experts, x, index, weights, up, down) -> Tensor:
-        ups, downs = [*up, up[0]._replace(scaling=1.5)], [*down, None]
-        return lora_experts(experts, x, index, weights, ups, downs, adapters)
-
-    def each(experts, x, index, weights, up, down) -> Tensor:
-        out = torch.zeros_like(x)
-        for adapter, scalings in ((-1, (0.0, 0.0)), (0, (0.5, -2.0)), (1, (1.5, 0.0))):
-            own = (adapters == adapter).nonzero().flatten()
-            first, second = (
-                [side[0]._replace(scaling=scaling)]
-                for side, scaling in zip((up, down), scalings, strict=True)
-            )
-            y = by_sums(experts, x[own], index[own], weights[own], first, second)
-            out = out.index_add(0, own, y)
-        return out
-
-    exact = case.to(F64).step(each)
-    for own, theirs, value in zip(case.step(mixed), case.step(each), exact, strict=True):
-        assert own.dtype == theirs.dtype
-        floor = 4 * torch.finfo(own.dtype).eps * float(value.norm())
-        error, of_sums = (float((each - value).norm()) for each in (own, theirs))
-        assert error <= 2 * of_sums + floor
+    own = tuple(i % 3 - 1 for i in range(tokens))
+    case = case_of(device, pair, tokens, ranks=((3, 3), (3, 0)), own=own)
+    check(case, experts_of(case))
 
 
 @pytest.mark.gpu
@@ -241,11 +133,13 @@ def test_nothing_is_read_on_the_host(cuda, way, monkeypatch):
         pytest.skip("torch's grouped product is a loop on this card")
     if way == "kernels":
         take_kernels(cuda, monkeypatch)
-    case = make_case((BF16, F32), cuda, 300)
-    case.step(lora_experts)
+    case = case_of(cuda, tokens=300)
+    experts = case.experts_of()
+    made = case.made(experts)
+    case.step(lora_experts, experts, made)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.step(lora_experts)
+        case.step(lora_experts, experts, made)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -323,7 +217,7 @@ def test_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert is_captured(torch.empty(1).as_subclass(OfCard)) and not is_captured(torch.empty(1))
     monkeypatch.setattr(expert_groups, "is_captured", lambda tensor: True)
-    case = make_case((BF16, BF16), "cpu")
+    case = case_of("cpu")
     case.step(lora_experts)
     with pytest.raises(RuntimeError, match="call the layer outside of the capture"):
-        case.step(lambda *call: lora_experts(*call, torch.zeros(40, dtype=torch.int32)))
+        replace(case, own=(0,) * 40).step(lora_experts)

@@ -52,7 +52,8 @@ EXPERTS_TESTS = {
     "experts/test_experts_dropout.py": 8,
     "experts/test_experts_compile.py": 1,
 }
-EXPERTS_FILES = (*EXPERTS_TESTS, "experts/expert_helpers.py", "peft_helpers.py")
+HELPERS = ("experts/expert_cases.py", "experts/expert_helpers.py", "peft_helpers.py")
+EXPERTS_FILES = (*EXPERTS_TESTS, *HELPERS)
 TEST_FILES = ("pyproject.toml", *(f"tests/{name}" for name in (*OP_TESTS, *EXPERTS_FILES)))
 
 
