@@ -59,9 +59,12 @@ class Updates:
         self._is_in_b = not self._is_by_row and (is_wide or len(set(scalings)) > 1)
         self._scalings = [1.0] if self._is_in_b else scalings
         self._dtype = self._dtype_of(projection.weight.dtype)
-        want_a, want_b = ((), ()) if gradient is None else gradient[-2:]
-        self.dlora_a = self._made(projection.lora_a, want_a, are_all_written)
-        self.dlora_b = self._made(projection.lora_b, want_b, are_all_written)
+        self._wanted = ((), ()) if gradient is None else gradient[-2:]
+        every = zip((projection.lora_a, projection.lora_b), self._wanted, strict=True)
+        self.dlora_a, self.dlora_b = (
+            self._made(factors, wanted or [False] * len(factors), are_all_written)
+            for factors, wanted in every
+        )
 
     def of(self, groups: Sequence[ExpertGroup]) -> Iterator[ExpertGroup]:
         """All groups in their order, each with the update of its rows. When the next is requested,
@@ -136,9 +139,10 @@ class Updates:
         lora_a, lora_b = ([each.to(self._dtype) for each in some] for some in (some_a, some_b))
         if self._is_in_b:
             lora_b = [b * call.scalings[i] for b, i in zip(lora_b, own, strict=True)]
-        a, b = _joined(lora_a, 1), _joined(lora_b, 2)
-        da = torch.empty_like(a) if is_any(self.dlora_a) else None
-        return a, b, da, torch.empty_like(b) if is_any(self.dlora_b) else None
+        pools = _joined(lora_a, 1), _joined(lora_b, 2)
+        made = zip(pools, self._wanted, strict=True)
+        da, db = (torch.empty_like(pool) if any(wanted) else None for pool, wanted in made)
+        return *pools, da, db
 
     def _put(
         self, adapter: int, hit: list[int] | None, lora_a: Tensor | None, lora_b: Tensor | None
@@ -166,9 +170,7 @@ class Updates:
     ) -> list[Tensor | None]:
         """Gradients of factors: zeros where not all experts will be written."""
         found: list[Tensor | None] = []
-        for place, (factor, wants) in enumerate(
-            zip(factors, wanted or [False] * len(factors), strict=True)
-        ):
+        for place, (factor, wants) in enumerate(zip(factors, wanted, strict=True)):
             kind = (place + 1) * self._is_by_row
             is_whole = are_all_written or (wants and self._rows.has_all(kind))
             make = torch.empty_like if is_whole else torch.zeros_like
@@ -191,10 +193,6 @@ def _blocks(groups: Sequence[ExpertGroup]) -> Iterator[list[ExpertGroup]]:
 def _span(group: ExpertGroup) -> tuple[int, int]:
     """(first, last + 1) of a group's experts."""
     return group.experts[0], group.experts[-1] + 1
-
-
-def is_any(gradients: Sequence[Tensor | None]) -> bool:
-    return any(each is not None for each in gradients)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -7,6 +7,8 @@ where rows have adapters of their own. The functions are those of `projection`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
@@ -14,7 +16,7 @@ from torch.nn.functional import grouped_mm
 from . import by_kernels, products
 from .expert_groups import ExpertGroup, Rows
 from .factors import Updates
-from .operands import Backward, Gradient, Projection, part_of
+from .operands import Backward, Gradient, part_of
 from .routing import by_slot
 
 # The devices on which the grouped product is one kernel, and the major compute capabilities of
@@ -50,9 +52,10 @@ def _is_aligned(matrices: Tensor) -> bool:
 
 def forward(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     projection, group = rows.projection, _whole(rows)
+    weight: Any = projection.weight
     x = part_of(x, projection.token(), group.where)
     # [E, in, out], as of a product from the left.
-    y = grouped_mm(x, _dense(projection).transpose(1, 2), offs=group.offs)
+    y = grouped_mm(x, weight.transpose(1, 2), offs=group.offs)
     if projection.bias is not None:
         y += projection.bias[_numbers(rows)]
     s = y.new_empty(len(rows), projection.rank(), dtype=torch.float32)
@@ -67,9 +70,8 @@ def forward(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
 def backward(gradient: Gradient, x: Tensor, rows: Rows) -> Backward:
     projection, weights, group = rows.projection, gradient.weights, _whole(rows)
     own, part = products.of_group(gradient, x, group)
-    dx = None
-    if gradient.want_x:
-        dx = grouped_mm(own.grad, _dense(projection), offs=group.offs)
+    weight: Any = projection.weight
+    dx = grouped_mm(own.grad, weight, offs=group.offs) if gradient.want_x else None
     updates = _updates(rows, gradient)
     for each in updates.of([group]):
         if each.update is not None:
@@ -88,11 +90,6 @@ def backward(gradient: Gradient, x: Tensor, rows: Rows) -> Backward:
     if dx is not None and not (projection.is_first and routes.place is not None):
         _clear_rest(rows, dx)  # the kernels do not sum rows of no expert
     return Backward(dx, dweights, updates.dlora_a, updates.dlora_b)
-
-
-def _dense(projection: Projection) -> Tensor:
-    assert isinstance(projection.weight, Tensor)
-    return projection.weight
 
 
 def _updates(rows: Rows, gradient: Gradient | None = None) -> Updates:

@@ -68,18 +68,16 @@ def _target_reason(target: Target, base: Any, by_row: bool) -> str:
     if experts == 1:
         return "one expert, which PEFT adapts as a single matrix"
     in_features, out_features = sides if base.is_transposed else reversed(sides)
-    if adapters and wrapper._did_swap_in_out_features == base.is_transposed:
-        return "lora_A and lora_B have the shapes of the transposed weight"
-    rank = 0
+    is_turned, ranks = wrapper._did_swap_in_out_features == base.is_transposed, [0]
     for adapter in adapters:
         lora_a, lora_b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-        own = lora_a.shape[0] // experts
-        rank = max(rank, own) if by_row else rank + own
-        if (lora_a.shape[1], lora_b.shape[0]) != (in_features, out_features):
+        if is_turned or (lora_a.shape[1], lora_b.shape[0]) != (in_features, out_features):
             return "lora_A and lora_B have the shapes of the transposed weight"
-    if rank > MAX_RANK and by_row:
-        return f"an adapter's rank is more than {MAX_RANK}"
-    return f"the ranks of the active adapters sum to more than {MAX_RANK}" * (rank > MAX_RANK)
+        ranks.append(lora_a.shape[0] // experts)
+    if (max if by_row else sum)(ranks) <= MAX_RANK:
+        return ""
+    what = "an adapter's rank is" if by_row else "the ranks of the active adapters sum to"
+    return f"{what} more than {MAX_RANK}"
 
 
 def decision(
