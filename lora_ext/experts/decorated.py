@@ -92,19 +92,13 @@ def quantised_note(module: Any) -> str:
     stacks = stacks_of(module)
     if not stacks:
         return ""
-    formats, most = sorted({stack.format for stack in stacks}), max(map(_together, stacks))
+    formats, most = sorted({stack.format for stack in stacks}), max(map(together, stacks))
     return (
         f", {' and '.join(formats)}, {f'up to {most}' if most > 1 else 'one'} dequantised at a time"
     )
 
 
-def workspace_bytes(module: Any) -> int:
-    """Bytes of the experts that are dequantised at a time, 0 if none are quantised."""
-    found = (_together(stack) * stack.matrix_bytes for stack in stacks_of(module))
-    return max(found, default=0)
-
-
-def _together(stack: QuantizedStack) -> int:
+def together(stack: QuantizedStack) -> int:
     """The most experts that are dequantised at a time."""
     return stack.slice_size if stack.has_slices and has_kernels(stack.device) else 1
 

@@ -18,8 +18,8 @@ from ..experts.decorated import (
     is_parallel,
     obstacle,
     quantised_note,
+    together,
     up_name,
-    workspace_bytes,
 )
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
@@ -64,7 +64,8 @@ class AdaptedExperts(NamedTuple):
 
     def workspace_bytes(self) -> int:
         """Bytes of the experts that are dequantised at a time."""
-        return workspace_bytes(self.module)
+        found = (together(stack) * stack.matrix_bytes for stack in stacks_of(self.module))
+        return max(found, default=0)
 
     def _operands(self) -> tuple[Experts, list[Any], list[Any]]:
         """The experts, and the adapters of each projection: None for one that it lacks."""
