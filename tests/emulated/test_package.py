@@ -46,7 +46,7 @@ ON_HOPPER = (
 BY_DAY = ("-k", "not (f64-f64 or f16-f32 or 2+4 or 3+4 or memory_is_flat or number_of_threads)")
 
 
-# By day 8.0 alone. The hybrid route and Hopper's kernels have tests of their own, here and with cuda/.
+# By day 8.0 alone: the hybrid route and Hopper's kernels have tests of their own, also with cuda/.
 @pytest.mark.parametrize(
     ("arch", "route"),
     [
