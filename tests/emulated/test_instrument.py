@@ -64,10 +64,6 @@ ALWAYS = {"i<n:low", "i<n:high", "n>4:always", "n>4:never"}
         ),
         ("const bool b = n == last;", {"n==last:always", "n==last:never"}),
         ("call(n < last);", {f"n<last:{each}" for each in ("always", "never", "low", "high")}),
-        (
-            "while (ptx::load_acquire_gpu(p) < n) {}",
-            {f"ptx::load_acquire_gpu(p)<n:{each}" for each in ("always", "never", "low", "high")},
-        ),
     ],
 )
 def test_rules(tmp_path, statement, expected):
@@ -80,7 +76,7 @@ def test_two_of_a_kind_have_two_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "statement", ["ptx::some_new_instruction();", "const int seen = ptx::load_acquire_gpu(p);"]
+    "statement", ["ptx::some_new_instruction();", "const bool seen = ptx::mbarrier_wait(p, 0);"]
 )
 def test_what_no_rule_covers_is_refused(tmp_path, statement):
     with pytest.raises(ValueError, match="expected ptx::"):

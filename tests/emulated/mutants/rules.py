@@ -18,7 +18,7 @@ import re
 
 from tree_sitter import Node
 
-from emulated.mutants.source import Source, ancestors, descendants, is_constant, name_of_function
+from emulated.mutants.source import Source, descendants, is_constant, name_of_function
 from emulated.mutants.wrap import Wrap, number, planted
 
 # What orders or completes something: leaving it out, or getting a count wrong, is a fault.
@@ -147,11 +147,7 @@ class Rules:
             return
         statement = call.parent
         if statement.type != "expression_statement":
-            if not any(
-                node.type in {"while_statement", "do_statement"} for node in ancestors(call)
-            ):
-                raise ValueError(f"{self.source.path}: expected {name} to be a statement or polled")
-            return
+            raise ValueError(f"{self.source.path}: expected {name} to be a statement")
         site = self.site("call", name.removeprefix("ptx::"))
         skip, more = f"{site}:skip", f"{site}:more"
         step = next((count for ending, count in MORE.items() if name.endswith(ending)), None)
