@@ -64,7 +64,7 @@ FLOORS = [
     ["experts", "flops"],
     ["quantized", "packing", "kernels"],
     ["packed_weight"],
-    ["measure", "dropout", "invariance", "reference", "model_layers"],
+    ["measure", "dropout", "invariance", "reference", "model_layers", "rows"],
     ["torch_state", "device", "dtypes", "versions", "build_info", "strict_json"],
 ]
 # Where kernels run without a GPU: the one thing from outside that a source of csrc/ may name.

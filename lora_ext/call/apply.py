@@ -23,9 +23,9 @@ from ..dtypes import FLOATS, HALVES
 from ..invariance import refuse
 from ..packed_weight import PackedWeight
 from ..quantized.weight import QuantizedBase
+from ..rows.row_index import RowIndex
 from ..torch_state import compute_dtype, is_autocast, is_onnx_export, is_plain, is_transformed
 from .op import base_linear, lora_linear, lora_update
-from .row_index import RowIndex
 
 MAX_RANK = _C.max_rank
 
@@ -330,7 +330,10 @@ def dtype_obstacle(x: Tensor, weight: torch.dtype, adapter: torch.dtype) -> str:
 
 
 def updates_obstacle(
-    dtype: torch.dtype, x: Tensor | None, updates: Sequence[Update] | Slots, rows: Any = None
+    dtype: torch.dtype,
+    x: Tensor | None,
+    updates: Sequence[Update] | Slots,
+    rows: RowIndex | None = None,
 ) -> str:
     """Why updates on a base that multiplies in `dtype` cannot be one call of the op, or "".
 

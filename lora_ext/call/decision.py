@@ -16,8 +16,9 @@ from ..invariance import invariance_note, is_on
 from ..kernels.kernel_plan import problem_of
 from ..packed_weight import PackedWeight
 from ..quantized.weight import QuantizedBase
+from ..rows.row_adapters import RowAdapters
+from ..rows.row_index import RowIndex
 from .apply import Dense, Slots, Update, apply, has_bias
-from .row_index import RowIndex
 
 # The number of rows of x that represents "many".
 MANY_ROWS = 2**31
@@ -50,7 +51,7 @@ class Call(NamedTuple):
     """
 
     x: Any
-    rows: Any = None
+    rows: RowAdapters | None = None
     args: tuple = ()
     kwargs: Mapping[str, Any] = {}
 
@@ -145,7 +146,8 @@ def _by_row(
 ) -> tuple[Path, str]:
     """The detail of rows with adapters of their own. Not said before it is asked for: a graph that
     has read the names of a batch is compiled again for other ones."""
-    names = call.rows.names if isinstance(updates, Slots) else updates
+    rows = call.rows
+    names = rows.names if rows is not None and isinstance(updates, Slots) else updates
     return path, by_row(call, names, reason) if reason else of_rows(names)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model_layers import per_row_modules
 from ..nn import LoRALayer
 from ..nn.adapter_spec import expect
-from ..nn.row_adapters import RowAdapters, entered
+from ..rows.row_adapters import RowAdapters, entered
 from ..torch_state import outside_inference
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..call import Call, Decision, Path
 from ..call.decision import example
+from ..rows.row_adapters import RowAdapters, current_row_adapters
 from .merging import merged_tensors
 from .named_adapters import NamedAdapters
-from .row_adapters import RowAdapters, current_row_adapters
 
 
 class LoRALayer(NamedAdapters):

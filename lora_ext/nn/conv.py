@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..call import Call, Decision
 from ..call.apply import Slots, Update
+from ..rows.row_adapters import RowAdapters
 from .fused import FusedLoRALayer
-from .row_adapters import RowAdapters
 
 
 class LoRAConv2d(FusedLoRALayer, nn.Conv2d):

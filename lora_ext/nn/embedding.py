@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..call import Call, Decision, Path
 from ..call.apply import Update, mixed_lookup
 from ..call.decision import by_row, example
+from ..rows.row_adapters import RowAdapters
 from . import initialize
 from .adapter_spec import optional_spec
 from .base import LoRALayer
-from .row_adapters import RowAdapters
 
 
 class LoRAEmbedding(LoRALayer, nn.Embedding):

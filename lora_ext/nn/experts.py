@@ -23,10 +23,10 @@ from ..experts.decorated import (
 )
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, parameter_names, stack_of, stacks_of
+from ..rows.row_adapters import RowAdapters
 from .adapter_spec import MAX_RANK
 from .module import LoRAModule
 from .parameter import LoRAParameter
-from .row_adapters import RowAdapters
 
 # Attributes that transformers' decorator sets on each instance, in all releases.
 _MARKS = ("has_bias", "is_transposed")

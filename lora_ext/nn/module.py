@@ -12,10 +12,10 @@ from ..call import Call, Decision, Path
 from ..call.decision import of_rows
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import parameter_names, parametrized, stack_of
+from ..rows.rows_apart import by_adapter
 from ..torch_state import is_plain, is_transformed
 from .over import Over, check_own_forward, empty_over
 from .parameter import LoRAParameter
-from .rows_apart import by_adapter
 
 # The child that holds the adapters.
 _LAYERS = "lora"

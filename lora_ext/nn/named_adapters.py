@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rows.row_adapters import RowAdapters, forget
 from ..torch_state import is_sharded
 from . import initialize
 from .adapter_spec import DEFAULT_ADAPTER, MAX_RANK, AdapterSpec
 from .over import DropIn
-from .row_adapters import RowAdapters, forget
 
 # The attributes that are ParameterDicts by adapter, in the order of a state dict.
 TABLES = ("lora_a", "lora_b", "lora_bias", "lora_a_init", "lora_b_init")

@@ -12,9 +12,9 @@ from ..call import Call, Decision
 from ..experts.factors import a_by_expert, b_by_expert
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import stack_of, stored_parameter, whole_parameter
+from ..rows.row_adapters import RowAdapters
 from .adapter_spec import AdapterSpec
 from .base import LoRALayer
-from .row_adapters import RowAdapters
 
 
 class LoRAParameter(LoRALayer):

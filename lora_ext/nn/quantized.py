@@ -13,12 +13,12 @@ from ..call import Call
 from ..call.apply import takes_op, updates_obstacle
 from ..call.decision import example
 from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
+from ..rows.row_adapters import RowAdapters
 from ..torch_state import is_plain
 from .fused import FusedLoRALayer
 from .linear import FromLinear
 from .named_adapters import TABLES
 from .over import Over, check_own_forward, empty_over
-from .row_adapters import RowAdapters
 
 
 class LoRAQuantizedLinear(Over, FromLinear):

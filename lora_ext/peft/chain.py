@@ -9,9 +9,9 @@ from peft.tuners.lora import layer as peft_layers
 from torch import Tensor
 
 from ..call import Path
-from ..nn.row_adapters import RowAdapters
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
+from ..rows.row_adapters import RowAdapters
 from ..torch_state import has_any_global_hook, is_onnx_export, is_plain
 from .layer import NONE_ACTIVE, names_of
 from .reasons import adapters_state, has_hooks, update_of

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..call import Call, Decision, Path
 from ..call.apply import Update, mixed_lookup
 from ..call.decision import by_row, example
-from ..nn.row_adapters import RowAdapters
 from ..packed_weight import writes_weight
+from ..rows.row_adapters import RowAdapters
 from .layer import Accelerated, by_peft, forward_over, names_of, settled
 from .reasons import embedding_reason
 from .row_blocks import combine

@@ -21,8 +21,8 @@ from ..experts import Experts, ExpertsAdapter, decorated
 from ..model_layers import peft_layers as layers_of
 from ..nn.adapter_spec import MAX_RANK, check_dropout
 from ..nn.experts import AdaptedExperts
-from ..nn.row_adapters import RowAdapters
 from ..quantized.stacks import has_own_hooks_alone
+from ..rows.row_adapters import RowAdapters
 from ..versions import TOO_OLD
 from .chain import EXPERT_DROPOUT, Chain, Target, chain_of, chain_state, has_updates
 from .reasons import has_hooks

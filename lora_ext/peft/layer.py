@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..call import Call, Decision, Path
-from ..nn.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
+from ..rows.row_adapters import BASE_NAME, RowAdapters, current_row_adapters, forget
 from .reasons import adapters_state, is_passed_over
 from .variants import row_reason
 

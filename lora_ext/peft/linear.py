@@ -16,9 +16,9 @@ from ..call.decision import by_row, example, fused
 from ..call.op import lora_linear
 from ..dtypes import FLOATS, HALVES
 from ..nn.adapter_spec import MAX_RANK
-from ..nn.row_adapters import RowAdapters, current_row_adapters
 from ..packed_weight import Base, Packable, PackedWeight, writes_weight
 from ..quantized.weight import QuantizedBase
+from ..rows.row_adapters import RowAdapters, current_row_adapters
 from ..torch_state import has_any_global_hook, is_forward_ad, is_plain, is_traced, transforms
 from .layer import Accelerated, by_peft, forward_over, names_of, settled
 from .reasons import base_obstacle, dequantized_base, input_reason, update_of

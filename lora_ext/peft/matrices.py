@@ -19,9 +19,9 @@ from torch.func import functional_call
 from ..call import Decision, Path
 from ..call.decision import of_rows
 from ..dtypes import FLOATS
-from ..nn.row_adapters import RowAdapters
-from ..nn.rows_apart import by_adapter
 from ..quantized.stacks import stack_of
+from ..rows.row_adapters import RowAdapters
+from ..rows.rows_apart import by_adapter
 from ..torch_state import is_exported, is_plain, is_transformed
 from .chain import Chain
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from peft.tuners.lora import layer as peft_layers
 
 from ..call import Call, Decision, Path
-from ..nn.row_adapters import RowAdapters
+from ..rows.row_adapters import RowAdapters
 from . import experts, matrices
 from .chain import Chain, base_state, chain_of, chain_state
 from .layer import NONE_OF_ROWS, Accelerated, forward_over

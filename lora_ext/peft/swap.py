@@ -14,9 +14,9 @@ from torch import nn
 
 from ..model_layers import peft_layers as layers_of
 from ..model_layers import per_row_modules
-from ..nn.row_adapters import BASE_NAME, RowAdapters, entered
 from ..packing.layers import packable_layers
 from ..quantized.panels import put_back_for_training
+from ..rows.row_adapters import BASE_NAME, RowAdapters, entered
 from ..torch_state import outside_inference
 from . import experts
 from .embedding import Embedding

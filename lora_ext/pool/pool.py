@@ -18,8 +18,8 @@ from ..models.model import adapter_names, check_not_peft, lora_layers
 from ..nn import LoRALayer, LoRALinear, LoRAParameter
 from ..nn.adapter_spec import AdapterSpec, check_rank, expect, is_integer
 from ..nn.fused import FusedLoRALayer
-from ..nn.layer_pool import LayerPool, ParameterPool, detach_from_pool
-from ..nn.row_adapters import forget
+from ..rows.row_adapters import forget
+from .layer_pool import LayerPool, ParameterPool, detach_from_pool
 from .sources import Incoming, Source, layer_name, naming, read
 
 

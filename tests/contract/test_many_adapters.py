@@ -12,8 +12,8 @@ from torch import nn
 import lora_ext
 from contract.cases import assert_close, cases, every_kind
 from contract.row_helpers import assert_equal_steps, batch, differentiated, run, run_alone
-from lora_ext.call.row_index import _KEPT
-from lora_ext.nn.row_adapters import RowAdapters
+from lora_ext.rows.row_adapters import RowAdapters
+from lora_ext.rows.row_index import _KEPT
 
 NAMES = ["a", None, "c", "b", "a", "c"]
 ABC = ["a", "b", "c"]

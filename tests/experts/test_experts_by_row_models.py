@@ -12,7 +12,7 @@ from peft_helpers import plain_copy
 from torch import nn
 
 import lora_ext
-from lora_ext.nn import rows_apart
+from lora_ext.rows import rows_apart
 
 # fr and de are on experts and routers, too, it on attention alone.
 NAMES = ["fr", None, "it", "de", "fr"]

@@ -28,7 +28,7 @@ from pool_helpers import (
 import lora_ext
 from lora_ext import AdapterPool, LoraConfig
 from lora_ext.adapters import AdapterError
-from lora_ext.nn import layer_pool
+from lora_ext.pool import layer_pool
 
 # ---- what it computes ----
 

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..call.row_index import RowIndex
 from ..torch_state import checkpoint_frame, checkpoint_function, graph_task, is_traced
+from .row_index import RowIndex
 
 _thread = threading.get_ident
 

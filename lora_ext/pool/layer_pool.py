@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..call.apply import Slots
 from ..dtypes import HALVES
+from ..nn.adapter_spec import MAX_RANK, AdapterSpec
 from ..torch_state import compute_dtype
-from .adapter_spec import MAX_RANK, AdapterSpec
 
 
 class SlotContent(NamedTuple):

@@ -1,0 +1,1 @@
+"""Which adapter each row of a batch has."""
