@@ -96,7 +96,8 @@ def test_of_quantised_experts_without_rows_nothing_is_written_or_read():
         ON_CUDA
         + """
 from lora_ext.experts import by_kernels
-from lora_ext.experts.operands import Projection
+from lora_ext.experts.expert_groups import Rows
+from lora_ext.experts.operands import Gradient, Projection
 from lora_ext.experts.routing import routes_of
 from lora_ext.quantized import stack, workspace
 from lora_ext.quantized.codes import FourBits, ScaledCodes
@@ -122,9 +123,10 @@ launched = []
 def step(weight):
     call = Projection(weight, None, routes, [a], [b], (2.0,), slots=2)
     record()
-    y, s = by_kernels.forward(x, call)
+    y, s = by_kernels.forward(x, Rows(call, None))
     launched.append(kernels(record()))
-    found = by_kernels.backward(grad, x, weights, call, s, True, [True], [True])
+    gradient = Gradient(grad, weights, s, True, [True], [True])
+    found = by_kernels.backward(gradient, x, Rows(call, None))
     launched.append(kernels(record()))
     return [each.cpu() for each in (y, s, found.dx, found.dweights, *found.dlora_a, *found.dlora_b)]
 
