@@ -2,22 +2,9 @@
 
 import pytest
 
-from emulated.cuda.scripts import COUNTS, RUNS_CUDA, python
+from emulated.cuda.scripts import COUNTS, FEW_ROWS, IN_A_GRAPH, RUNS_CUDA, python
 
 pytestmark = RUNS_CUDA
-
-
-FEW_ROWS = """
-there = torch.device("cuda", 1)
-_C.set_cuda_route("kernel")
-
-def asked(call):
-    record()
-    y, s = call.forward()
-    calls = record()
-    cleared = [each["bytes"] for each in calls if each["call"] == "cudaMemsetAsync"]
-    return [y.cpu(), s.cpu()], kernels(calls), cleared
-"""
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90])
@@ -42,24 +29,7 @@ for call in made:
 
 
 def test_few_rows_in_a_graph_have_counts_of_their_own():
-    python(
-        "card(90)\n"
-        + FEW_ROWS
-        + """
-call = Call(rows=7, k=264, n=536, rank=16)
-expected, _, _ = asked(call)
-card(90, capturing=True)
-for _ in range(3):
-    results, launched, cleared = asked(call)
-    assert launched == ["decode"] and cleared == [] and same(results, expected)
-# A stream whose id CUDA does not say: in the workspace, cleared before.
-card(90)
-fail("cudaStreamGetId", 1, LAUNCH_FAILURE)
-results, launched, cleared = asked(call)
-assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
-assert same(results, expected) and last_error() == 0
-"""
-    )
+    python(IN_A_GRAPH)
 
 
 def test_nothing_but_results_lives_on_in_the_pool_of_a_graph():

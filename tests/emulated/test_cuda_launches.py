@@ -13,8 +13,10 @@ from emulated.cuda.scripts import (
     DROPOUT,
     EXPERTS,
     FIRST_USE,
+    IN_A_GRAPH,
     MANY,
     ON_CUDA,
+    OWN_WEIGHTS,
     RUNS_CUDA,
     asked,
     python,
@@ -252,6 +254,7 @@ assert last_error() == 0
 @pytest.mark.parametrize("mutant", [each.name for each in mutants.mutants_of_faults("cuda")])
 def test_a_wrong_call_of_cuda_is_seen(mutant):
     calls = [asked(90, "kernel", "rank=40"), asked(80, "kernel", "rank=24"), FIRST_USE, DROPOUT]
+    calls += [IN_A_GRAPH, OWN_WEIGHTS]
     for stem, code in (("dequantize", DEQUANTIZE), ("experts", ON_CUDA + EXPERTS)):
         calls.insert(0 if mutant.startswith(stem) else len(calls), code)
     of_devices = [COUNTS, *(unlike(*cards) for cards in UNLIKE)]

@@ -152,6 +152,57 @@ assert last_error() == 0
     )
 
 
+# Calls of few rows: results, kernels, and how many bytes are cleared.
+FEW_ROWS = """
+there = torch.device("cuda", 1)
+_C.set_cuda_route("kernel")
+
+def asked(call):
+    record()
+    y, s = call.forward()
+    calls = record()
+    cleared = [each["bytes"] for each in calls if each["call"] == "cudaMemsetAsync"]
+    return [y.cpu(), s.cpu()], kernels(calls), cleared
+"""
+
+# The counts of their blocks in a graph, and without a number for the stream.
+IN_A_GRAPH = (
+    "card(90)\n"
+    + FEW_ROWS
+    + """
+call = Call(rows=7, k=264, n=536, rank=16)
+expected, _, _ = asked(call)
+card(90, capturing=True)
+for _ in range(3):
+    results, launched, cleared = asked(call)
+    assert launched == ["decode"] and cleared == [] and same(results, expected)
+# A stream whose id CUDA does not say: in the workspace, cleared before.
+card(90)
+fail("cudaStreamGetId", 1, LAUNCH_FAILURE)
+results, launched, cleared = asked(call)
+assert launched == ["decode"] and cleared == [4 * (9 + 1 + 1)], (launched, cleared)
+assert same(results, expected) and last_error() == 0
+"""
+)
+
+# A product of experts in clusters, which waits for nothing: it must not begin early.
+OWN_WEIGHTS = """
+from lora_ext.experts import by_kernels
+from lora_ext.experts.expert_groups import Rows
+from lora_ext.experts.operands import Projection
+from lora_ext.experts.routing import routes_of
+card(90)
+there = torch.device("cuda", 1)
+experts, n, k, half = 3, 256, 128, torch.bfloat16
+routes = routes_of(torch.arange(200)[:, None].to(there) % experts, experts)
+x, w = [torch.ones(sizes).to(half).to(there) for sizes in ((200, k), (experts, n, k))]
+a, b = [torch.ones(sizes).to(half).to(there) for sizes in ((experts * 8, k), (n, 8 * experts))]
+projection = Projection(w, None, routes, [a], [b], (2.0,), is_first=True)
+by_kernels.forward(x, Rows(projection, None))
+launched = launches(record())
+assert kernel_of(launched[-1]) == "gemm" and not any(each["programmatic"] for each in launched)
+"""
+
 # Counts of few rows, with a bound that a layer of a million columns is beyond.
 COUNTS = """
 card(80)
