@@ -90,11 +90,11 @@ SLICES = {
     },
     **parts(
         "kernels",
-        6,
+        24,
         "-m kernels emulator tests/emulated --ignore tests/emulated/ptx --first-seed SEED",
         ORACLES,
     ),
-    **parts("PTX", 4, "-m kernels tests/emulated/ptx", ORACLES),
+    **parts("PTX", 16, "-m kernels tests/emulated/ptx", ORACLES),
     "trainers": pytest(f"{NIGHTLY} tests/peft/test_peft_trainers.py", PACKAGES),
     "DeepSpeed": pytest(f"{NIGHTLY} tests/contract/test_deepspeed.py", PACKAGES),
     "image models": pytest(f"{NIGHTLY} tests/peft/test_peft_diffusers.py", PACKAGES),
