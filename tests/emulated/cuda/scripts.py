@@ -185,7 +185,7 @@ assert same(results, expected) and last_error() == 0
 """
 )
 
-# A product of experts in clusters, which waits for nothing: it must not begin early.
+# The product of experts on 9.0, launched as clusters are, waits for nothing: not begun early.
 OWN_WEIGHTS = """
 from lora_ext.experts import by_kernels
 from lora_ext.experts.expert_groups import Rows
