@@ -77,10 +77,10 @@ SLICES = {
         for each in ("lint", "sass", "docs", "wheel", "gpu")
     },
     # What selects other code in torch's libraries, and in torch.
-    **parts("MKL by AVX2", 3, f"{DAILY} {PRODUCTS}", MKL_ENABLE_INSTRUCTIONS="AVX2"),
-    **parts("oneDNN by AVX2", 3, f"{DAILY} {PRODUCTS}", ONEDNN_MAX_CPU_ISA="AVX2"),
-    **parts("oneDNN by AVX-512", 3, f"{DAILY} {PRODUCTS}", ONEDNN_MAX_CPU_ISA="AVX512_CORE"),
-    **parts("torch by SSE", 3, f"{DAILY} {PRODUCTS}", ATEN_CPU_CAPABILITY="default"),
+    **parts("MKL by AVX2", 6, f"{DAILY} {PRODUCTS}", MKL_ENABLE_INSTRUCTIONS="AVX2"),
+    **parts("oneDNN by AVX2", 6, f"{DAILY} {PRODUCTS}", ONEDNN_MAX_CPU_ISA="AVX2"),
+    **parts("oneDNN by AVX-512", 6, f"{DAILY} {PRODUCTS}", ONEDNN_MAX_CPU_ISA="AVX512_CORE"),
+    **parts("torch by SSE", 6, f"{DAILY} {PRODUCTS}", ATEN_CPU_CAPABILITY="default"),
     **{
         name: each
         for seed in range(1, 11)
@@ -99,9 +99,8 @@ SLICES = {
     "DeepSpeed": pytest(f"{NIGHTLY} tests/contract/test_deepspeed.py", PACKAGES),
     "image models": pytest(f"{NIGHTLY} tests/peft/test_peft_diffusers.py", PACKAGES),
     "PEFT's suite": pytest(f"{NIGHTLY} tests/peft/test_peft_suite.py", PACKAGES),
-    "servers and sequences": pytest(
-        f"{NIGHTLY} tests/pool tests/layers tests/contract/test_joints_in_sequence.py"
-    ),
+    "pool and layers": pytest(f"{NIGHTLY} tests/pool tests/layers"),
+    **parts("sequences", 8, f"{NIGHTLY} tests/contract/test_joints_in_sequence.py"),
     "QLoRA": pytest(f"{NIGHTLY} tests/quantized/test_qlora.py", PACKAGES),
     "quantised bases": pytest("tests/quantized tests/peft/test_peft_quantized.py", PACKAGES),
     **{
