@@ -100,7 +100,7 @@ SLICES = {
     "image models": pytest(f"{NIGHTLY} tests/peft/test_peft_diffusers.py", PACKAGES),
     "PEFT's suite": pytest(f"{NIGHTLY} tests/peft/test_peft_suite.py", PACKAGES),
     "pool and layers": pytest(f"{NIGHTLY} tests/pool tests/layers"),
-    **parts("sequences", 8, f"{NIGHTLY} tests/contract/test_joints_in_sequence.py"),
+    **parts("sequences", 2, f"{NIGHTLY} tests/contract/test_joints_in_sequence.py"),
     "QLoRA": pytest(f"{NIGHTLY} tests/quantized/test_qlora.py", PACKAGES),
     "quantised bases": pytest("tests/quantized tests/peft/test_peft_quantized.py", PACKAGES),
     **{

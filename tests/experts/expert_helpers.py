@@ -155,13 +155,19 @@ def run(model: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> dict[str
     return {name: value for name, value in found.items() if value is not None}
 
 
-def assert_close(found: dict[str, Tensor], exact: dict[str, Tensor], tolerance: float) -> None:
-    """Each within a fraction of the exact one's largest number."""
+def assert_close(
+    found: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    tolerance: float,
+    terms: dict[str, float] | None = None,
+) -> None:
+    """Each within a fraction of the exact one's largest number, or of its terms, by name."""
     assert found.keys() == exact.keys()
     for name, value in exact.items():
         error = float((found[name].double() - value).abs().max()) if value.numel() else 0.0
         most = float(value.abs().max()) if value.numel() else 0.0
-        assert error <= tolerance * max(most, 1e-3), (name, error, most)
+        most = max(most, 1e-3, (terms or {}).get(name, 0.0))
+        assert error <= tolerance * most, (name, error, most)
 
 
 def sides_of(experts: Experts) -> list[tuple[int, int]]:

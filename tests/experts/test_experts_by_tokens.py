@@ -102,7 +102,10 @@ def test_a_layer_is_that_of_a_loop_over_tokens(case):
     exact = case.step(by_tokens, Experts.of(copy.deepcopy(dense).double()))
     # A float32 gate rounds itself.
     tolerance = 2e-5 if case.pair == SINGLE else 1e-6 if case.kind == "float32 gate" else 1e-11
-    assert_close(found, exact, tolerance)
+    # dw is dy times a slot's output, which may cancel: 0.14 was left of two norms of 8 and 15.
+    *_, dy = case.made(Experts.of(dense))
+    norms = (dy.double().norm(dim=1) * exact["y"].norm(dim=1)).tolist()
+    assert_close(found, exact, tolerance, {"w": max(norms, default=0.0)})
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
