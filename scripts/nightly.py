@@ -111,7 +111,13 @@ SLICES = {
         )
         for name in sorted(PROGRAMS)
     },
-    "sanitizers": Slice("MAKE sanitize ARGS='-q tests/op tests/cpu'"),
+    # About three minutes of each are the build.
+    **{
+        f"sanitizers {i}/5": Slice(
+            f"MAKE sanitize ARGS='-n auto --dist loadfile tests/op tests/cpu --part {i}/5'"
+        )
+        for i in range(1, 6)
+    },
     "ends of torch and Python": Slice("MAKE test-ends"),
     "the newest": Slice("MAKE test-latest"),
     "CUDA with the newest torch": Slice("MAKE test-newest KERNELS=1"),

@@ -231,6 +231,8 @@ def test_nothing_outlives_its_owner(isa, device):
 
 def test_memory_is_flat_over_many_calls(isa):
     """torchtune#904 again: 300 calls allocate no more than the first few."""
+    if "libasan" in Path("/proc/self/maps").read_text():
+        pytest.skip("AddressSanitizer keeps 256 MiB of what was freed, to see a later use of it")
     problem = make_problem(256, 256, 256, 16, (BF16, F32))
 
     def resident():  # a peak would be that of an earlier test, or of what started the process
