@@ -233,7 +233,7 @@ def run(machine, count):
     machine("runTest").runTest()
 
 
-@pytest.mark.parametrize("count", [80, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("machine", [Sequences, SequencesOfPeft])
 def test_any_sequence(forget_graphs, machine, count):
     # A checkpoint keeps what is in force from the first block of a process on.
