@@ -53,10 +53,17 @@ def pytest(words: str, *needs: str, **environment: str) -> Slice:
     return Slice(f"PYTHON -m pytest -n auto --dist loadfile {words}", needs, environment)
 
 
-def parts(name: str, number: int, words: str, *needs: str, **environment: str) -> dict[str, Slice]:
+def sanitized(words: str) -> Slice:
+    """Under sanitizers; about three minutes are the build."""
+    return Slice(f"MAKE sanitize ARGS='-n auto --dist loadfile {words}'")
+
+
+def parts(
+    name: str, number: int, words: str, *needs: str, kind=pytest, **environment: str
+) -> dict[str, Slice]:
     """Slices of the same tests."""
     return {
-        f"{name} {i}/{number}": pytest(f"{words} --part {i}/{number}", *needs, **environment)
+        f"{name} {i}/{number}": kind(f"{words} --part {i}/{number}", *needs, **environment)
         for i in range(1, number + 1)
     }
 
@@ -111,13 +118,7 @@ SLICES = {
         )
         for name in sorted(PROGRAMS)
     },
-    # About three minutes of each are the build.
-    **{
-        f"sanitizers {i}/5": Slice(
-            f"MAKE sanitize ARGS='-n auto --dist loadfile tests/op tests/cpu --part {i}/5'"
-        )
-        for i in range(1, 6)
-    },
+    **parts("sanitizers", 5, "tests/op tests/cpu", kind=sanitized),
     "ends of torch and Python": Slice("MAKE test-ends"),
     "the newest": Slice("MAKE test-latest"),
     "CUDA with the newest torch": Slice("MAKE test-newest KERNELS=1"),

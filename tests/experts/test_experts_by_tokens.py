@@ -50,6 +50,16 @@ NAMED = [
         Case("norm", form, SINGLE, FEW, dropout=0.3, panels="none")
         for form in (*FOUR_BITS, *STAND_INS)
     ),
+    # dw cancels.
+    Case(
+        "transposed, biases, interleaved",
+        "stand-in",
+        SINGLE,
+        ((7,),),
+        ranks=((3, 0), (2, 2), (0, 2)),
+        count=8,
+        wants="xw",
+    ),
     *(Case(index=MANY, wants=wants, own=some_own(64), ranks=FOUR) for wants in "xwab"),
 ]
 
@@ -102,7 +112,8 @@ def test_a_layer_is_that_of_a_loop_over_tokens(case):
     exact = case.step(by_tokens, Experts.of(copy.deepcopy(dense).double()))
     # A float32 gate rounds itself.
     tolerance = 2e-5 if case.pair == SINGLE else 1e-6 if case.kind == "float32 gate" else 1e-11
-    # dw is dy times a slot's output, which may cancel: 0.14 was left of two norms of 8 and 15.
+    # dw is dy times a slot's output, here of y's size, which may cancel: of two norms of 8 and 15
+    # 0.14 was left.
     *_, dy = case.made(Experts.of(dense))
     norms = (dy.double().norm(dim=1) * exact["y"].norm(dim=1)).tolist()
     assert_close(found, exact, tolerance, {"w": max(norms, default=0.0)})
