@@ -52,6 +52,8 @@ def gguf_eight_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     blocks = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1)
     made.weight.data = blocks.view(layer.out_features, -1)
     made.bias.data = layer.bias.detach().clone()
+    # The first call of many rows looks for kernels and logs that there are none: no graph may.
+    made(torch.zeros(64, layer.in_features))
     return made
 
 
