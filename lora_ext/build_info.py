@@ -144,7 +144,8 @@ def build_info() -> BuildInfo:
         cuda_driver         the newest CUDA that the driver here takes, such as "13.0", and what to
                             do if the kernels need a newer one; "none" without a driver; None
                             without kernels
-        cpu_isa             CPU kernel set in use: "amx", "avx512", "avx2" or "portable"
+        cpu_isa             CPU kernel set in use: "amx", "avx512_bf16", "avx512", "avx2" or
+                            "portable"
         cpu_isas_available  list of the kernel sets that this processor runs
         cpu_panels          list of dtypes of x whose layers are computed in one pass here, each
                             with the dtype in which it multiplies, such as "bfloat16:float32"

@@ -27,18 +27,17 @@ struct ProductMemory {
     const int64_t row_blocks = depths.is_whole() ? 1 : round_up(rows, kRowBlock) / kRowBlock;
     sums = row_blocks * blocks * kSumTiles * kFloatBytes;
     last = 4 * kSumTiles * kFloatBytes;
-    const OwnT* own = product.own_t;
     const int64_t rank_pad = round_up(rank, kTileRows);
-    factor = own == nullptr ? 0 : shrink_panel_bytes(rank, product.depth);
-    masked = own == nullptr || own->mask.words == nullptr ? 0 : p;
-    t_sums = own == nullptr ? 0 : row_blocks * kRowBlock * rank_pad * kFloatBytes;
-    t_rows = own == nullptr ? 0 : kRowBlock * rank_pad * kFloatBytes;
+    factor = product.makes_t ? shrink_panel_bytes(rank, product.depth) : 0;
+    masked = product.p_mask.words != nullptr ? p : 0;
+    t_sums = product.makes_t ? row_blocks * kRowBlock * rank_pad * kFloatBytes : 0;
+    t_rows = product.makes_t ? kRowBlock * rank_pad * kFloatBytes : 0;
   }
   int64_t bytes() const { return q + u + t + p + sums + last + factor + masked + t_sums + t_rows; }
 };
 
-int64_t product_bytes(const FusedProduct& product, int64_t rows, int64_t cols) {
-  return ProductMemory(product, rows, cols).bytes();
+int64_t product_bytes(const FusedProduct& product, const WalkTasks& tasks) {
+  return ProductMemory(product, tasks.rows, tasks.cols).bytes();
 }
 
 class TileWorker {
@@ -57,7 +56,7 @@ class TileWorker {
     masked_ = reinterpret_cast<BFloat16*>(take(sizes.masked));
     t_sums_ = reinterpret_cast<float*>(take(sizes.t_sums));
     t_rows_ = reinterpret_cast<float*>(take(sizes.t_rows));
-    if (product.own_t != nullptr) pack_shrink(product.own_t->q, factor_);
+    if (product.makes_t) pack_shrink(product.updates.front().q, factor_);
   }
 
   void run(const ProductTask& task) {
@@ -68,7 +67,7 @@ class TileWorker {
     blocks_ = round_up(task.cols.end - task.cols.begin, kRowBlock) / kRowBlock;
     for (int64_t step = 0; step < depths_.steps; step += depths_.outer) {
       const Range outer{step, std::min(step + depths_.outer, depths_.steps)};
-      if (!is_packed || !depths_.is_whole()) pack_q(product_, task, depths_, outer, q_);
+      if (!is_packed || !depths_.is_whole()) pack_q(product_, task, outer, depths_.pitch(), q_);
       row_pointers(task_->rows.begin, next_);
       for (int64_t m = task_->rows.begin; m < task_->rows.end; m += kRowBlock) {
         std::copy_n(next_, kRowBlock, rows_);
@@ -80,11 +79,6 @@ class TileWorker {
   }
 
  private:
-  struct Span {
-    Range rows;
-    const RowUpdate* update;
-  };
-
   int64_t count_of(int64_t m) const { return std::min(kRowBlock, task_->rows.end - m); }
 
   // Those past the end are not read.
@@ -98,41 +92,21 @@ class TileWorker {
 
   // T of the rows from m on; whole after the last steps. The first group of columns stores it.
   void make_t(int64_t m, int64_t count, Range steps) {
-    const OwnT& own = *product_.own_t;
+    const RowUpdate& own = product_.updates.front();
     const ShrinkPanel factor(factor_, own.q.rank, own.q.dtype == Dtype::kBFloat16);
     const int64_t first = depths_.is_whole() ? 0 : m - task_->rows.begin;
     float* sums = t_sums_ + first * factor.rank_pad;
     const BFloat16* p = p_;
-    if (own.mask.words != nullptr) {
-      pack_p<true>(rows_, count, product_.depth, steps, own.mask.at(m, steps.begin * kTileDepth),
-                   masked_);
+    if (product_.p_mask.words != nullptr) {
+      pack_p<true>(rows_, count, product_.depth, steps,
+                   product_.p_mask.at(m, steps.begin * kTileDepth), masked_);
       p = masked_;
     }
     if (steps.begin == 0) std::fill_n(sums, kRowBlock * factor.rank_pad, 0.0f);
     factor.multiply({p, kTileDepth, kTileElements, kStepElements}, steps, sums);
     if (steps.end < depths_.steps) return;
-    factor.store(sums, count, own.scale, t_rows_);
+    factor.store(sums, count, own.t_scale, t_rows_);
     if (task_->cols.begin == 0) std::copy_n(t_rows_, count * factor.rank, own.t + m * factor.rank);
-  }
-
-  // Consecutive rows from m on with one update or none; how many spans.
-  int64_t spans_of(int64_t m, int64_t count, Span* spans) const {
-    auto update = std::partition_point(product_.updates.begin(), product_.updates.end(),
-                                       [&](const RowUpdate& each) { return each.rows.end <= m; });
-    int64_t found = 0;
-    for (int64_t row = m; row < m + count;) {
-      const bool is_any = update != product_.updates.end() && update->rows.begin < m + count;
-      if (is_any && update->rows.begin <= row) {
-        const int64_t end = std::min(update->rows.end, m + count);
-        spans[found++] = {{row, end}, &*update++};
-        row = end;
-      } else {
-        const int64_t end = is_any ? update->rows.begin : m + count;
-        spans[found++] = {{row, end}, nullptr};
-        row = end;
-      }
-    }
-    return found;
   }
 
   // T of the rows from m on, and U of the task's columns.
@@ -148,7 +122,7 @@ class TileWorker {
     auto* t = t_ + (rows.begin - m) * t_depth_;
     std::fill_n(t_, (rows.begin - m) * t_depth_, BFloat16{0});
     const float* from =
-        product_.own_t == nullptr ? update.t + (rows.begin - update.rows.begin) * rank : t_rows_;
+        product_.makes_t ? t_rows_ : update.t + (rows.begin - update.rows.begin) * rank;
     pack_scaled_t(from, rank, u_is_half_, {0, rows.end - rows.begin}, update.scale, t);
   }
 
@@ -185,10 +159,10 @@ class TileWorker {
       const Range inner{step, std::min(step + depths_.inner, outer.end)};
       const bool is_last = inner.end == depths_.steps;
       pack_p<false>(rows_, count, product_.depth, inner, {}, p_);
-      if (product_.own_t != nullptr) make_t(m, count, inner);
+      if (product_.makes_t) make_t(m, count, inner);
       int64_t num_spans = 0;
       if (is_last) {
-        num_spans = spans_of(m, count, spans);
+        num_spans = spans_of(product_.updates, m, count, spans);
         if (num_spans == 1 && spans[0].update != nullptr)
           pack_update(*spans[0].update, m, spans[0].rows);
       }
@@ -285,9 +259,8 @@ class TileWorker {
   Rounding rounding_;
 };
 
-void run_product(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,
-                 char* memory, int64_t rows, int64_t cols) {
+void run_product(const FusedProduct& product, const WalkTasks& tasks, const WalkShare& share) {
   const TileConfig config;
-  TileWorker worker(product, memory, rows, cols);
-  for (; begin != end; ++begin) worker.run(*begin);
+  TileWorker worker(product, share.memory, tasks.rows, tasks.cols);
+  for (const ProductTask* task = share.begin; task != share.end; ++task) worker.run(*task);
 }

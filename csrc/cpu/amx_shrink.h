@@ -2,57 +2,6 @@
 // Included by isa_amx.cpp after its target pragma, inside its anonymous namespace.
 #pragma once
 
-// Panel: for each 32 columns, each 16 ranks, each term, one B tile: [16 column pairs][16 ranks][2].
-int64_t shrink_panel_bytes(int64_t rank, int64_t cols) {
-  return round_up(cols, kTileDepth) * round_up(rank, kTileRows) * 2 * kHalfBytes;
-}
-
-// 16 columns of a rank, from c on; zeros past the last.
-inline Split columns_of(const AdapterView& adapter, int64_t rank, int64_t c) {
-  const int64_t index = rank * adapter.rank_pitch + c * adapter.col_pitch;
-  return Split(load_adapter(adapter, index, adapter.col_pitch, adapter.cols - c));
-}
-
-void pack_shrink(const AdapterView& adapter, void* panel) {
-  const bool is_half = adapter.dtype == Dtype::kBFloat16;
-  const int64_t terms = is_half ? 1 : 2;
-  auto* out = static_cast<BFloat16*>(panel);
-  for (int64_t c = 0; c < adapter.cols; c += kTileDepth) {
-    for (int64_t j = 0; j < adapter.rank; j += kTileRows, out += terms * kTileElements) {
-      const int64_t ranks = std::min(kTileRows, adapter.rank - j);
-      if (adapter.col_pitch == 1) {
-        __m512i high[kTileRows] = {}, low[kTileRows] = {};
-        for (int64_t i = 0; i < ranks; ++i) {
-          if (is_half) {
-            const auto* in =
-                static_cast<const BFloat16*>(adapter.data) + (j + i) * adapter.rank_pitch;
-            high[i] = _mm512_maskz_loadu_epi16(first_halves(adapter.cols - c), in + c);
-            continue;
-          }
-          const Split first = columns_of(adapter, j + i, c),
-                      second = columns_of(adapter, j + i, c + 16);
-          high[i] = joined(first.hi, second.hi), low[i] = joined(first.lo, second.lo);
-        }
-        transpose_pairs(high, out);
-        if (!is_half) transpose_pairs(low, out + kTileElements);
-        continue;
-      }
-      for (int64_t k = 0; k < kTileDepth; k += 2) {
-        const auto column = [&](int64_t col) {
-          const int64_t index = j * adapter.rank_pitch + col * adapter.col_pitch;
-          return Split(col < adapter.cols ? load_adapter(adapter, index, adapter.rank_pitch, ranks)
-                                          : _mm512_setzero_ps());
-        };
-        const Split even = column(c + k), odd = column(c + k + 1);
-        _mm512_store_si512(out + k * kTileRows, interleave(even.hi, odd.hi));
-        if (!is_half) {
-          _mm512_store_si512(out + kTileElements + k * kTileRows, interleave(even.lo, odd.lo));
-        }
-      }
-    }
-  }
-}
-
 // Stages rows `range` and columns [0, cols) of src, masked, zero-padded to 32 columns and 32 rows.
 void stage_rows(const BFloat16* src, int64_t src_pitch, RowIndex index, Range range, int64_t cols,
                 const uint32_t* bits, int64_t bits_pitch, BFloat16* dst) {

@@ -92,21 +92,22 @@ class BackwardPass {
     if (expands_) dx_ = backward_of_base(args_.grad, args_.x, args_.base, experts_);
     ds_ = at::empty({args_.x.size(0), args_.update.rank()}, at::kFloat);
     weighted_ds_ = weights_ != nullptr ? at::empty(ds_.sizes(), at::kFloat) : ds_;
-    const auto own_t = own_t_of(groups_, experts_, args_.x.size(1), ds_, false);
-    if (!own_t) make_ds();
-    if (groups_.panel()) make_dx(*groups_.panel(), own_t);
+    const bool makes_t = makes_own_t(groups_, experts_, args_.x.size(1), false);
+    if (!makes_t) make_ds();
+    if (groups_.panel()) make_dx(*groups_.panel(), makes_t);
+    if (makes_t && weights_ != nullptr) weigh_all();
     make_columns();
     return {dx_, da_.each, db_.each};
   }
 
  private:
   // dX in one pass.
-  void make_dx(Dtype panel, const std::optional<OwnT>& own_t) {
+  void make_dx(Dtype panel, bool makes_t) {
     const std::vector<int32_t> order = groups_.order_of_all(args_.grad.size(0));
     LowRank low_rank = low_rank_of(groups_, order, ds_, false);
-    low_rank.own_t = own_t;
+    low_rank.makes_t = makes_t;
     if (groups_.dropout().enabled() && tile_walk(panel) != nullptr) {
-      // Drawn once, for dX and dA, which reads whole blocks of 64 columns.
+      // For dX, and for dA where its kernels read it (AMX), in whole blocks of 64 columns.
       kept_ = drawn_mask(groups_.dropout(), low_rank.rows, args_.grad.size(0), args_.x.size(1));
       low_rank.mask = bits_of(kept_);
       is_sorted_ = !order.empty();
@@ -134,6 +135,13 @@ class BackwardPass {
                            groups_.scaling(segment), t, Dropout{}),
                size_of(piece.rows));
       if (weights_ != nullptr) weigh(segment, piece.rows, t);
+    });
+  }
+
+  void weigh_all() const {
+    const RowPieces pieces = pieces_of_rows(groups_, 1);
+    run_pieces(pieces, threads_for(work_of(pieces)), [&](int64_t, const RowPiece& piece) {
+      weigh(*piece.segment, piece.rows, Groups::dense_part(ds_, *piece.segment, piece.rows.begin));
     });
   }
 

@@ -29,12 +29,11 @@ std::atomic<Panels>& asked() {
   return panels;
 }
 
-// The library has no query: where a kernel is missing, its first call throws.
-bool is_available(Dtype dtype) {
+// The library has no query: where the kernel is missing, its first call throws.
+bool is_available() {
   alignas(64) float a[kPanelCols] = {}, panel[2 * kPanelCols] = {}, c[kPanelCols];
   try {
-    const PanelProducts products(dtype);
-    multiply_panel(dtype, 1, 2, a, 2, panel, false, c);
+    multiply_panel(1, 2, a, 2, panel, false, c);
     return true;
   } catch (const std::exception&) {
     return false;
@@ -49,22 +48,16 @@ bool has_float16() {
   return __builtin_cpu_supports("avx512f") != 0 &&
          __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 23 & 1u) != 0;
 }
-bool has_dot_bfloat16() { return __builtin_cpu_supports("avx512bf16") != 0; }
 #else
 bool is_intel() { return false; }
 bool has_float16() { return false; }
-bool has_dot_bfloat16() { return false; }
 #endif
 
 const Processor& this_processor() {
   static const Processor found = [] {
     const bool has_amx = amx_kernels() != nullptr;
-    return Processor{is_intel(),
-                     has_amx,
-                     has_float16(),
-                     has_dot_bfloat16(),
-                     is_available(Dtype::kFloat32),
-                     has_amx || is_available(Dtype::kBFloat16)};
+    return Processor{is_intel(), has_amx, has_float16(), is_available(),
+                     has_amx || avx512_bf16_fused_gemm() != nullptr};
   }();
   return found;
 }
@@ -75,18 +68,16 @@ bool has_panels() {
 
 // Whether a row of A has the same bits in C in products of any number of rows, in a first block of
 // the depth and in one that is added.
-template <class T>
-bool rows_are_alike(Dtype dtype) {
+bool rows_are_alike() {
   constexpr int64_t kRows = 64, kDepth = 151, kAdded = 37;
-  std::vector<T> a(kRows * kDepth), panel((kDepth + 1) * kPanelCols);
+  std::vector<float> a(kRows * kDepth), panel(kDepth * kPanelCols);
   std::vector<float> one(kPanelCols), c(kRows * kPanelCols);
   for (size_t i = 0; i < a.size(); ++i) a[i] = std::sin(0.7F * static_cast<float>(i % kDepth));
   for (size_t i = 0; i < panel.size(); ++i) panel[i] = std::sin(0.3F * static_cast<float>(i));
   const auto multiply = [&](int64_t rows, std::vector<float>& sums) {
-    multiply_panel(dtype, rows, kDepth, a.data(), kDepth, panel.data(), false, sums.data());
-    multiply_panel(dtype, rows, kAdded, a.data(), kDepth, panel.data(), true, sums.data());
+    multiply_panel(rows, kDepth, a.data(), kDepth, panel.data(), false, sums.data());
+    multiply_panel(rows, kAdded, a.data(), kDepth, panel.data(), true, sums.data());
   };
-  const PanelProducts products(dtype);
   multiply(1, one);
   bool alike = true;
   for (int64_t rows = kRows; rows > 1; rows /= 2) {
@@ -112,7 +103,7 @@ bool is_offered(const Processor& processor, Dtype panel, Dtype x) {
 // float32   Not on Intel's: there torch's product is MKL's, and faster than panels by more than the
 //           passes around it cost (a Xeon: panels take 1.0 to 1.3 of it, with passes 1.0 to 1.1).
 // float16   Where there is no AVX512_FP16: on a Zen 4 torch's linear took 4.7 times float32's.
-// bfloat16  In bfloat16 where AVX512_BF16 has twice the products of floats (a Zen 4). Intel's
+// bfloat16  By the walk of vdpbf16ps, which has twice the products of floats on a Zen 4. Intel's
 //           cores run it at less than half of that rate if they have no AMX, or hide it: torch's
 //           linear on 2048 rows of 1024 x 1024 took 25.6 ms, panels of floats 16.
 std::optional<Dtype> faster_panels(const Processor& processor, Dtype x) {
@@ -122,15 +113,13 @@ std::optional<Dtype> faster_panels(const Processor& processor, Dtype x) {
   if (x == Dtype::kFloat32) return processor.is_intel ? std::nullopt : if_offered(x);
   if (processor.has_amx) return x == Dtype::kBFloat16 ? if_offered(x) : std::nullopt;
   if (x == Dtype::kFloat16 && processor.has_float16) return {};
-  if (processor.has_dot_bfloat16 && !processor.is_intel && if_offered(x)) return x;
+  if (!processor.is_intel && if_offered(x)) return x;
   return if_offered(Dtype::kFloat32);
 }
 
 bool has_panels_of(Dtype panel, Dtype x) {
   if (!has_panels() || !is_offered(this_processor(), panel, x)) return false;
-  // The library's kernels read a row of an odd depth beyond its end with AMX, or are not for it.
-  return panel == Dtype::kFloat32 || !this_processor().has_amx ||
-         fused_gemm_kernels()->tiles != nullptr;
+  return panel == Dtype::kFloat32 || tile_walk(panel) != nullptr;
 }
 
 bool panels_are_auto() { return asked().load() == Panels::kAuto; }
@@ -158,12 +147,9 @@ std::optional<Dtype> batch_invariant_panel_dtype(Dtype x) {
   if (asked().load() == Panels::kNone || !has_panels() || x == Dtype::kFloat64) return {};
   if (x != Dtype::kFloat32 && this_processor().has_amx) return {};
   const std::optional<Dtype> faster = panel_dtype(x);
-  if (faster == Dtype::kBFloat16) {
-    static const bool alike = rows_are_alike<at::BFloat16>(Dtype::kBFloat16);
-    return alike ? faster : std::nullopt;
-  }
-  static const bool alike =
-      this_processor().float_products && rows_are_alike<float>(Dtype::kFloat32);
+  // A row's sums are made alike wherever it is in a block of the walk by vdpbf16ps.
+  if (faster == Dtype::kBFloat16) return faster;
+  static const bool alike = this_processor().float_products && rows_are_alike();
   return alike ? std::optional(Dtype::kFloat32) : std::nullopt;
 }
 
@@ -174,18 +160,9 @@ bool set_panels(const std::string& name) {
   return true;
 }
 
-void multiply_panel(Dtype dtype, int64_t m, int64_t k, const void* a, int64_t a_pitch,
-                    const void* panel, bool add, float* c) {
-  namespace blas = at::native::cpublas;
-  if (dtype == Dtype::kBFloat16) {
-    blas::brgemm(m, kPanelCols, k, a_pitch, kPanelCols, kPanelCols, add,
-                 static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(panel), c);
-  } else {
-    blas::brgemm(m, kPanelCols, k, a_pitch, kPanelCols, kPanelCols, add,
-                 static_cast<const float*>(a), static_cast<const float*>(panel), c);
-  }
+void multiply_panel(int64_t m, int64_t k, const float* a, int64_t a_pitch, const float* panel,
+                    bool add, float* c) {
+  at::native::cpublas::brgemm(m, kPanelCols, k, a_pitch, kPanelCols, kPanelCols, add, a, panel, c);
 }
-
-PanelProducts::~PanelProducts() { at::native::cpublas::brgemm_release(dtype_ == Dtype::kBFloat16); }
 
 }  // namespace lora_ext::cpu

@@ -1,5 +1,6 @@
-// oneDNN's microkernel C (+)= A B, batch-reduce GEMM, as libtorch_cpu exports it
-// (ATen/native/CPUBlas.h), and the processors on which a layer's product is made of it.
+// oneDNN's microkernel C (+)= A B of floats, batch-reduce GEMM, as libtorch_cpu exports it
+// (ATen/native/CPUBlas.h), and the processors on which a layer's product is one pass: of panels of
+// floats by it, of bfloat16 by a walk of our own.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +12,10 @@
 
 namespace lora_ext::cpu {
 
-// What the rules ask of a processor; the last two: of the library's microkernels there, and with AMX
-// of our tiles.
+// What the rules ask of a processor; the last two: of the library's microkernel there, and of our
+// walks (AMX, AVX512_BF16).
 struct Processor {
-  bool is_intel, has_amx, has_float16, has_dot_bfloat16;
+  bool is_intel, has_amx, has_float16;
   bool float_products, bfloat16_products;
 };
 
@@ -36,23 +37,12 @@ bool has_panels_of(Dtype panel, Dtype x);
 // Whether set_panels asked for nothing else.
 bool panels_are_auto();
 
-// "auto", "none", or "float32" or "bfloat16" wherever the library has them; false: another name.
+// "auto", "none", or "float32" or "bfloat16" wherever there are products of them; false: another name.
 bool set_panels(const std::string& name);
 
-// C (+)= A times a panel of float or bfloat16: m rows of A, at a pitch of a_pitch elements; C is
-// float [m, 64]; `add`: to what it has.
-void multiply_panel(Dtype dtype, int64_t m, int64_t k, const void* a, int64_t a_pitch,
-                    const void* panel, bool add, float* c);
-// While a thread multiplies: at its end AMX's tiles are given back.
-class PanelProducts {
- public:
-  explicit PanelProducts(Dtype dtype) : dtype_(dtype) {}
-  PanelProducts(const PanelProducts&) = delete;
-  PanelProducts& operator=(const PanelProducts&) = delete;
-  ~PanelProducts();
-
- private:
-  Dtype dtype_;
-};
+// C (+)= A times a panel: m rows of A, at a pitch of a_pitch elements; C is [m, 64]; `add`: to what
+// it has.
+void multiply_panel(int64_t m, int64_t k, const float* a, int64_t a_pitch, const float* panel,
+                    bool add, float* c);
 
 }  // namespace lora_ext::cpu

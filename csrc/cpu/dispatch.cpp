@@ -26,6 +26,10 @@ std::vector<Choice> choices() {
     if (kernels == nullptr) return;
     found.push_back({kernels->name, kernels, kernels, fused_gemm, dequantize});
   };
+  if (avx512_bf16_fused_gemm() != nullptr) {
+    found.push_back({"avx512_bf16", avx512_kernels(), avx512_kernels(), avx512_bf16_fused_gemm(),
+                     avx512_dequantize()});
+  }
   add(avx512_kernels(), avx512_fused_gemm(), avx512_dequantize());
   add(avx2_kernels(), avx2_fused_gemm(), avx2_dequantize());
   add(portable_kernels(), nullptr, portable_dequantize());

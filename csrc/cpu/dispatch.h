@@ -10,7 +10,8 @@
 
 namespace lora_ext::cpu {
 
-// "amx", "avx512", "avx2", "portable": those that this build and processor have, best first.
+// "amx", "avx512_bf16", "avx512", "avx2", "portable": those that this build and processor have, best
+// first.
 std::vector<std::string> available_isas();
 
 // The name in use; "library" when every call takes the ATen route.

@@ -40,7 +40,8 @@ struct LowRank {
   Dropout dropout{};
   RowIndex rows{};  // the order in which rows are multiplied
   MaskBits mask{};  // drawn before, for a walk on tiles
-  std::optional<OwnT> own_t{};
+  bool makes_t = false;
+  MaskBits p_mask{};
 };
 
 // The dtype of the panels if the base product of P, x or dY, and the low-rank part are computed in

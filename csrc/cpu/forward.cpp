@@ -40,13 +40,13 @@ class ForwardPass {
     const bool is_dense = groups_.is_dense(s_);
     const at::Tensor t = is_dense ? s_ : empty_s();
     LowRank low_rank = low_rank_of(groups_, order, t, true);
-    low_rank.own_t = own_t_of(groups_, experts_, args_.update.out_features(), t, true);
+    low_rank.makes_t = makes_own_t(groups_, experts_, args_.update.out_features(), true);
     at::Tensor kept;
-    if (low_rank.own_t && groups_.dropout().enabled()) {
-      kept = drawn_mask(groups_.dropout(), {}, args_.x.size(0), args_.x.size(1));
-      low_rank.own_t->mask = bits_of(kept);
+    if (low_rank.makes_t && groups_.dropout().enabled()) {
+      kept = drawn_mask(groups_.dropout(), low_rank.rows, args_.x.size(0), args_.x.size(1));
+      low_rank.p_mask = bits_of(kept);
     }
-    if (!low_rank.own_t) {
+    if (!low_rank.makes_t) {
       make_s_and(
           [&](Thread&, const RowPiece& piece, const float* rows) {
             if (is_dense) return;
@@ -55,7 +55,13 @@ class ForwardPass {
           },
           0);
     }
-    return {fused_product(args_.x, args_.base, experts_, *groups_.panel(), low_rank, true), s_};
+    y_ = fused_product(args_.x, args_.base, experts_, *groups_.panel(), low_rank, true);
+    if (low_rank.makes_t && !is_dense) {
+      for (const Segment& segment : groups_.segments()) {
+        groups_.scatter_s(s_, segment, {0, segment.count}, Groups::dense_part(t, segment, 0));
+      }
+    }
+    return {y_, s_};
   }
 
  private:

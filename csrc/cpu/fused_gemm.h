@@ -5,24 +5,25 @@
 //     forward   P = X,  Q = W^T, T = S,  U = B^T         backward   P = dY, Q = W, T = dS, U = A
 //
 // Y is computed in tiles of 64 x 64 sums, which are rounded once. A panel is 64 columns of Q, or a
-// part of its depth, packed for the microkernel in cpu/brgemm.h. With many adapters, T, U and scale
-// are those of the adapter of row m.
+// part of its depth, packed as floats for the microkernel in cpu/brgemm.h; products of bfloat16 have a
+// walk of their own. With many adapters, T, U and scale are those of the adapter of row m.
 #pragma once
 
 #include "cpu/skinny.h"
 
 namespace lora_ext::cpu {
 
-// Columns of a panel. In float it is [depth, 64]; in bfloat16 [depth / 2, 64, 2], with the depth
-// rounded up to an even number and zeros there.
+// Columns of a panel: [depth, 64].
 constexpr int64_t kPanelCols = 64;
 
 // Consecutive rows of a product with one adapter, and their low-rank part.
 struct RowUpdate {
   Range rows;
-  const float* t;  // [rows, u.rank], dense
-  AdapterView u;   // [rank, columns of Y]
+  float* t;       // [rows, u.rank], dense
+  AdapterView u;  // [rank, columns of Y]
   float scale;
+  AdapterView q;  // T = t_scale * mask P q, where the walk makes it
+  float t_scale;
 };
 
 // Where a tile is stored, and what is added to it. Row m of the product is row rows[m] of P, of Y
@@ -38,15 +39,6 @@ struct TileArgs {
   MaskBits mask{};  // of all rows of the product, drawn before, if it walks on tiles
 };
 
-// The update of all rows, if a walk on tiles makes its T as it packs P: with the bits of shrink,
-// T = scale * mask P Q for this Q.
-struct OwnT {
-  AdapterView q;
-  float scale;
-  MaskBits mask;  // of P, or none
-  float* t;       // [rows, rank], dense
-};
-
 // A strided matrix: element (d, c) of Q.
 struct MatrixView {
   const void* data;
@@ -58,16 +50,38 @@ struct MatrixView {
 struct FusedProduct;  // cpu/fused_product.h
 struct ProductTask;
 
-// A walk of its own over a task, for products of bfloat16: on tiles of the processor.
+// Consecutive tasks of one thread, and its memory.
+struct WalkShare {
+  const ProductTask *begin, *end;
+  char* memory;
+};
+
+// What a walk knows of all tasks: at most so many rows and columns each, and whether each has all rows
+// of its part.
+struct WalkTasks {
+  int64_t rows, cols;
+  bool are_whole;
+};
+
+// A walk of its own over a task, for products of bfloat16: on tiles of the processor, or by
+// vdpbf16ps.
 struct TileWalk {
-  int64_t whole_depth;             // of a deeper product Q is packed for each task
-  int64_t (*cols)(int64_t depth);  // of a task at most
-  // Whether T = P Q of all rows is better made here than by shrink, for so many columns of Y.
+  int64_t block_rows;      // multiplied at a time; tasks have multiples, but the last of a part
+  int64_t least_rows;      // of a Q
+  int64_t least_own_rows;  // of an adapter, on average
+  int64_t most_depth;      // torch's deeper products are faster
+  int64_t least_cols;      // of a task, where there are too few
+  int64_t whole_depth;     // of a deeper product Q is packed for each task
+  // Columns of a task at most, of a part with so many rows at most.
+  int64_t (*cols)(int64_t depth, int64_t rows);
+  // Whether T of all rows is better made here, with the bits of shrink, for so many columns of Y and
+  // one adapter. Null: that of any adapters always is, with bits of its own.
   bool (*makes_t)(int64_t cols, const AdapterView& q, bool is_masked);
-  // What a thread needs for tasks of at most so many rows and columns.
-  int64_t (*bytes)(const FusedProduct& product, int64_t rows, int64_t cols);
-  void (*run)(const FusedProduct& product, const ProductTask* begin, const ProductTask* end,
-              char* memory, int64_t rows, int64_t cols);
+  // What a thread needs.
+  int64_t (*bytes)(const FusedProduct& product, const WalkTasks& tasks);
+  void (*run)(const FusedProduct& product, const WalkTasks& tasks, const WalkShare& share);
+  // Makes T of the tasks' rows before any task runs. Null: tasks make it.
+  void (*make_t)(const FusedProduct& product, const WalkShare& share) = nullptr;
 };
 
 // One table of functions per instruction set, as in skinny.h.
@@ -75,7 +89,6 @@ struct FusedGemmKernels {
   const SkinnyKernels* skinny;
   // Packs at most 64 columns; the panel has zeros in the others.
   void (*pack_float)(const MatrixView& q, Range depth, Range cols, float* panel);
-  void (*pack_bfloat16)(const MatrixView& q, Range depth, Range cols, BFloat16* panel);
   // out[i, d] = float(p[index[rows.begin + i], d]) for d in [0, depth); it writes whole vectors.
   void (*convert)(const void* p, Dtype dtype, int64_t pitch, RowIndex index, Range rows,
                   int64_t depth, float* out, int64_t out_pitch);
@@ -94,6 +107,7 @@ struct FusedGemmKernels {
 // Null if this build or this processor lacks the instruction set.
 const FusedGemmKernels* avx2_fused_gemm();
 const FusedGemmKernels* avx512_fused_gemm();
+const FusedGemmKernels* avx512_bf16_fused_gemm();
 const FusedGemmKernels* amx_fused_gemm();
 
 }  // namespace lora_ext::cpu

@@ -70,13 +70,14 @@ void multiply_parts(const at::Tensor& any_p, const at::Tensor& q,
                     const at::Tensor& out) {
   const Dtype dtype = dtype_of(any_p.scalar_type());
   const RowIndex rows = low_rank.rows;
-  const at::Tensor p = panel == dtype && rows.at == nullptr ? with_own_pitch(any_p) : any_p;
+  const bool by_library = dtype == Dtype::kFloat32 && rows.at == nullptr;
+  const at::Tensor p = by_library ? with_own_pitch(any_p) : any_p;
   TileArgs tile{};
   tile.y = out.mutable_data_ptr(), tile.dtype = dtype, tile.y_pitch = out.stride(0);
   tile.dropout = low_rank.dropout, tile.rows = rows, tile.mask = low_rank.mask;
   multiply({*fused_gemm_kernels(), panel, p.const_data_ptr(), dtype, p.stride(0), rows, p.size(1),
             out.size(1), MatrixView{nullptr, dtype, q.stride(0), q.stride(1)}, tile, parts,
-            low_rank.updates, low_rank.own_t ? &*low_rank.own_t : nullptr});
+            low_rank.updates, low_rank.makes_t, low_rank.p_mask});
 }
 
 // bias: of the part, or undefined.

@@ -10,7 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <cstring>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -27,18 +27,17 @@ constexpr int64_t kPanelBytes = 160 << 10;  // at most: a block has up to 640 fl
 constexpr int64_t kPanels = 2;              // of a group, if each uses a tile of P that is copied
 constexpr int64_t kChunkRows = 1024;        // for each chunk the panels are packed anew
 constexpr int64_t kMinChunkRows = 128;
-constexpr int64_t kTileCols = 32, kMinTileCols = 256;  // of a group of a walk on tiles
+constexpr int64_t kBlockCols = 32;  // a walk's groups have multiples
 
 int64_t count_of(Range range) { return range.end - range.begin; }
 
 // The rows of a tile of P are copied where they are converted or not consecutive.
 bool copies(const FusedProduct& product) {
-  return product.p_dtype != product.panel || product.p_rows.at != nullptr;
+  return product.p_dtype != Dtype::kFloat32 || product.p_rows.at != nullptr;
 }
 
 int64_t block_depth(const FusedProduct& product) {
-  const auto bytes = static_cast<int64_t>(element_size(product.panel));
-  const int64_t most = kPanelBytes / (kPanelCols * bytes);
+  const int64_t most = kPanelBytes / (kPanelCols * static_cast<int64_t>(sizeof(float)));
   const int64_t even = divide_up(product.depth, divide_up(product.depth, most));
   return std::min(product.depth, round_up(even, kCacheLine));
 }
@@ -46,6 +45,7 @@ int64_t block_depth(const FusedProduct& product) {
 struct Tasks {
   int64_t width = kPanelCols;  // of a group
   int64_t chunk_rows = kRowsOfTile;
+  bool are_whole = false;  // each has all rows of its part
   std::vector<ProductTask> each{};
 };
 
@@ -54,14 +54,16 @@ struct Tasks {
 Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   int64_t most_rows = 0;
   for (const BasePart& part : product.parts) most_rows = std::max(most_rows, count_of(part.rows));
-  Tasks tasks{copies(product) ? kPanels * kPanelCols : kPanelCols,
-              std::min(kChunkRows, round_up(most_rows, kRowsOfTile))};
   const TileWalk* tiles = product.kernels.walk_of(product.panel);
+  const int64_t block = tiles == nullptr ? kRowsOfTile : tiles->block_rows;
+  const int64_t least_rows = round_up(kMinChunkRows, block);
+  Tasks tasks{copies(product) ? kPanels * kPanelCols : kPanelCols,
+              round_up(std::min(kChunkRows, most_rows), block)};
   int64_t least_width = kPanelCols;
   if (tiles != nullptr) {
-    const int64_t most = tiles->cols(product.depth);
-    tasks.width = round_up(divide_up(product.cols, divide_up(product.cols, most)), kTileCols);
-    least_width = std::min(tasks.width, kMinTileCols);
+    const int64_t most = tiles->cols(product.depth, most_rows);
+    tasks.width = round_up(divide_up(product.cols, divide_up(product.cols, most)), kBlockCols);
+    least_width = std::min(tasks.width, tiles->least_cols);
   }
   const auto count = [&] {
     int64_t chunks = 0;
@@ -73,11 +75,12 @@ Tasks tasks_of(const FusedProduct& product, int64_t threads) {
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   const bool is_deep = tiles != nullptr && product.depth > tiles->whole_depth;
   if (is_deep && count() < wanted) tasks.width = least_width;
-  while (count() < (is_deep ? wanted / 2 : wanted) && tasks.chunk_rows > kMinChunkRows) {
-    tasks.chunk_rows = std::max(kMinChunkRows, round_up(tasks.chunk_rows / 2, kRowsOfTile));
+  while (count() < (is_deep ? wanted / 2 : wanted) && tasks.chunk_rows > least_rows) {
+    tasks.chunk_rows = round_up(std::max(least_rows, tasks.chunk_rows / 2), block);
   }
   if (count() < wanted) tasks.width = least_width;
   const int64_t width = tasks.width;
+  tasks.are_whole = tasks.chunk_rows >= most_rows;
   for (const BasePart& part : product.parts) {
     for (int64_t col = 0; col < product.cols; col += width) {
       const Range cols{col, std::min(col + width, product.cols)};
@@ -93,7 +96,7 @@ Tasks tasks_of(const FusedProduct& product, int64_t threads) {
 
 // The memory of one thread, in bytes from its start; each is a multiple of 64.
 struct Layout {
-  int64_t panel;     // [block_depth, 64], one for each panel of a group
+  int64_t panel;     // [block_depth, 64] of floats, one for each panel of a group
   int64_t update;    // U of an adapter, the columns of a panel; the same
   int64_t sums;      // [panels of a group, chunk_rows, 64]; one tile if the depth is one block
   int64_t copied;    // [64, copied_pitch], or nothing
@@ -103,12 +106,12 @@ struct Layout {
 
   Layout(const FusedProduct& product, const Tasks& tasks) {
     constexpr int64_t kTile = kRowsOfTile * kPanelCols * sizeof(float);
-    const int64_t depth = round_up(block_depth(product), 2);
+    const int64_t depth = block_depth(product);
     int64_t rank = 0;
     for (const RowUpdate& update : product.updates) rank = std::max(rank, update.u.rank);
     const bool is_whole = block_depth(product) >= product.depth;
     panels = tasks.width / kPanelCols;
-    panel = depth * kPanelCols * static_cast<int64_t>(element_size(product.panel));
+    panel = depth * kPanelCols * static_cast<int64_t>(sizeof(float));
     update = round_up(product.kernels.skinny->expand_panel_bytes(rank, kPanelCols), 64);
     sums = is_whole ? kTile : kTile / kRowsOfTile * panels * tasks.chunk_rows;
     copied_pitch = round_up(depth, kCacheLine);
@@ -119,14 +122,12 @@ struct Layout {
 };
 
 // C (+)= A B for up to 64 rows. The library keeps a kernel for each number of rows: these are 7.
-void multiply_rows(Dtype dtype, int64_t rows, int64_t depth, const char* a, int64_t a_pitch,
-                   const char* panel, bool add, float* sums) {
-  const auto bytes = static_cast<int64_t>(element_size(dtype));
+void multiply_rows(int64_t rows, int64_t depth, const float* a, int64_t a_pitch, const float* panel,
+                   bool add, float* sums) {
   int64_t row = 0;
   for (int64_t count = kRowsOfTile; row < rows; count /= 2) {
     for (; rows - row >= count; row += count) {
-      multiply_panel(dtype, count, depth, a + row * a_pitch * bytes, a_pitch, panel, add,
-                     sums + row * kPanelCols);
+      multiply_panel(count, depth, a + row * a_pitch, a_pitch, panel, add, sums + row * kPanelCols);
     }
   }
 }
@@ -141,8 +142,8 @@ class Worker {
         panels_(memory),
         updates_(panels_ + layout.panels * layout.panel),
         sums_(reinterpret_cast<float*>(updates_ + layout.panels * layout.update)),
-        copied_(reinterpret_cast<char*>(sums_) + layout.sums),
-        low_rank_(reinterpret_cast<float*>(copied_ + layout.copied)) {}
+        copied_(reinterpret_cast<float*>(reinterpret_cast<char*>(sums_) + layout.sums)),
+        low_rank_(reinterpret_cast<float*>(reinterpret_cast<char*>(copied_) + layout.copied)) {}
 
   void run(const ProductTask& task) {
     const std::pair<const BasePart*, int64_t> group{task.part, task.cols.begin};
@@ -159,7 +160,9 @@ class Worker {
   }
 
  private:
-  char* panel(int64_t index) const { return panels_ + index * layout_.panel; }
+  float* panel(int64_t index) const {
+    return reinterpret_cast<float*>(panels_ + index * layout_.panel);
+  }
 
   static Range panel_cols(Range cols, int64_t index) {
     const int64_t first = cols.begin + index * kPanelCols;
@@ -170,13 +173,7 @@ class Worker {
     MatrixView q = product_.q;
     q.data = part.q;
     for (int64_t i = 0; i * kPanelCols < count_of(cols); ++i) {
-      if (product_.panel == Dtype::kBFloat16) {
-        product_.kernels.pack_bfloat16(q, depth, panel_cols(cols, i),
-                                       reinterpret_cast<BFloat16*>(panel(i)));
-      } else {
-        product_.kernels.pack_float(q, depth, panel_cols(cols, i),
-                                    reinterpret_cast<float*>(panel(i)));
-      }
+      product_.kernels.pack_float(q, depth, panel_cols(cols, i), panel(i));
     }
   }
 
@@ -184,15 +181,14 @@ class Worker {
   void multiply(const ProductTask& task, Range rows, Range depth) {
     const bool is_first = depth.begin == 0, is_last = depth.end == product_.depth;
     int64_t a_pitch = product_.p_pitch;
-    const char* a = rows_of_p(rows, depth, a_pitch);
+    const float* a = rows_of_p(rows, depth, a_pitch);
     for (int64_t i = 0; i * kPanelCols < count_of(task.cols); ++i) {
       const Range cols = panel_cols(task.cols, i);
       float* sums = sums_;
       if (!is_first || !is_last) {
         sums += (i * chunk_rows_ + rows.begin - task.rows.begin) * kPanelCols;
       }
-      multiply_rows(product_.panel, count_of(rows), count_of(depth), a, a_pitch, panel(i),
-                    !is_first, sums);
+      multiply_rows(count_of(rows), count_of(depth), a, a_pitch, panel(i), !is_first, sums);
       if (!is_last) continue;
       TileArgs tile = product_.tile;
       tile.bias = task.part->bias;
@@ -201,25 +197,16 @@ class Worker {
     }
   }
 
-  // Rows of P in the panels' dtype; a_pitch is set if they are a copy.
-  const char* rows_of_p(Range rows, Range depth, int64_t& a_pitch) const {
-    const auto bytes = static_cast<int64_t>(element_size(product_.p_dtype));
-    const auto at = [&](int64_t row) {
-      const int64_t element = product_.p_rows[row] * product_.p_pitch + depth.begin;
-      return static_cast<const char*>(product_.p) + element * bytes;
-    };
-    if (!copies(product_)) return at(rows.begin);
-    a_pitch = layout_.copied_pitch;
-    if (product_.p_dtype == product_.panel) {
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        char* to = copied_ + (row - rows.begin) * a_pitch * bytes;
-        std::memcpy(to, at(row), static_cast<size_t>(count_of(depth) * bytes));
-      }
-    } else {
-      const char* first = static_cast<const char*>(product_.p) + depth.begin * bytes;
-      product_.kernels.convert(first, product_.p_dtype, product_.p_pitch, product_.p_rows, rows,
-                               count_of(depth), reinterpret_cast<float*>(copied_), a_pitch);
+  // Rows of P as floats; a_pitch is set if they are a copy.
+  const float* rows_of_p(Range rows, Range depth, int64_t& a_pitch) const {
+    if (!copies(product_)) {
+      return static_cast<const float*>(product_.p) + rows.begin * a_pitch + depth.begin;
     }
+    const int64_t skipped = depth.begin * static_cast<int64_t>(element_size(product_.p_dtype));
+    a_pitch = layout_.copied_pitch;
+    product_.kernels.convert(static_cast<const char*>(product_.p) + skipped, product_.p_dtype,
+                             product_.p_pitch, product_.p_rows, rows, count_of(depth), copied_,
+                             a_pitch);
     return copied_;
   }
 
@@ -260,14 +247,62 @@ class Worker {
   const Layout& layout_;
   int64_t chunk_rows_, block_depth_;
   char *panels_, *updates_;
-  float* sums_;
-  char* copied_;
-  float* low_rank_;
+  float *sums_, *copied_, *low_rank_;
   // What is in the buffers: the group whose panels, of the whole depth, and for each panel of the
   // group the update; each with its first column.
   std::pair<const BasePart*, int64_t> packed_{};
   std::pair<const RowUpdate*, int64_t> packed_updates_[kPanels] = {};
 };
+
+// Runs tasks on threads, each with its memory.
+void run_shares(const std::vector<ProductTask>& tasks, int64_t threads, int64_t bytes, char* memory,
+                const std::function<void(const WalkShare&)>& run) {
+  const std::vector<size_t> firsts = shares_of(tasks, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const ProductTask* own = tasks.data() + firsts[static_cast<size_t>(thread)];
+      run({own, tasks.data() + firsts[static_cast<size_t>(thread) + 1], memory + thread * bytes});
+    }
+  });
+}
+
+void walk_panels(const FusedProduct& product, const Tasks& tasks, int64_t threads) {
+  const Layout layout(product, tasks);
+  const at::Tensor memory = at::empty({threads * layout.bytes()}, at::kByte);
+  run_shares(tasks.each, threads, layout.bytes(), static_cast<char*>(memory.mutable_data_ptr()),
+             [&](const WalkShare& share) {
+               Worker worker(product, tasks, layout, share.memory);
+               for (const ProductTask* task = share.begin; task != share.end; ++task) {
+                 worker.run(*task);
+               }
+             });
+}
+
+// The rows of all parts, for a walk that makes T of them.
+std::vector<ProductTask> rows_of_all(const FusedProduct& product, int64_t block) {
+  std::vector<ProductTask> found;
+  for (const BasePart& part : product.parts) {
+    for (int64_t row = part.rows.begin; row < part.rows.end; row += block) {
+      const Range rows{row, std::min(row + block, part.rows.end)};
+      found.push_back({&part, rows, {}, count_of(rows)});
+    }
+  }
+  return found;
+}
+
+void walk_tiles(const FusedProduct& product, const TileWalk& walk, const Tasks& tasks,
+                int64_t threads) {
+  const WalkTasks all{tasks.chunk_rows, tasks.width, tasks.are_whole};
+  const int64_t bytes = walk.bytes(product, all);
+  const at::Tensor memory = at::empty({threads * bytes}, at::kByte);
+  char* first = static_cast<char*>(memory.mutable_data_ptr());
+  if (product.makes_t && walk.make_t != nullptr) {
+    run_shares(rows_of_all(product, walk.block_rows), threads, bytes, first,
+               [&](const WalkShare& share) { walk.make_t(product, share); });
+  }
+  run_shares(tasks.each, threads, bytes, first,
+             [&](const WalkShare& share) { walk.run(product, all, share); });
+}
 
 }  // namespace
 
@@ -278,27 +313,8 @@ void multiply(const FusedProduct& product) {
   const Tasks tasks = tasks_of(product, threads);
   const int64_t used = std::min(threads, static_cast<int64_t>(tasks.each.size()));
   if (used == 0) return;
-  const Layout layout(product, tasks);
-  const TileWalk* tiles = product.kernels.walk_of(product.panel);
-  const int64_t bytes =
-      tiles == nullptr ? layout.bytes() : tiles->bytes(product, tasks.chunk_rows, tasks.width);
-  const at::Tensor memory = at::empty({used * bytes}, at::kByte);
-  char* first = static_cast<char*>(memory.mutable_data_ptr());
-  const std::vector<size_t> firsts = shares_of(tasks.each, used);
-  at::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
-    const PanelProducts products(product.panel);
-    for (int64_t thread = begin; thread < end; ++thread) {
-      char* own = first + thread * bytes;
-      const ProductTask* from = tasks.each.data() + firsts[static_cast<size_t>(thread)];
-      const ProductTask* to = tasks.each.data() + firsts[static_cast<size_t>(thread) + 1];
-      if (tiles != nullptr) {
-        tiles->run(product, from, to, own, tasks.chunk_rows, tasks.width);
-        continue;
-      }
-      Worker worker(product, tasks, layout, own);
-      for (; from != to; ++from) worker.run(*from);
-    }
-  });
+  const TileWalk* walk = product.kernels.walk_of(product.panel);
+  walk == nullptr ? walk_panels(product, tasks, used) : walk_tiles(product, *walk, tasks, used);
 }
 
 }  // namespace lora_ext::cpu

@@ -29,7 +29,8 @@ struct FusedProduct {
   TileArgs tile;                          // bias and low_rank are set for each tile
   const std::vector<BasePart>& parts;     // in the order of their rows, without gaps
   const std::vector<RowUpdate>& updates;  // in the order of their rows; others have none
-  const OwnT* own_t = nullptr;            // T of the only update, where a walk on tiles makes it
+  bool makes_t = false;                   // the walk makes T of all updates
+  MaskBits p_mask{};                      // of P in T, or none
 };
 
 // A part's rows by columns of Y, for one thread.

@@ -31,8 +31,8 @@ constexpr int64_t kHighRank = 32;
 
 // Rows of an adapter, on average, from which on its low-rank part is computed in the tiles: fewer do
 // not pay for packing 64 columns of a factor. With 8 rows for each of 32 adapters at K = N = 1024
-// both ways take the same time; on tiles of 32 rows, at 2048, one pass took 2.0 of merged, passes 1.7.
-constexpr int64_t kFusedRows = 8, kFusedTileRows = 32;
+// both ways take the same time.
+constexpr int64_t kFusedRows = 8;
 
 // One adapter is read in the original layout with unit stride along the columns of lora_a or its
 // rank, and along the rank of lora_b.
@@ -82,14 +82,15 @@ std::optional<Dtype> Groups::panel_of(const at::Tensor& p, const Base& base, boo
                                       const Experts* experts) const {
   // Any rows of batch-invariant calls are rounded once, as those of one adapter are.
   const bool is_invariant = base.row_block != 0;
-  const bool has_rows = rows() >= kFusedRows * static_cast<int64_t>(segments().size());
-  if (!is_one() && !has_rows && !is_invariant) return {};
+  const auto has_rows = [&](int64_t of_each) {
+    return is_one() || is_invariant || rows() >= of_each * static_cast<int64_t>(segments().size());
+  };
+  if (!has_rows(kFusedRows)) return {};
   // The rows of an expert stay together only in their own order, where an update has a few each.
   if (keeps_order_ && !is_invariant && !are_consecutive()) return {};
   const std::optional<Dtype> panel = fused_panel(p, base, experts, is_forward);
-  // Tiles of 32 rows with several adapters multiply each adapter's U by all of them.
-  const bool fills = is_one() || rows() >= kFusedTileRows * static_cast<int64_t>(segments().size());
-  return panel && (fills || tile_walk(*panel) == nullptr) ? panel : std::nullopt;
+  const TileWalk* walk = panel ? tile_walk(*panel) : nullptr;
+  return walk == nullptr || has_rows(walk->least_own_rows) ? panel : std::nullopt;
 }
 
 Passes Groups::passes(const Segment& segment) const {

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/fused_product.h"
 #include "cpu/skinny.h"
@@ -43,6 +44,8 @@ namespace {
 // clang-format off
 #include "cpu/simd_avx512_dropout.h"
 #include "cpu/wgrad_store.h"
+#include "cpu/pairs.h"
+#include "cpu/pair_panels.h"
 #include "cpu/amx_tiles.h"
 #include "cpu/amx_shrink.h"
 #include "cpu/amx_expand.h"
@@ -71,7 +74,9 @@ constexpr SkinnyKernels kKernels = {"amx",
                                     nullptr,
                                     dropout_bits<AmxDropout>};
 
-constexpr TileWalk kTileWalk = {kWholeSteps * kTileDepth, product_cols, makes_t, product_bytes,
+constexpr TileWalk kTileWalk = {kRowBlock,    kTileLeastRows, kTileLeastRows,
+                                INT64_MAX,    kTileLeastCols, kWholeSteps * kTileDepth,
+                                product_cols, makes_t,        product_bytes,
                                 run_product};
 
 }  // namespace

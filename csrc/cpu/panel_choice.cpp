@@ -71,8 +71,9 @@ std::optional<Dtype> faster_panel(const ProductKind& kind, int64_t rows) {
   if (const auto measured = measured_panel(kind, rows)) return *measured;
   const std::optional<Dtype> panel = panel_dtype(kind.dtype);
   const bool is_copied = panel && *panel != kind.dtype && !kind.transposed;
-  const bool on_tiles = panel && tile_walk(*panel) != nullptr;
-  const int64_t least = on_tiles && panels_are_auto() ? kMinTileRows : kMinPanelRows;
+  const TileWalk* walk = panel && panels_are_auto() ? tile_walk(*panel) : nullptr;
+  if (walk != nullptr && kind.depth > walk->most_depth) return {};
+  const int64_t least = walk == nullptr ? kMinPanelRows : walk->least_rows;
   return is_copied || rows >= least ? panel : std::nullopt;
 }
 

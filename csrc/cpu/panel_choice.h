@@ -25,8 +25,6 @@ using MeasuredPanels = ByRows<std::optional<Dtype>>;  // nullopt: torch's produc
 // and 4096 x 4096 panels took 0.97 to 1.14 of its time, at 16 rows 0.80. Halves that are converted
 // and not transposed took 0.97 to 1.06 even with one row: the base's product alone, then passes.
 constexpr int64_t kMinPanelRows = 8;
-// On AMX tiles: at 16 rows of 1024 -> 4096 a forward took 1.2 times that by passes, at 32 rows 0.86.
-constexpr int64_t kMinTileRows = 32;
 
 // The dtype of the panels if they are the faster way to P Q, with this number of rows for each Q.
 std::optional<Dtype> faster_panel(const ProductKind& kind, int64_t rows);

@@ -94,16 +94,16 @@ inline at::Tensor drawn_mask(const Dropout& dropout, RowIndex index, int64_t row
   return mask;
 }
 
-// T = P Q of all rows, if the product in one pass that reads P, of so many columns, makes it itself.
-inline std::optional<OwnT> own_t_of(const Groups& groups, const Experts* experts, int64_t cols,
-                                    const at::Tensor& t, bool is_forward) {
+// Whether the product in one pass that reads P, of so many columns, makes T of all rows itself.
+inline bool makes_own_t(const Groups& groups, const Experts* experts, int64_t cols,
+                        bool is_forward) {
   const TileWalk* walk = groups.panel() ? tile_walk(*groups.panel()) : nullptr;
-  if (walk == nullptr || !groups.is_one() || experts != nullptr) return {};
+  if (walk == nullptr) return false;
+  if (walk->makes_t == nullptr) return true;
+  if (!groups.is_one() || experts != nullptr) return false;
   const Segment& all = groups.segments()[0];
   const AdapterView q = is_forward ? groups.a(all) : groups.b(all);
-  if (!walk->makes_t(cols, q, is_forward && groups.dropout().enabled())) return {};
-  const float scale = is_forward ? groups.keep_scale() : groups.scaling(all);
-  return OwnT{q, scale, {}, t.mutable_data_ptr<float>()};
+  return walk->makes_t(cols, q, is_forward && groups.dropout().enabled());
 }
 
 // T U of all segments, in the order of Groups::order_of_all; T is stored by dense parts.
@@ -115,10 +115,14 @@ inline LowRank low_rank_of(const Groups& groups, const std::vector<int32_t>& ord
       end = order.empty() ? groups.end_of_run(segment, row) : segment.count;
       const int64_t first =
           order.empty() ? groups.rows_of(segment, {row, end}).first : segment.begin;
+      const AdapterView factors[] = {groups.a(segment), groups.b(segment)};
+      const float scales[] = {groups.keep_scale(), groups.scaling(segment)};
       found.updates.push_back({{first, first + end - row},
                                Groups::dense_part(t, segment, row),
-                               is_forward ? groups.b(segment) : groups.a(segment),
-                               is_forward ? groups.scaling(segment) : groups.keep_scale()});
+                               factors[is_forward],
+                               scales[is_forward],
+                               factors[!is_forward],
+                               scales[!is_forward]});
     }
   }
   std::sort(found.updates.begin(), found.updates.end(),

@@ -34,37 +34,6 @@ void pack_float_panel(const MatrixView& q, Range depth, Range cols, float* panel
   });
 }
 
-// panel[d / 2][c][d % 2] = Q(d, c), [depth / 2, 64, 2]. Columns whose elements are contiguous are
-// transposed two elements at a time, as floats that nothing computes with.
-template <class Isa>
-void pack_bfloat16_panel(const MatrixView& q, Range depth, Range cols, BFloat16* panel) {
-  const int64_t rows = depth.end - depth.begin, width = cols.end - cols.begin;
-  const int64_t padded = round_up(rows, 2);
-  if (width < kPanelCols || padded != rows) {
-    std::fill_n(panel, padded * kPanelCols, BFloat16{0});
-  }
-  const auto* in =
-      element<BFloat16>(q.data, depth.begin * q.depth_pitch + cols.begin * q.col_pitch);
-  int64_t d = 0;
-  if (q.depth_pitch == 1 && q.col_pitch % 2 == 0) {
-    d = rows / 2 * 2;
-    transpose_rows<Isa>(reinterpret_cast<const float*>(in), q.col_pitch / 2, width, rows / 2,
-                        reinterpret_cast<float*>(panel), kPanelCols);
-  } else if (q.col_pitch == 1) {
-    for (; d + 2 <= rows; d += 2) {
-      const BFloat16 *even = in + d * q.depth_pitch, *odd = even + q.depth_pitch;
-      prefetch_later_row(even, q.depth_pitch, width);
-      prefetch_later_row(odd, q.depth_pitch, width);
-      BFloat16* out = panel + d * kPanelCols;
-      for (int64_t c = 0; c < width; ++c) out[2 * c] = even[c], out[2 * c + 1] = odd[c];
-    }
-  }
-  for (; d < rows; ++d) {
-    BFloat16* out = panel + d / 2 * 2 * kPanelCols + d % 2;
-    for (int64_t c = 0; c < width; ++c) out[2 * c] = in[d * q.depth_pitch + c * q.col_pitch];
-  }
-}
-
 template <class Isa>
 void convert_any(const void* p, Dtype dtype, int64_t pitch, RowIndex index, Range rows,
                  int64_t depth, float* out, int64_t out_pitch) {
@@ -136,6 +105,5 @@ void store_tile_any(const TileArgs& args, const float* sums, Range rows, Range c
 
 template <class Isa>
 constexpr FusedGemmKernels make_fused_gemm(const SkinnyKernels* skinny) {
-  return {skinny,           pack_float_panel<Isa>, pack_bfloat16_panel<Isa>,
-          convert_any<Isa>, low_rank_tile<Isa>,    store_tile_any<Isa>};
+  return {skinny, pack_float_panel<Isa>, convert_any<Isa>, low_rank_tile<Isa>, store_tile_any<Isa>};
 }

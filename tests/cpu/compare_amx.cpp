@@ -164,14 +164,16 @@ bool equal(const Results& a, const Results& b) {
 }
 
 struct ProductCase {
+  const FusedGemmKernels& kernels;
   int64_t rows, depth, cols, rank;
   bool float_adapter, scattered, drop, along_depth, has_bias, many;
 };
 
 // Tasks of two ranges of rows and columns.
 void run_walk(const FusedProduct& product, int64_t rows) {
+  const TileWalk& walk = *product.kernels.tiles;
   std::vector<ProductTask> tasks;
-  const int64_t cut = std::min<int64_t>(product.cols, 64), half = std::min<int64_t>(rows, 32);
+  const int64_t cut = std::min<int64_t>(product.cols, 64), half = std::min(rows, walk.block_rows);
   for (const Range own_cols : {Range{0, cut}, Range{cut, product.cols}}) {
     for (const Range own_rows : {Range{0, half}, Range{half, rows}}) {
       if (own_rows.begin < own_rows.end && own_cols.begin < own_cols.end) {
@@ -179,10 +181,14 @@ void run_walk(const FusedProduct& product, int64_t rows) {
       }
     }
   }
-  const TileWalk& walk = *product.kernels.tiles;
-  Bytes memory(walk.bytes(product, rows, product.cols));
-  walk.run(product, tasks.data(), tasks.data() + tasks.size(), static_cast<char*>(memory.at()),
-           rows, product.cols);
+  const WalkTasks all{rows, product.cols, false};
+  Bytes memory(walk.bytes(product, all));
+  const WalkShare share{tasks.data(), tasks.data() + tasks.size(), static_cast<char*>(memory.at())};
+  if (product.makes_t && walk.make_t != nullptr) {
+    const ProductTask whole{product.parts.data(), {0, rows}, {}, 1};
+    walk.make_t(product, {&whole, &whole + 1, share.memory});
+  }
+  walk.run(product, all, share);
 }
 
 bool same(const std::vector<BFloat16>& a, const std::vector<BFloat16>& b) {
@@ -205,7 +211,6 @@ struct Drawn {
 
 // T by the walk, of a masked P or for a masked Y, beside T by shrink.
 bool own_t_is_right(const ProductCase& c) {
-  const FusedGemmKernels& kernels = *amx_fused_gemm();
   const Operands x({c.rows, c.depth, c.rank, c.float_adapter, false, c.drop, c.along_depth});
   const Operands u({c.rows, c.cols, c.rank, c.float_adapter, false, c.drop, false});
   const auto q = halves(c.depth * c.cols, 2);
@@ -214,7 +219,6 @@ bool own_t_is_right(const ProductCase& c) {
   const Drawn mask_of_p(of_p, {}, c.rows, c.depth), mask_of_y(of_y, {}, c.rows, c.cols);
   const std::vector<BasePart> parts{{{0, c.rows}, q.data(), nullptr}};
   std::vector<float> t(static_cast<size_t>(c.rows * c.rank)), own(t.size());
-  const std::vector<RowUpdate> updates{{{0, c.rows}, t.data(), u.view(), 0.5f}};
   Bytes panel(amx_kernels()->shrink_panel_bytes(c.rank, c.depth));
   Bytes work(amx_kernels()->shrink_bytes(c.rank));
   amx_kernels()->pack_shrink(x.view(), panel.at());
@@ -232,20 +236,20 @@ bool own_t_is_right(const ProductCase& c) {
                          work.at()},
                         {0, c.rows});
   std::vector<BFloat16> y(u.y), y_of_own(u.y);
-  const OwnT made{x.view(), 2.0f, mask_of_p.bits, own.data()};
   for (const bool is_own : {false, true}) {
     TileArgs tile{(is_own ? y_of_own : y).data(), Dtype::kBFloat16, c.cols};
     tile.dropout = of_y, tile.mask = mask_of_y.bits;
-    run_walk({kernels, Dtype::kBFloat16, x.p.data(), Dtype::kBFloat16, c.depth, RowIndex{}, c.depth,
-              c.cols, MatrixView{nullptr, Dtype::kBFloat16, c.cols, 1}, tile, parts, updates,
-              is_own ? &made : nullptr},
+    const std::vector<RowUpdate> updates{
+        {{0, c.rows}, (is_own ? own : t).data(), u.view(), 0.5f, x.view(), 2.0f}};
+    run_walk({c.kernels, Dtype::kBFloat16, x.p.data(), Dtype::kBFloat16, c.depth, RowIndex{},
+              c.depth, c.cols, MatrixView{nullptr, Dtype::kBFloat16, c.cols, 1}, tile, parts,
+              updates, is_own, is_own ? mask_of_p.bits : MaskBits{}},
              c.rows);
   }
   return same(y, y_of_own) && t == own;
 }
 
 bool product_is_right(const ProductCase& c) {
-  const FusedGemmKernels& kernels = *amx_fused_gemm();
   const Operands o({c.rows, c.cols, c.rank, c.float_adapter, c.scattered, c.drop, false});
   const int64_t all_rows = c.rows + kExtraRows, pitch = c.depth + 3;
   const auto p = halves(all_rows * pitch, 2), q = halves(c.depth * c.cols, 2),
@@ -257,10 +261,11 @@ bool product_is_right(const ProductCase& c) {
   TileArgs tile{y.data(), Dtype::kBFloat16, c.cols,    nullptr,
                 nullptr,  o.dropout(),      o.index(), mask.bits};
   const std::vector<BasePart> parts{{{0, c.rows}, q.data(), c.has_bias ? bias.data() : nullptr}};
+  std::vector<float> t(o.t);
   std::vector<RowUpdate> updates;
   const auto update = [&](int64_t begin, int64_t end, float scale) {
     if (begin < end)
-      updates.push_back({{begin, end}, o.t.data() + begin * c.rank, o.view(), scale});
+      updates.push_back({{begin, end}, t.data() + begin * c.rank, o.view(), scale, {}, 0.0f});
   };
   if (c.many) {
     update(0, c.rows / 5, 0.5f), update(c.rows / 5, c.rows / 3, 2.0f);
@@ -268,12 +273,12 @@ bool product_is_right(const ProductCase& c) {
   } else {
     update(0, c.rows, 0.5f);
   }
-  const FusedProduct product{kernels,  Dtype::kBFloat16,
-                             p.data(), Dtype::kBFloat16,
-                             pitch,    o.index(),
-                             c.depth,  c.cols,
-                             view,     tile,
-                             parts,    updates};
+  const FusedProduct product{c.kernels, Dtype::kBFloat16,
+                             p.data(),  Dtype::kBFloat16,
+                             pitch,     o.index(),
+                             c.depth,   c.cols,
+                             view,      tile,
+                             parts,     updates};
   run_walk(product, c.rows);
 
   const AdapterView u = o.view();
@@ -304,14 +309,15 @@ bool product_is_right(const ProductCase& c) {
   return same(y, wanted);
 }
 
-void compare_products(int& cases, int& wrong, int every, bool ends_early) {
+void compare_products(const FusedGemmKernels& kernels, int& cases, int& wrong, int every,
+                      bool ends_early) {
   for (const int64_t rows : {1, 33, 70}) {
     for (const int64_t depth : {1, 33, 700, 1600}) {
       for (const int64_t cols : {1, 33, 130}) {
         for (int flags = 0; flags < 64; ++flags) {
           const auto is = [&](int flag) { return (flags >> flag & 1) != 0; };
-          const ProductCase c{rows,  depth, cols,  is(0) ? 17 : 5, is(1),
-                              is(2), is(3), is(4), is(5),          is(0) != is(3)};
+          const ProductCase c{kernels, rows,  depth, cols,  is(0) ? 17 : 5, is(1),
+                              is(2),   is(3), is(4), is(5), is(0) != is(3)};
           if (++cases % every != 0) continue;
           const bool has_own_t = !c.many && !c.scattered;
           if (product_is_right(c) && (!has_own_t || own_t_is_right(c))) continue;
@@ -358,7 +364,8 @@ int main(int count, char** arguments) {
       }
     }
   }
-  compare_products(cases, wrong, every, ends_early);
+  compare_products(*amx_fused_gemm(), cases, wrong, every, ends_early);
+  compare_products(*avx512_bf16_fused_gemm(), cases, wrong, every, ends_early);
   std::printf("%d cases, %d differ\n", cases, wrong);
   return wrong == 0 ? 0 : 1;
 }

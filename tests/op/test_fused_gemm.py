@@ -241,8 +241,8 @@ CHILD = """
 import torch, lora_ext
 from lora_ext import _C
 from test_fused_gemm import BF16, F16, F32, make_problem, run_integers
-if _C.cpu_isa() == "amx":
-    _C.set_cpu_isa("avx512")  # tiles are no product of the library
+if _C.cpu_isa() in ("amx", "avx512_bf16"):
+    _C.set_cpu_isa("avx512")  # walks of our own, whose products are not the library's
 for name in ("auto", "float32", "bfloat16"):
     _C.set_cpu_panels(name)
     for dtype in (F32, BF16, F16):
@@ -254,7 +254,8 @@ for name in ("auto", "float32", "bfloat16"):
 @pytest.mark.skipif("avx2" not in _C.available_cpu_isas(), reason="the library has no limit here")
 @pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
 def test_a_processor_without_products_of_halves(limit):
-    """The library's kernels as on an older processor: those of bfloat16 raise, and are not used."""
+    """The library's kernels as on an older processor; without a walk of our own none are offered
+    for bfloat16."""
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": limit}
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
     env["PYTHONPATH"] = os.pathsep.join(paths)
@@ -308,6 +309,17 @@ def test_rows_have_the_bits_of_a_call_with_their_adapter_alone(panels, pair, kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_adapters_on_integers_are_exact(panels, pair, kind):
     many = make_many(203, 95, 129, (5, 1, 17), pair, kind=kind, integers=2)
+    exact = run_loop(many, dtype=F64)
+    for name, value in run_many(many).items():
+        assert torch.equal(value, exact[name].to(value.dtype)), name
+
+
+@cases
+def test_factors_that_are_views_of_one_matrix(panels, pair):
+    """One adapter's have the address of the other's, and not its pitch: a pack is of one alone."""
+    many = make_many(96, 64, 48, (16, 16), pair, integers=2)
+    wide, tall = (torch.randint(-2, 3, sizes).to(pair[1]) for sizes in ((16, 128), (96, 16)))
+    many = replace(many, lora_a=[wide[:, :64], wide[:, ::2]], lora_b=[tall[:48], tall[::2]])
     exact = run_loop(many, dtype=F64)
     for name, value in run_many(many).items():
         assert torch.equal(value, exact[name].to(value.dtype)), name

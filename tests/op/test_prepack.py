@@ -64,12 +64,15 @@ def test_packed_agrees_with_unpacked(isa, pair, backward, bias, dropout_p, sizes
     plain = run_ours(problem, dropout_p)
     with_pack = run_ours(problem, dropout_p, weight=packed)
     exact = run_float64(problem, *masked(problem, dropout_p))
-    for name in ("y", "dx"):
+    of_base, of_adapter = ("y", "dx"), ("dlora_a", "dlora_b")
+    # The base product has no part in these, but its walk by vdpbf16ps makes S and dS itself.
+    makes_s = isa == "avx512_bf16" and pair[0] is BF16
+    for name in of_base + of_adapter * makes_s:
         wanted = getattr(exact, name)
         floor = 4 * torch.finfo(F32).eps * wanted.abs().max().item()
         bound = 2 * max_error(getattr(plain, name), wanted) + floor
         assert max_error(getattr(with_pack, name), wanted) <= bound, name
-    for name in ("dlora_a", "dlora_b"):  # the base product has no part in them
+    for name in () if makes_s else of_adapter:
         assert torch.equal(getattr(with_pack, name), getattr(plain, name)), name
 
 

@@ -17,7 +17,9 @@ SHOWN = dict(
 
 def kept(text):
     """Words alone: numbers, spaces of tables, kernels and their products are those of a machine."""
-    of_kernels = r"(?:amx|avx512|avx2|portable) kernels(?: in one pass, products in \w+)?"
+    of_kernels = (
+        r"(?:amx|avx512_bf16|avx512|avx2|portable) kernels(?: in one pass, products in \w+)?"
+    )
     return re.sub(rf"{of_kernels}|[-\d.]+|\s+", " ", text).split()
 
 

@@ -86,8 +86,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_panel_rule",
       [](const at::ScalarType& dtype, const std::set<std::string>& features) {
         const auto has = [&](const char* name) { return features.count(name) != 0; };
-        const cpu::Processor processor{has("intel"),       has("amx"),     has("avx512_fp16"),
-                                       has("avx512_bf16"), has("float32"), has("bfloat16")};
+        const cpu::Processor processor{has("intel"), has("amx"), has("avx512_fp16"), has("float32"),
+                                       has("bfloat16")};
         const lora_ext::Dtype x = lora_ext::dtype_of(dtype);
         std::vector<at::ScalarType> offered;
         for (const auto panel : {lora_ext::Dtype::kFloat32, lora_ext::Dtype::kBFloat16}) {
