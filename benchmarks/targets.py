@@ -161,9 +161,10 @@ def _few_rows() -> list[Target]:
     return found
 
 
-def _many_rows() -> list[Target]:
+def _many_rows(has_amx: bool) -> list[Target]:
     found = []
-    for (rows, width, out), (forward, step) in MANY_ROWS.items():
+    for (rows, width, out), limits in MANY_ROWS.items():
+        forward, step = limits[0 if has_amx else 1]
         where = _single(FORWARD, "bfloat16", width, rows, 0.0, out)
         found.append(Target("ours / merged", forward, time_ratio("ours", "merged"), where))
         where = _single(STEP, "bfloat16", width, rows, DROPOUT, out)
@@ -172,7 +173,13 @@ def _many_rows() -> list[Target]:
 
 
 TARGETS = _targets()
-_ALONE = {"few-rows": _few_rows(), "many-rows": _many_rows()}
+_ALONE = {"few-rows": _few_rows()}
+
+
+def _targets_of(document: Document) -> list[Target]:
+    if document["kind"] == "many-rows":
+        return _many_rows(document["machine"]["lora_ext"].get("cpu_isa") == "amx")
+    return _ALONE.get(document["kind"], TARGETS)
 
 
 def _matches(cell: dict[str, Any], where: dict[str, Any]) -> bool:
@@ -242,5 +249,5 @@ def evaluate(document: Document) -> list[dict[str, Any]]:
                 if result["status"] == "ok" and _matches(result["cell"], target.where)
             ],
         )
-        for target in _ALONE.get(document["kind"], TARGETS)
+        for target in _targets_of(document)
     ]
