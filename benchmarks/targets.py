@@ -173,13 +173,14 @@ def _many_rows(has_amx: bool) -> list[Target]:
 
 
 TARGETS = _targets()
-_ALONE = {"few-rows": _few_rows()}
 
 
 def _targets_of(document: Document) -> list[Target]:
+    if document["kind"] == "few-rows":
+        return _few_rows()
     if document["kind"] == "many-rows":
         return _many_rows(document["machine"]["lora_ext"].get("cpu_isa") == "amx")
-    return _ALONE.get(document["kind"], TARGETS)
+    return TARGETS
 
 
 def _matches(cell: dict[str, Any], where: dict[str, Any]) -> bool:

@@ -111,11 +111,9 @@ class TileWorker {
 
   // T of the rows from m on, and U of the task's columns.
   void pack_update(const RowUpdate& update, int64_t m, Range rows) {
-    AdapterView u = update.u;
-    const int64_t rank = u.rank, first = task_->cols.begin * u.col_pitch;
-    u.data = static_cast<const char*>(u.data) + first * element_size(u.dtype);
-    u.cols = task_->cols.end - task_->cols.begin;
-    if (packed_ != &update) pack_expand(u, u_);
+    const AdapterView& u = update.u;
+    const int64_t rank = u.rank;
+    if (packed_ != &update) pack_expand(part_of(u, {0, rank}, task_->cols), u_);
     packed_ = &update, u_is_half_ = u.dtype == Dtype::kBFloat16;
     t_depth_ = expand_depth(rank, u_is_half_);
     // Rows before the span have no T: a block's first row is row 0.

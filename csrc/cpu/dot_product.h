@@ -140,12 +140,13 @@ inline bool keeps_rows(int64_t depth, int64_t rows) {
 // The memory of a thread that multiplies; the same.
 struct DotMemory {
   int64_t rows, q, u, p, terms, sums, added, pitch;
+  bool keeps;  // rows
 
   DotMemory(const FusedProduct& product, const WalkTasks& tasks) {
     const DotLayout layout(product);
     const int64_t blocks = round_up(tasks.cols, kRowBlock) / kRowBlock;
     const int64_t row_bytes = layout.row() * kHalfBytes;
-    const bool keeps = tasks.are_whole && keeps_rows(product.depth, tasks.rows);
+    keeps = tasks.are_whole && keeps_rows(product.depth, tasks.rows);
     rows = keeps ? round_up(tasks.rows, kDotRows) : kDotRows;
     // Not a power of two: blocks would share lines of a cache.
     pitch = layout.steps * kStepElements + kStepElements / 16;
@@ -175,7 +176,7 @@ class DotWorker {
     terms_ = reinterpret_cast<BFloat16*>(take(sizes.terms));
     sums_ = reinterpret_cast<float*>(take(sizes.sums));
     added_ = reinterpret_cast<float*>(take(sizes.added));
-    pitch_ = sizes.pitch, keeps_rows_ = tasks.are_whole && sizes.rows >= tasks.rows;
+    pitch_ = sizes.pitch, keeps_rows_ = sizes.keeps;
   }
 
   void run(const ProductTask& task) {
@@ -244,11 +245,8 @@ class DotWorker {
 
   // U's columns of the task, packed once for consecutive blocks with this update; the depth of T U.
   int64_t pack_update(const RowUpdate& update) {
-    AdapterView u = update.u;
-    const int64_t first = task_->cols.begin * u.col_pitch;
-    u.data = static_cast<const char*>(u.data) + first * element_size(u.dtype);
-    u.cols = task_->cols.end - task_->cols.begin;
-    if (update_ != &update) pack_expand(u, u_);
+    const AdapterView& u = update.u;
+    if (update_ != &update) pack_expand(part_of(u, {0, u.rank}, task_->cols), u_);
     update_ = &update;
     return u.rank * expand_terms(u.dtype == Dtype::kBFloat16);
   }

@@ -98,11 +98,16 @@ struct FusedGemmKernels {
                         const void* u, float* out);
   // Rounds and stores at most 64 x 64 sums, which have a row pitch of 64.
   void (*store_tile)(const TileArgs& args, const float* sums, Range rows, Range cols);
-  const TileWalk* tiles = nullptr;  // instead of panels of bfloat16
+  const TileWalk* tiles = nullptr;  // of bfloat16
 
   // The walk of a product by these panels, or null: it is by panels.
   const TileWalk* walk_of(Dtype panel) const { return panel == Dtype::kBFloat16 ? tiles : nullptr; }
 };
+
+inline FusedGemmKernels with_walk(FusedGemmKernels kernels, const TileWalk& walk) {
+  kernels.tiles = &walk;
+  return kernels;
+}
 
 // Null if this build or this processor lacks the instruction set.
 const FusedGemmKernels* avx2_fused_gemm();

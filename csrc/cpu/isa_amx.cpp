@@ -113,12 +113,9 @@ const SkinnyKernels* amx_kernels() {
 }
 
 const FusedGemmKernels* amx_fused_gemm() {
-  static const FusedGemmKernels kernels = [] {
-    FusedGemmKernels found = *avx512_fused_gemm();
-    found.tiles = &kTileWalk;
-    return found;
-  }();
-  return amx_kernels() == nullptr ? nullptr : &kernels;
+  if (amx_kernels() == nullptr) return nullptr;
+  static const FusedGemmKernels kernels = with_walk(*avx512_fused_gemm(), kTileWalk);
+  return &kernels;
 }
 
 }  // namespace lora_ext::cpu

@@ -51,11 +51,7 @@ const FusedGemmKernels* avx512_bf16_fused_gemm() {
   static const bool supported =
       __builtin_cpu_supports("avx512bf16") != 0 && avx512_fused_gemm() != nullptr;
   if (!supported) return nullptr;
-  static const FusedGemmKernels kernels = [] {
-    FusedGemmKernels found = *avx512_fused_gemm();
-    found.tiles = &kTileWalk;
-    return found;
-  }();
+  static const FusedGemmKernels kernels = with_walk(*avx512_fused_gemm(), kTileWalk);
   return &kernels;
 }
 

@@ -19,14 +19,6 @@ inline AdapterView view_of(const at::Tensor& adapter, int64_t rank_dim) {
           adapter.size(rank_dim),   adapter.size(1 - rank_dim)};
 }
 
-// A view of some ranks and columns of a factor.
-inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& cols) {
-  const int64_t first = ranks.begin * view.rank_pitch + cols.begin * view.col_pitch;
-  view.data = static_cast<const char*>(view.data) + first * element_size(view.dtype);
-  view.rank = ranks.end - ranks.begin, view.cols = cols.end - cols.begin;
-  return view;
-}
-
 // t = scale * drop(p) Q for the adapter view Q, packed as `panel`, or null for few rows.
 inline ShrinkArgs shrink_args(const at::Tensor& p, const AdapterView& q, const void* panel,
                               double scale, float* t, const Dropout& dropout, RowIndex rows = {}) {

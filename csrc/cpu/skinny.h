@@ -120,6 +120,14 @@ struct Range {
   int64_t end;
 };
 
+// A view of some ranks and columns of a factor.
+inline AdapterView part_of(AdapterView view, const Range& ranks, const Range& cols) {
+  const int64_t first = ranks.begin * view.rank_pitch + cols.begin * view.col_pitch;
+  view.data = static_cast<const char*>(view.data) + first * element_size(view.dtype);
+  view.rank = ranks.end - ranks.begin, view.cols = cols.end - cols.begin;
+  return view;
+}
+
 // Layout of T for a pass: rows starting at multiples of row_granule are packed independently.
 struct TLayout {
   int64_t row_granule;
