@@ -111,7 +111,12 @@ def test_the_tokens_of_a_whole_run_are_those_measured():
 
 
 @pytest.mark.parametrize(
-    ("machine", "kernels"), [("xeon-amx-2-cores", "AMX"), ("epyc-avx512-2-cores", "AVX512_BF16")]
+    ("machine", "kernels"),
+    [
+        ("xeon-amx-2-cores", "AMX"),
+        ("epyc-avx512-2-cores", "AVX512_BF16"),
+        ("epyc-zen5-2-cores", "AVX512_BF16, Zen 5"),
+    ],
 )
 def test_layers_of_many_rows_take_what_was_measured(machine, kernels):
     heads = f"{kernels}: rows | in -> out | merged, packed | forward | target | step | target"
