@@ -39,9 +39,10 @@ KNOWN_TO_WAIT = {
 # An A100's tensor core takes 8 cycles for 16 x 8 x 16, in which its SMSP issues 8 instructions.
 MOST_INSTRUCTIONS_A_PRODUCT = 8
 
-# A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 instructions an H100 would issue
-# those of 3.0e12 values a second, twice what its DRAM moves, and other cards have less of it.
-MOST_INSTRUCTIONS_A_VALUE = 10
+# A value that is dequantised to a half moves 2.5 or 3 bytes: at 10 or 12.5 instructions an H100
+# would issue those of 3.0e12 or 2.4e12 values a second, twice what its DRAM moves, and other cards
+# have less of it.
+MOST_INSTRUCTIONS_A_VALUE = {"dequantize_4bit": 10, "dequantize_8bit": 12.5}
 _STEP_BYTES = 16 * 64 * 2  # 16 rows of W, 64 along k
 
 # Shared memory of an SM and of a block at most, in bytes, for compiled code's smallest card.
@@ -182,7 +183,8 @@ class Kernel:
         """
         bytes_each = 16 * self.wide_stores // self.values
         found = [] if bytes_each in (2, 4) else [f"{self.wide_stores} stores of 16 bytes in a tile"]
-        if self.instructions_a_value > MOST_INSTRUCTIONS_A_VALUE * max(1, bytes_each / 2):
+        most = MOST_INSTRUCTIONS_A_VALUE[self.name.split()[0]] * max(1, bytes_each / 2)
+        if self.instructions_a_value > most:
             found.append(f"{self.instructions_a_value:.1f} instructions a value")
         return found
 
@@ -236,6 +238,7 @@ def name_of(demangled: str) -> str:
     deep = "x3" if tile and tile[3] == "16" else ""  # three stages, and a narrow slab
     words += [f"{tile[1]}x{tile[2]}{deep}"] if tile else []
     halves = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "float", "long": "int64"}
+    words += ["e4m3"] if "Float8Params" in rest else []
     types = re.findall(r"\b(?:__half|__nv_bfloat16|float|long)\b", rest)
     words += [halves[types[0]]] if types else []
     words += ["float"] if "float" in types[1:] else []

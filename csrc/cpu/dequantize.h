@@ -1,11 +1,11 @@
 // Dequantises frozen weights: from their stored form to floating values, for the product of a
 // quantised base.
 //
-//     four_bits    out[i] = table[code i] * scale[i / block]          NF4, FP4
+//     four_bits    out[i] = table[code i] * scale[i / block]              NF4, FP4, e2m1
 //     panels       the same for codes stored in panels of 32 rows, with a bfloat16 scale
-//     eight_bits   out[n, k] = code[n, k] * (scale[n] * multiplier)   int8 with one scale per row
+//     eight_bits   out[r, c] = code[r, c] * (scale[r / m, c / n] * multiplier)    int8, e4m3
 //
-// NF4: Dettmers et al. 2023.
+// NF4: Dettmers et al. 2023. e2m1 in MXFP4 and NVFP4: OCP Microscaling Formats 1.0, 2023.
 //
 // Products are computed in float and rounded once to the dtype of out, bit for bit as in
 // bitsandbytes. One table of functions per instruction set, as in skinny.h; op/dequantize.cpp
@@ -21,7 +21,8 @@
 namespace lora_ext::cpu {
 
 struct FourBitArgs {
-  const uint8_t* packed;  // two codes a byte, the first in the upper half
+  const uint8_t* packed;  // two codes a byte
+  bool low_first;         // of a byte, the first code is in the lower half
   const float* table;     // 16 values
   const float* scale;     // one per block
   int64_t count;          // codes
@@ -47,11 +48,13 @@ struct PanelArgs {
 };
 
 struct EightBitArgs {
-  const int8_t* codes;  // [rows, cols]
-  const float* scale;   // [rows]
+  const void* codes;  // [matrices, rows, cols] of int8_t or Float8
+  bool is_float8;
+  const float* scale;  // [matrices, rows / block_rows, cols / block_cols], both rounded up
   float multiplier;
-  int64_t cols;
-  void* out;  // [rows, cols]
+  int64_t rows, cols;  // of a matrix
+  int64_t block_rows, block_cols;
+  void* out;  // as codes
   Dtype dtype;
 };
 
@@ -65,11 +68,15 @@ struct NestedScales {
   int64_t block;
 
   // Writes the scales of a range to out, from its start.
-  void read(Range range, float* out) const {
+  void read(Range range, float* __restrict out) const {
+    const float plus = offset;  // which a store to out might change
     for (int64_t i = range.begin; i < range.end;) {
       const float factor = scale[i / block];
-      const int64_t end = std::min(range.end, (i / block + 1) * block);
-      for (; i < end; ++i) *out++ = table[codes[i]] * factor + offset;
+      const int64_t count = std::min(range.end, (i / block + 1) * block) - i;
+      const uint8_t* __restrict from = codes + i;
+      const float* __restrict values = table;
+      for (int64_t j = 0; j < count; ++j) out[j] = values[from[j]] * factor + plus;
+      i += count, out += count;
     }
   }
 };
@@ -77,7 +84,7 @@ struct NestedScales {
 struct DequantizeKernels {
   void (*four_bits)(const FourBitArgs& args, Range blocks);
   void (*panels)(const PanelArgs& args, Range panels);
-  void (*eight_bits)(const EightBitArgs& args, Range rows);
+  void (*eight_bits)(const EightBitArgs& args, Range rows);  // of all matrices
 };
 
 // Null if this build or this processor lacks the instruction set.

@@ -1,4 +1,4 @@
-// Half-precision element types of the CPU kernels, torch-free, with scalar conversions.
+// Element types of the CPU kernels of 16 and 8 bits, torch-free, with scalar conversions.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,12 @@ struct BFloat16 {
 
 struct Float16 {
   uint16_t bits;
+};
+
+// e4m3: 4 bits of exponent, whose bias is 7, and 3 of mantissa; no infinity (OCP 8-bit floating
+// point, 2023).
+struct Float8 {
+  uint8_t bits;
 };
 
 inline float bits_to_float(uint32_t bits) {
@@ -40,6 +46,16 @@ inline float to_float(Float16 value) {
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;  // exact
   return bits_to_float(sign | float_to_bits(subnormal));
 }
+
+inline float to_float(Float8 value) {
+  const uint32_t sign = uint32_t{value.bits & 0x80u} << 24;
+  const uint32_t magnitude = value.bits & 0x7Fu;
+  if (magnitude == 0x7Fu) return bits_to_float(sign | 0x7FC00000u);
+  if (magnitude >= 8) return bits_to_float(sign | ((magnitude << 20) + (120u << 23)));
+  return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-9f));
+}
+
+inline float to_float(int8_t value) { return static_cast<float>(value); }
 
 inline void from_float(float value, float* out) { *out = value; }
 

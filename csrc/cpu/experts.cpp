@@ -155,7 +155,7 @@ class FewRows {
     const int64_t block = first / blocks.block, some = count / blocks.block;
     FourBitArgs args{};
     args.packed = args_.weight.const_data_ptr<uint8_t>() + first / 2;
-    args.table = blocks.table->const_data_ptr<float>();
+    args.low_first = blocks.low_first, args.table = blocks.table->const_data_ptr<float>();
     args.count = count, args.block = blocks.block, args.out = values, args.dtype = dtype;
     if (blocks.is_nested()) {
       const NestedScales nested{blocks.scale.const_data_ptr<uint8_t>(),

@@ -22,6 +22,7 @@ namespace lora_ext {
 struct FourBitBlocks {
   at::Tensor scale;                 // [E N K / block] float; uint8 if these are codes themselves
   std::optional<at::Tensor> table;  // [16] float
+  bool low_first = false;           // as in cpu::FourBitArgs
   int64_t block = 0;                // divides K
   // How scales that are codes become values, as in cpu::NestedScales; else none.
   std::optional<at::Tensor> scale_table, scale_scale, scale_offset;

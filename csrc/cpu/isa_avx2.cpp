@@ -52,10 +52,28 @@ struct Avx2 {
     return _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  static Vec load(const Float8* p) {
+    const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F));
+    const __m256i normal =
+        _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23));
+    const Vec subnormal = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+    const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(bits, 7), 31);
+    Vec value =
+        _mm256_blendv_ps(_mm256_castsi256_ps(normal), subnormal, _mm256_castsi256_ps(small));
+    value = _mm256_blendv_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)),
+                             _mm256_castsi256_ps(nan));
+    return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+  }
   struct Table {
-    explicit Table(const float* values)
-        : lower(_mm256_loadu_ps(values)), upper(_mm256_loadu_ps(values + 8)) {}
+    Table(const float* values, bool low_first)
+        : lower(_mm256_loadu_ps(values)),
+          upper(_mm256_loadu_ps(values + 8)),
+          shifts(_mm256_set1_epi64x(low_first ? int64_t{4} << 32 : 4)) {}
     Vec lower, upper;
+    __m256i shifts;  // of the first and of the second code of a byte
   };
   // Duplicates each byte, then takes its upper and its lower half. The lowest three bits of a code
   // index either half of the table; the fourth, moved to the sign, selects the half.
@@ -64,7 +82,7 @@ struct Avx2 {
     __builtin_memcpy(&four, codes, sizeof(four));
     const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
     const __m256i twice = _mm256_or_si256(bytes, _mm256_slli_epi64(bytes, 32));
-    const __m256i code = _mm256_srlv_epi32(twice, _mm256_set1_epi64x(4));
+    const __m256i code = _mm256_srlv_epi32(twice, table.shifts);
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lower, code),
                             _mm256_permutevar8x32_ps(table.upper, code),
                             _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));

@@ -64,16 +64,33 @@ struct Avx512 {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  static Vec load(const Float8* p) {
+    const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7F));
+    const __m512i normal =
+        _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23));
+    const __m512i subnormal =
+        _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f)));
+    const __mmask16 small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
+    __m512i value = _mm512_mask_mov_epi32(normal, small, subnormal);
+    value = _mm512_mask_mov_epi32(value, nan, _mm512_set1_epi32(0x7FC00000));
+    const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(bits, 7), 31);
+    return _mm512_castsi512_ps(_mm512_or_si512(value, sign));
+  }
   struct Table {
-    explicit Table(const float* values) : all(_mm512_loadu_ps(values)) {}
+    Table(const float* values, bool low_first)
+        : all(_mm512_loadu_ps(values)),
+          shifts(_mm512_set1_epi64(low_first ? int64_t{4} << 32 : 4)) {}
     Vec all;
+    __m512i shifts;  // of the first and of the second code of a byte
   };
   // Doubles each byte, then takes its upper and its lower half; the lowest four bits index.
   static Vec lookup(const Table& table, const uint8_t* codes) {
     const __m512i bytes =
         _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     const __m512i twice = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 32));
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, _mm512_set1_epi64(4)), table.all);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(twice, table.shifts), table.all);
   }
   static __mmask16 mask_of(int64_t count) {
     return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1);

@@ -39,10 +39,18 @@ struct Portable {
     return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
                static_cast<float>(p[3])};
   }
-  using Table = const float*;
-  static Vec lookup(Table table, const uint8_t* codes) {
-    return Vec{table[codes[0] >> 4], table[codes[0] & 15], table[codes[1] >> 4],
-               table[codes[1] & 15]};
+  static Vec load(const Float8* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  struct Table {
+    const float* values;
+    bool low_first;
+    Table(const float* values_, bool low_first_) : values(values_), low_first(low_first_) {}
+  };
+  static Vec lookup(const Table& table, const uint8_t* codes) {
+    const int first = table.low_first ? 0 : 4, second = 4 - first;
+    const auto value = [&](int i, int shift) { return table.values[codes[i] >> shift & 15]; };
+    return Vec{value(0, first), value(0, second), value(1, first), value(1, second)};
   }
   // Loads the first `count` elements, and zeros.
   template <class T>

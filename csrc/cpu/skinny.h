@@ -111,8 +111,10 @@ struct WgradArgs {
   void* work = nullptr;  // its thread's, wgrad_bytes from a multiple of 64 on
 };
 
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return divide_up(value, multiple) * multiple;
 }
 
 struct Range {

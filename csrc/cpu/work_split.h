@@ -13,8 +13,6 @@ namespace lora_ext::cpu {
 // What a thread's start costs in multiply-adds, about 5 us; tests set less.
 inline std::atomic<int64_t> min_work{1 << 18};
 
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // The number of threads that an amount of work, in multiply-adds, is worth.
 inline int64_t threads_for(int64_t work) {
   return std::clamp<int64_t>(work / min_work, 1, at::get_num_threads());

@@ -24,7 +24,7 @@ struct DequantizedMatrices {
 struct Dequantize4bitParams : DequantizedMatrices {
   static constexpr int kMinBlockBits = 5;
 
-  const uint8_t* packed;       // two codes a byte, the first in the upper half
+  const uint8_t* packed;       // two codes a byte
   const float* table;          // 16 values
   const float* scale;          // one per block; if null, computed from the members below
   const uint8_t* scale_codes;  // one per block
@@ -33,18 +33,30 @@ struct Dequantize4bitParams : DequantizedMatrices {
   const float* scale_offset;   // one value
   // Both are powers of two. Each matrix begins a block. Aligned: packed to 4 bytes, out to 16.
   int block_bits, scale_block_bits;
+  bool low_first;  // of two codes of a byte, the first is in the lower half
 };
 
-// Aligned: codes to 8 bytes, out to 16; rows are whole 16-byte chunks of out.
+// Aligned: codes to 8 bytes, out to 16; rows, and blocks of a row, are whole 16-byte chunks of out.
 struct Dequantize8bitParams : DequantizedMatrices {
-  const int8_t* codes;  // [rows, columns]
-  const float* scale;   // one per row
+  static constexpr bool kIsFloat8 = false;
+
+  const void* codes;   // [matrices, rows, columns] of int8, or of e4m3
+  const float* scale;  // [matrices, scales]: of each block, by rows
+  int64_t scales;      // of a matrix
+  int64_t rows;        // of a matrix, fewer than 2^31
   uint32_t columns;
+  int row_bits, column_bits;  // a block's sizes are powers of two; 31: all of the matrix
+  uint32_t scale_columns;     // blocks of a row
   float multiplier;
 };
 
+struct DequantizeFloat8Params : Dequantize8bitParams {
+  static constexpr bool kIsFloat8 = true;
+};
+
 // Those of any format.
-using DequantizeParams = std::variant<Dequantize4bitParams, Dequantize8bitParams>;
+using DequantizeParams =
+    std::variant<Dequantize4bitParams, Dequantize8bitParams, DequantizeFloat8Params>;
 
 }  // namespace lora_ext::kernel
 

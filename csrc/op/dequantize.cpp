@@ -4,10 +4,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -25,6 +26,7 @@ namespace {
 constexpr char op[] = "dequantize";      // in messages
 constexpr int64_t kGrain = 1 << 15;      // values worth a thread's start, about 5 us
 constexpr int64_t kCodesOfFourBits = 2;  // in a byte
+constexpr int64_t kScales = 512;         // that are read at a time
 
 // Scales that are 8-bit codes themselves, as cpu::NestedScales.
 struct NestedScale {
@@ -44,7 +46,7 @@ struct NestedScale {
 // The matrices of a mixture's experts, one after the other in out.
 struct Experts {
   const std::optional<at::Tensor>& offs;  // int32, the ends of all experts' rows; none: one matrix
-  int64_t first, count;                   // the expert of the first matrix, and the matrices
+  int64_t first, count;                   // the expert of the first matrix, and the matrices of out
 
   void check(const at::Tensor& out) const;
 };
@@ -53,10 +55,13 @@ struct Experts {
 struct Quantized {
   const at::Tensor &codes, &scale;
   const std::optional<at::Tensor>& table;  // [16], float
-  int64_t block;                           // codes that share a scale
+  bool low_first;                          // of two codes of a byte, which is the first
+  int64_t block, block_rows;               // codes of a row that share a scale, and rows
   NestedScale nested;
   double multiplier;  // of every scale
   Experts experts;
+
+  bool is_float8() const { return codes.scalar_type() == at::kFloat8_e4m3fn; }
 };
 
 // ---- checks ----
@@ -76,12 +81,13 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& out, at
 }
 
 void Experts::check(const at::Tensor& out) const {
+  EXPECT(count > 0 && out.sym_size(0) % count == 0, "expected out of ", count,
+         " matrices of whole rows, but got shape ", out.sym_sizes());
   if (!offs) return;
   quantized::check("offs", *offs, out, at::kInt, offs->sym_numel());
-  EXPECT(
-      count > 0 && out.sym_numel() % count == 0 && first >= 0 && first + count <= offs->sym_numel(),
-      "expected out of whole matrices of experts that offs has, but got ", count, " from ", first,
-      " on for out of shape ", out.sym_sizes(), " and offs of ", offs->sym_sizes());
+  EXPECT(first >= 0 && first + count <= offs->sym_numel(),
+         "expected out of whole matrices of experts that offs has, but got ", count, " from ",
+         first, " on for out of shape ", out.sym_sizes(), " and offs of ", offs->sym_sizes());
 }
 
 void check_table(const Quantized& weight, const at::Tensor& out) {
@@ -126,10 +132,20 @@ void check_panels(const Quantized& weight, const at::Tensor& out) {
   check("scale", weight.scale, out, at::kBFloat16, cols / block * rows);
 }
 
+// Blocks of a row and of rows, the last of which may have fewer.
+c10::SymInt parts_of(const c10::SymInt& size, int64_t block) {
+  EXPECT(block > 0, "expected positive blocks, but got ", block);
+  return (size + block - 1) / block;
+}
+
 void check_8bit(const Quantized& weight, const at::Tensor& out) {
   check_two_dims(out);
-  check("codes", weight.codes, out, at::kChar, out.sym_numel());
-  check("scale", weight.scale, out, at::kFloat, out.sym_size(0));
+  check("codes", weight.codes, out, weight.is_float8() ? at::kFloat8_e4m3fn : at::kChar,
+        out.sym_numel());
+  const int64_t matrices = weight.experts.count;
+  const c10::SymInt down = parts_of(out.sym_size(0) / matrices, weight.block_rows);
+  check("scale", weight.scale, out, at::kFloat,
+        matrices * down * parts_of(out.sym_size(1), weight.block));
 }
 
 // ---- the CPU ----
@@ -144,16 +160,25 @@ void dequantize_4bit(const Quantized& weight, at::Tensor& out) {
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
   const at::Tensor& scale = weight.scale;
   const bool nested = weight.nested.table.has_value();
-  at::Tensor scales = nested ? at::empty({scale.numel()}, weight.table->options()) : scale;
-  float* read = nested ? scales.mutable_data_ptr<float>() : nullptr;
   cpu::FourBitArgs args{};
-  args.packed = weight.codes.const_data_ptr<uint8_t>();
-  args.table = weight.table->const_data_ptr<float>(), args.scale = scales.const_data_ptr<float>();
+  args.packed = weight.codes.const_data_ptr<uint8_t>(), args.low_first = weight.low_first;
+  args.table = weight.table->const_data_ptr<float>();
+  args.scale = nested ? nullptr : scale.const_data_ptr<float>();
   args.count = out.numel(), args.block = weight.block;
   args.out = out.mutable_data_ptr(), args.dtype = dtype_of(out.scalar_type());
   in_parallel(scale.numel(), weight.block, [&](cpu::Range blocks) {
-    if (read != nullptr) weight.nested.read(scale, blocks, read + blocks.begin);
-    kernels.four_bits(args, blocks);
+    if (!nested) return kernels.four_bits(args, blocks);
+    // In the first cache: with blocks of 16 all scales are as many bytes as the codes.
+    std::array<float, kScales> scales;
+    for (int64_t first = blocks.begin; first < blocks.end; first += kScales) {
+      const int64_t last = std::min(blocks.end, first + kScales);
+      weight.nested.read(scale, {first, last}, scales.data());
+      cpu::FourBitArgs part = args;
+      part.packed += first * args.block / kCodesOfFourBits, part.scale = scales.data();
+      part.out = static_cast<char*>(args.out) + first * args.block * out.element_size();
+      part.count -= first * args.block;
+      kernels.four_bits(part, {0, last - first});
+    }
   });
 }
 
@@ -173,9 +198,11 @@ void dequantize_panels(const Quantized& weight, at::Tensor& out) {
 void dequantize_8bit(const Quantized& weight, at::Tensor& out) {
   const cpu::DequantizeKernels& kernels = cpu::dequantize_kernels();
   cpu::EightBitArgs args{};
-  args.codes = weight.codes.const_data_ptr<int8_t>();
+  args.codes = weight.codes.const_data_ptr(), args.is_float8 = weight.is_float8();
   args.scale = weight.scale.const_data_ptr<float>();
-  args.multiplier = static_cast<float>(weight.multiplier), args.cols = out.size(1);
+  args.multiplier = static_cast<float>(weight.multiplier);
+  args.rows = out.size(0) / weight.experts.count, args.cols = out.size(1);
+  args.block_rows = weight.block_rows, args.block_cols = weight.block;
   args.out = out.mutable_data_ptr(), args.dtype = dtype_of(out.scalar_type());
   in_parallel(out.size(0), args.cols, [&](cpu::Range rows) { kernels.eight_bits(args, rows); });
 }
@@ -190,7 +217,7 @@ bool is_aligned(const void* pointer, uintptr_t bytes) {
 template <class Params>
 void launch(Params& params, const Experts& experts, const at::Tensor& out) {
   params.out = out.mutable_data_ptr();
-  params.matrices = experts.offs ? static_cast<int>(experts.count) : 1;
+  params.matrices = static_cast<int>(experts.count);
   params.count = out.numel() / params.matrices;
   params.offs = experts.offs ? experts.offs->const_data_ptr<int>() : nullptr;
   params.first = static_cast<int>(experts.first);
@@ -210,11 +237,17 @@ int bits_of(const char* name, int64_t block, int least) {
   return std::countr_zero(static_cast<uint64_t>(block));
 }
 
+// Of a block that is all of a matrix's size, bits that shift any place of it to 0.
+int bits_of_part(const char* name, int64_t block, int64_t size) {
+  return block >= size ? 31 : bits_of(name, block, 0);
+}
+
 void dequantize_4bit_cuda(const Quantized& weight, at::Tensor& out) {
   const NestedScale& nested = weight.nested;
   kernel::Dequantize4bitParams params{};
   params.block_bits = bits_of("block", weight.block, params.kMinBlockBits);
   params.packed = weight.codes.const_data_ptr<uint8_t>();
+  params.low_first = weight.low_first;
   params.table = weight.table->const_data_ptr<float>();
   if (nested.table) {
     params.scale_block_bits = bits_of("scale_block", nested.block, 1);
@@ -226,25 +259,36 @@ void dequantize_4bit_cuda(const Quantized& weight, at::Tensor& out) {
     params.scale = weight.scale.const_data_ptr<float>();
   }
   params.aligned = is_aligned(params.packed, 4);
-  EXPECT(!weight.experts.offs || out.numel() / weight.experts.count % weight.block == 0,
+  EXPECT(weight.experts.count == 1 || out.numel() / weight.experts.count % weight.block == 0,
          "expected experts that begin with a block of ", weight.block, ", but got ",
          weight.experts.count, " of ", out.sizes());
   launch(params, weight.experts, out);
 }
 
-void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
-  EXPECT(out.size(1) <= std::numeric_limits<int32_t>::max(),
-         "expected on CUDA fewer than 2^31 columns, but got ", out.size(1));
-  kernel::Dequantize8bitParams params{};
-  params.codes = weight.codes.const_data_ptr<int8_t>();
+template <class Params>
+void dequantize_bytes(const Quantized& weight, at::Tensor& out) {
+  const int64_t rows = out.size(0) / weight.experts.count, columns = out.size(1);
+  EXPECT(std::max(rows, columns) <= std::numeric_limits<int32_t>::max(),
+         "expected on CUDA fewer than 2^31 rows and columns, but got ", rows, " and ", columns);
+  Params params{};
+  params.codes = weight.codes.const_data_ptr();
   params.scale = weight.scale.const_data_ptr<float>();
   params.multiplier = static_cast<float>(weight.multiplier);
-  params.columns = static_cast<uint32_t>(out.size(1));
+  params.rows = rows, params.columns = static_cast<uint32_t>(columns);
+  params.row_bits = bits_of_part("block_rows", weight.block_rows, rows);
+  params.column_bits = bits_of_part("block", weight.block, columns);
+  const int64_t across = cpu::divide_up(columns, weight.block);
+  params.scales = cpu::divide_up(rows, weight.block_rows) * across;
+  params.scale_columns = static_cast<uint32_t>(across);
   const int64_t chunk = chunk_elements(dtype_of(out.scalar_type()));
-  params.aligned = is_aligned(params.codes, 8) && out.size(1) % chunk == 0;
-  EXPECT(!weight.experts.offs || out.size(0) % weight.experts.count == 0,
-         "expected experts of whole rows, but got ", weight.experts.count, " of ", out.sizes());
+  params.aligned = is_aligned(params.codes, 8) && columns % chunk == 0 &&
+                   (across == 1 || weight.block % chunk == 0);
   launch(params, weight.experts, out);
+}
+
+void dequantize_8bit_cuda(const Quantized& weight, at::Tensor& out) {
+  weight.is_float8() ? dequantize_bytes<kernel::DequantizeFloat8Params>(weight, out)
+                     : dequantize_bytes<kernel::Dequantize8bitParams>(weight, out);
 }
 
 // ---- the op ----
@@ -276,7 +320,7 @@ const Format& format_of(std::string_view name) {
 template <Write Format::* on_device>
 void dequantize(std::string_view format, const at::Tensor& codes, const at::Tensor& scale,
                 at::Tensor& out, const std::optional<at::Tensor>& table, int64_t block,
-                const std::optional<at::Tensor>& scale_table,
+                int64_t block_rows, bool low_first, const std::optional<at::Tensor>& scale_table,
                 const std::optional<at::Tensor>& scale_scale,
                 const std::optional<at::Tensor>& scale_offset, int64_t scale_block,
                 double multiplier, const std::optional<at::Tensor>& offs, int64_t first,
@@ -284,7 +328,9 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
   const Quantized weight{codes,
                          scale,
                          table,
+                         low_first,
                          block,
+                         block_rows,
                          {scale_table, scale_scale, scale_offset, scale_block},
                          multiplier,
                          {offs, first, experts}};
@@ -292,8 +338,8 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
   EXPECT_TYPE(is_half(out.scalar_type()) || out.scalar_type() == at::kFloat,
               "expected out in float32, bfloat16 or float16, but got ", out.scalar_type());
   EXPECT(out.is_contiguous(), "expected a contiguous out, but got strides ", out.strides());
-  found.check(weight, out);
   weight.experts.check(out);
+  found.check(weight, out);
   if (out.is_meta()) return;  // there is nothing to write
   const Write write = found.*on_device;
   TORCH_CHECK_NOT_IMPLEMENTED(write != nullptr, "lora_ext.", op, ": there is no kernel for ",
@@ -304,11 +350,12 @@ void dequantize(std::string_view format, const at::Tensor& codes, const at::Tens
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
-  // With offs out has so many matrices of `experts` from `first` on: kernels on CUDA leave those of
-  // experts without rows as they are, and read none of them.
+  // out has so many matrices as `experts`. With offs they are of experts from `first` on: kernels on
+  // CUDA leave those of experts without rows as they are, and read none of them.
   m.def(
       "dequantize(str format, Tensor codes, Tensor scale, Tensor(a!) out, *, Tensor? table=None, "
-      "int block=2, Tensor? scale_table=None, Tensor? scale_scale=None, "
+      "int block=2, int block_rows=1, bool low_first=False, Tensor? scale_table=None, Tensor? "
+      "scale_scale=None, "
       "Tensor? scale_offset=None, int scale_block=2, float multiplier=1.0, "
       "Tensor? offs=None, int first=0, int experts=1) -> ()",
       {at::Tag::pt2_compliant_tag});

@@ -138,13 +138,14 @@ std::tuple<at::Tensor, at::Tensor> experts_few_rows(
     const at::Tensor& x, const std::optional<at::Tensor>& token, const at::Tensor& weight,
     const std::optional<at::Tensor>& bias, at::TensorList lora_a, at::TensorList lora_b,
     at::ArrayRef<double> scalings, at::IntArrayRef experts, at::OptionalIntArrayRef adapters,
-    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& table, int64_t block,
-    const std::optional<at::Tensor>& scale_table, const std::optional<at::Tensor>& scale_scale,
-    const std::optional<at::Tensor>& scale_offset, int64_t scale_block) {
+    const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& table, bool low_first,
+    int64_t block, const std::optional<at::Tensor>& scale_table,
+    const std::optional<at::Tensor>& scale_scale, const std::optional<at::Tensor>& scale_offset,
+    int64_t scale_block) {
   std::optional<FourBitBlocks> blocks;
   if (scale) {
-    blocks =
-        FourBitBlocks{*scale, table, block, scale_table, scale_scale, scale_offset, scale_block};
+    blocks = FourBitBlocks{*scale,      table,       low_first,    block,
+                           scale_table, scale_scale, scale_offset, scale_block};
   }
   ExpertsArgs args{
       x, token, weight, blocks, bias, lora_a.vec(), lora_b.vec(), scalings.vec(), experts.vec()};
@@ -178,7 +179,8 @@ TORCH_LIBRARY_FRAGMENT(lora_ext, m) {
   m.def(
       "experts_few_rows(Tensor x, Tensor? token, Tensor weight, Tensor? bias, Tensor[] lora_a, "
       "Tensor[] lora_b, float[] scalings, int[] experts, int[]? adapters=None, *, "
-      "Tensor? scale=None, Tensor? table=None, int block=0, Tensor? scale_table=None, "
+      "Tensor? scale=None, Tensor? table=None, bool low_first=False, int block=0, "
+      "Tensor? scale_table=None, "
       "Tensor? scale_scale=None, Tensor? scale_offset=None, int scale_block=0) -> (Tensor, "
       "Tensor)");
   // Between lora_b and a pool, which has 3 dimensions.

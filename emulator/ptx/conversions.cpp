@@ -79,6 +79,16 @@ void make_move(Decoder& decoder, const Statement& statement, Operation& made) {
   }
 }
 
+// cvt.s32.s8: the lowest byte of a register, which may be of 16 bits or of 32.
+void make_low_byte(Decoder& decoder, const Statement& statement, Operation& made) {
+  decoder.demand_operands(statement, 2);
+  const auto low_byte = [](auto a) -> int32_t { return static_cast<int8_t>(a); };
+  const int bits = decoder.bits_of(statement.operands[1]);
+  const Run run = bits == 32 ? unary<int32_t, int32_t, decltype(low_byte)>
+                             : unary<int32_t, int16_t, decltype(low_byte)>;
+  plain(run, {32, bits == 32 ? 32 : 16})(decoder, statement, made);
+}
+
 // To an integer: out of its range the nearest, 0 for NaN (PTX ISA, "cvt").
 template <class D>
 D clamped(double value) {
@@ -114,7 +124,7 @@ void add_conversions(Table& table) {
   casts<uint16_t, uint64_t>(table, "cvt.u16.u64"), casts<uint64_t, uint16_t>(table, "cvt.u64.u16");
   casts<int32_t, int16_t>(table, "cvt.s32.s16"), casts<int64_t, int16_t>(table, "cvt.s64.s16");
   converts<int16_t, int16_t>(table, "cvt.s16.s8", [](int16_t a) { return static_cast<int8_t>(a); });
-  converts<int32_t, int16_t>(table, "cvt.s32.s8", [](int16_t a) { return static_cast<int8_t>(a); });
+  table["cvt.s32.s8"] = make_low_byte;
   casts<float, int16_t>(table, "cvt.rn.f32.s16"), casts<float, int32_t>(table, "cvt.rn.f32.s32");
   casts<float, uint16_t>(table, "cvt.rn.f32.u16"), casts<float, uint32_t>(table, "cvt.rn.f32.u32");
   casts<float, double>(table, "cvt.rn.f32.f64"), casts<double, float>(table, "cvt.f64.f32");

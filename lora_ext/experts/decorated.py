@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..dtypes import FLOATS
+from ..quantized.layers import own_type
 from ..quantized.stack import QuantizedStack
-from ..quantized.stacks import stack_of, stacks_of
+from ..quantized.stacks import parameter_names, stack_of, stacks_of
 from ..torch_state import is_exported, is_plain, is_transformed
 from .devices import has_kernels
 
@@ -31,24 +32,33 @@ _forward: CodeType | None = None
 
 
 def is_decorated(kind: type) -> bool:
-    """Whether a class has the forward that transformers' decorator gives, and no other."""
+    """Whether a class, or the one that it was put over, has the forward that transformers'
+    decorator gives, and no other."""
     global _forward
     if _forward is None:
         decorate = getattr(sys.modules.get(_MODULE), "use_experts_implementation", None)
         if decorate is None:
             return False  # not imported, or transformers < 5
         _forward = decorate(type("Experts", (nn.Module,), {})).forward.__code__
-    return getattr(kind.forward, "__code__", None) is _forward
+    return getattr(own_type(kind).forward, "__code__", None) is _forward
 
 
 def packing(module: nn.Module) -> str:
-    """What the weights of experts that are not decorated are packed in, and what to do; or "".
-    MXFP4's, once loaded, are no tensors of torch."""
-    stacks = [p for p in module._parameters.values() if p is not None and p.dim() > 2]
-    forms = sorted({str(stack.dtype) for stack in stacks if stack.dtype not in FLOATS})
+    """What the weights of experts are packed in, if they are unknown or adapters of the sizes that
+    are stored do not fit, and what to do; or "". MXFP4's, once loaded, are no tensors of torch."""
+    stored = {name: module._parameters.get(name) for name in parameter_names(module)}
+    stacks = {name: p for name, p in stored.items() if p is not None and p.dim() > 2}
+    packed = {n: p for n, p in stacks.items() if p.dtype not in FLOATS}
+    forms = sorted({str(p.dtype) for n, p in packed.items() if _sizes(module, n) != p.shape})
     forms = ["MXFP4"] if type(module).__name__ == "Mxfp4GptOssExperts" else forms
     cure = "load the model dequantised: dequantize=True in Mxfp4Config or FineGrainedFP8Config"
     return f"the experts' weights are packed in {' and '.join(forms)}; {cure}" if forms else ""
+
+
+def _sizes(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Of a quantised stack, or ()."""
+    found = stack_of(module, name)
+    return found.sizes if isinstance(found, QuantizedStack) else ()
 
 
 # Attributes that instances of older releases lack, with what holds there by their sources: 5.0 has

@@ -132,7 +132,8 @@ class LoRAExperts(LoRAModule):
                 "use_experts_implementation, but got "
                 f"{type(base).__module__}.{type(base).__qualname__}"
             )
-        dtypes = {p.dtype for p in base._parameters.values() if p is not None and p.dim() == 3}
+        found = [stack_of(base, each) for each in parameter_names(base)]
+        dtypes = {p.dtype for p in found if isinstance(p, Tensor) and p.dim() == 3}
         problem = ""
         if is_parallel(base):
             problem = "all experts in this process, but they are expert parallel"

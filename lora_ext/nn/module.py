@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..call import Call, Decision, Path
 from ..call.decision import of_rows
+from ..quantized.layers import own_type
 from ..quantized.stack import QuantizedStack
 from ..quantized.stacks import parameter_names, parametrized, stack_of
 from ..rows.rows_apart import by_adapter
@@ -59,7 +60,7 @@ class LoRAModule(Over):
         check_own_forward(name, base)
         cls._check_stored(name, base)
         cls._check_base(base)
-        module = empty_over(cls, type(base))
+        module = empty_over(cls, own_type(type(base)))
         module._adopt(base)
         names = adaptable_parameters(base) if parameters is None else tuple(parameters)
         transposed = bool(getattr(base, "is_transposed", False))

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ..call import Call
 from ..call.apply import takes_op, updates_obstacle
 from ..call.decision import example
-from ..quantized.layers import QuantizedBase, is_quantized, quantized_base
+from ..call.op import base_linear
+from ..quantized.layers import (
+    QuantizedBase,
+    is_quantized,
+    is_without_kernel,
+    own_type,
+    quantized_base,
+)
 from ..rows.row_adapters import RowAdapters
 from ..torch_state import is_plain
 from .fused import FusedLoRALayer
@@ -65,7 +72,7 @@ class LoRAQuantizedLinear(Over, FromLinear):
         """
         cls._check_base(base)
         check_own_forward("lora_ext.nn.LoRAQuantizedLinear", base)
-        layer = empty_over(LoRAQuantizedLinear, type(base))
+        layer = empty_over(LoRAQuantizedLinear, own_type(type(base)))
         layer._init_lora(base)
         return layer
 
@@ -137,7 +144,7 @@ class LoRAQuantizedLinear(Over, FromLinear):
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The forward of the base layer, without adapters."""
-        return self.base_type.forward(self, x)
+        return base_forward(self, x, self.base_type)
 
     def example(self, rows: int | None, block: RowAdapters | None) -> Tensor:
         found = quantized_base(self, None, self.base_type)
@@ -168,3 +175,12 @@ class LoRAQuantizedLinear(Over, FromLinear):
             if child is not None:
                 child.state_dict(**{**words, "prefix": f"{words['prefix']}{name}."})
         return words["destination"]
+
+
+def base_forward(layer: nn.Module, x: Tensor, kind: type) -> Tensor:
+    """The forward of a library's class; if it has no kernel for the device, x times the dequantised
+    weight."""
+    base = quantized_base(layer, x, kind) if is_without_kernel(layer, kind) else None
+    if isinstance(base, QuantizedBase):
+        return base_linear(x, base.weight, base.call_bias)
+    return kind.forward(layer, x)  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 FourBits       W = table[code] * scale of its block, scales quantised again or not
 ScaledCodes    W = (code - zero) * scale of its block, codes of 8 bits
+
+`lora_ext.quantized.formats` makes those of the formats that models have on disk.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from .devices import has_kernels
 from .weight import WrittenWeight
 
 _ops = torch.ops.lora_ext
-KINDS = ("nf4", "fp4")
+# The last is not of bitsandbytes, and the first of two codes is in the lower half of their byte.
+KINDS = ("nf4", "fp4", "e2m1")
 
 
 class Codes(WrittenWeight):
@@ -92,9 +95,10 @@ class FourBits(Codes):
     Args:
         codes: two a byte, in any dtype.
         scale: one for each block, floating, or with `nested` as uint8.
-        kind: "nf4" or "fp4".
+        kind: one of `KINDS`.
         table: ``[16]``.
         block: codes that share a scale.
+        name: that of the form, for messages, if it is not the kind's.
         in_panels: whether the codes lie in panels of 32 rows, with scales in bfloat16.
     """
 
@@ -109,10 +113,12 @@ class FourBits(Codes):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         in_panels: bool = False,
+        name: str = "",
     ) -> None:
         self.codes, self.scale, self.nested = codes, scale, nested
         self.kind, self.table, self.block, self.in_panels = kind, table, block, in_panels
-        self.shape, self.device, self.dtype, self.format = shape, codes.device, dtype, kind
+        self.shape, self.device, self.dtype = shape, codes.device, dtype
+        self.format = name or kind
 
     def tensors(self) -> list[Tensor]:
         # Without the offset and the tables, which never change.
@@ -121,6 +127,7 @@ class FourBits(Codes):
     def words(self) -> dict[str, Any]:
         """The kernels' operands besides codes and scale."""
         words: dict[str, Any] = {"table": self.table, "block": self.block, **self.own_rows}
+        words["low_first"] = self.kind == "e2m1"
         if self.nested is not None:
             words["scale_table"], words["scale_scale"], words["scale_offset"] = self.nested[:3]
             words["scale_block"] = self.nested.block
@@ -137,7 +144,7 @@ class FourBits(Codes):
         return made
 
     def _write(self, out: Tensor) -> None:
-        if not has_kernels(self.device):
+        if not self._has_kernel():
             self.write_by_library(out)
         elif self.in_panels:
             _ops.dequantize("4bit_panels", self._bytes(), self.scale, out, **self.words())
@@ -148,8 +155,13 @@ class FourBits(Codes):
             _ops.dequantize("4bit", self._bytes(), plain.scale.float(), out, **plain.words())
 
     def write_by_library(self, out: Tensor) -> None:
-        """Writes W by bitsandbytes' own kernel."""
+        """Writes W by bitsandbytes' own kernel, or of its kinds not by torch's operations."""
         scale = self._without_nested().scale
+        if self.kind == "e2m1":
+            pairs = self._bytes().int()
+            values = self.table[torch.stack([pairs & 15, pairs >> 4], 1)].view(-1, self.block)
+            torch.mul(values, scale.float().view(-1, 1), out=out.view(-1, self.block))
+            return
         torch.ops.bitsandbytes.dequantize_4bit.out(
             self._bytes(), scale, self.block, self.kind, self.shape, out.dtype, out=out
         )
@@ -161,6 +173,8 @@ class FourBits(Codes):
         begin, end = (number * size // self.block for number in (first, first + count))
         made.codes = self._bytes()[first * size // 2 : (first + count) * size // 2]
         made.scale = self.scale.view(-1)[begin:end]
+        if nested is not None and nested.scale.numel() == 1:
+            return made
         if nested is not None and begin % nested.block:
             made.scale, made.nested = nested.values(made.scale, begin), None
         elif nested is not None:
@@ -169,7 +183,11 @@ class FourBits(Codes):
         return made
 
     def is_by_kernel(self) -> bool:
-        return has_kernels(self.device) and not self.in_panels
+        return not self.in_panels and self._has_kernel()
+
+    def _has_kernel(self) -> bool:
+        # In a GPU's a lane of a warp has the scale of a block, of at most 32 of 1,024 values.
+        return (self.block >= 32 or self.device.type == "cpu") and has_kernels(self.device)
 
     def flat(self) -> tuple[list[Tensor], list[int]]:
         nested = self.nested
@@ -197,11 +215,13 @@ class ScaledCodes(Codes):
             whose matrices share them ``[1, ...]``.
         zero: as scale, or None.
         name: that of the codes' form.
+        block: (m, n), where the last blocks of rows and of columns may have fewer; None if they
+            are as many parts of W as there are scales.
 
     Attributes:
         multiplier: of every scale.
-        by_kernel: whether codes of int8 without zero points are dequantised by this package's
-            kernel, if their blocks are parts of a row, or all of W.
+        by_kernel: whether codes without zero points are dequantised by this package's kernel: of
+            int8 if their blocks are parts of a row, or all of W, and of float8_e4m3fn.
     """
 
     multiplier = 1.0
@@ -213,13 +233,18 @@ class ScaledCodes(Codes):
         zero: Tensor | None,
         dtype: torch.dtype,
         name: str = "",
+        block: tuple[int, int] | None = None,
     ) -> None:
         self.codes, self.scale, self.zero = codes, scale, zero
+        (rows, columns), (down, across) = codes.shape[-2:], scale.shape[-2:]
+        self.block = block or (rows // max(1, down), columns // max(1, across))
         self.shape, self.device, self.dtype = tuple(codes.shape), codes.device, dtype
         self.by_kernel = self.device.type == "cpu"
         self.format = name or str(codes.dtype).removeprefix("torch.")
-        if scale.shape[-1] > 1:
-            self.format += f" in groups of {codes.shape[-1] // scale.shape[-1]}"
+        if down > 1 and self.block[0] > 1:
+            self.format += f" in blocks of {self.block[0]} x {self.block[1]}"
+        elif across > 1:
+            self.format += f" in groups of {self.block[1]}"
 
     def tensors(self) -> list[Tensor]:
         return [self.codes, self.scale, *([] if self.zero is None else [self.zero])]
@@ -228,11 +253,19 @@ class ScaledCodes(Codes):
         codes, scale, zero = self.codes, self.scale, self.zero
         *lead, rows, columns = codes.shape
         down, across = scale.shape[-2:]
+        m, n = self.block
         if self.is_by_kernel():
-            scale = scale.expand(*lead, rows, across).float().flatten().contiguous()
-            out = out.view(len(scale), -1)
-            words = {"multiplier": self.multiplier, **self.own_rows}
-            _ops.dequantize("8bit", codes.contiguous(), scale, out, **words)
+            scale = scale.expand(*lead, down, across).float().contiguous()
+            words = {"experts": math.prod(lead), "multiplier": self.multiplier, **self.own_rows}
+            # Parts of a row are rows of their own, of any length.
+            out = out.view(-1, n if m == 1 and n * across == columns else columns)
+            words["block_rows"], words["block"] = self.block
+            _ops.dequantize("8bit", codes.contiguous(), scale.flatten(), out, **words)
+            return
+        if (m * down, n * across) != (rows, columns):
+            whole = scale.repeat_interleave(m, -2)[..., :rows, :].float()
+            whole = whole.repeat_interleave(n, -1)[..., :columns]
+            torch.mul(_values_of(codes, out.dtype), whole * self.multiplier, out=out)
             return
         values = _values_of(codes, out.dtype)
         blocks = values.reshape(*lead, down, rows // down, across, columns // across)
@@ -243,14 +276,19 @@ class ScaledCodes(Codes):
         torch.mul(blocks, scale[..., None, :, None], out=out.view(blocks.shape))
 
     def is_by_kernel(self) -> bool:
-        rows, down, across = self.codes.shape[-2], *self.scale.shape[-2:]
+        (rows, columns), (down, across) = self.codes.shape[-2:], self.scale.shape[-2:]
         # The rest of a GPU's weights are as torch's operations have them.
         is_stack = self.codes.dim() == 3 and self.device.type == "cuda"
         if not (self.by_kernel or (is_stack and has_kernels(self.device))):
             return False
-        if self.zero is not None or self.codes.dtype != torch.int8:
+        if self.zero is not None:
             return False
-        return down == rows or down == across == 1
+        if self.codes.dtype == torch.float8_e4m3fn:
+            # A GPU's kernel has blocks of powers of two, but for parts of a row.
+            ends = zip(self.block, (rows, columns), strict=True)
+            is_plain = all(size >= end or size.bit_count() == 1 for size, end in ends)
+            return is_plain or self.device.type == "cpu" or down == rows
+        return self.codes.dtype == torch.int8 and (down == rows or down == across == 1)
 
     def parts(self, first: int, count: int) -> ScaledCodes:
         made, where = copy.copy(self), slice(first, first + count)
@@ -267,14 +305,15 @@ class ScaledCodes(Codes):
         return made
 
     def flat(self) -> tuple[list[Tensor], list[int]]:
-        return self.tensors(), []
+        return self.tensors(), [*self.block]
 
     @classmethod
     def from_flat(
         cls, tensors: Sequence[Tensor], numbers: Sequence[int], dtype: torch.dtype
     ) -> ScaledCodes:
         codes, scale, *zero = tensors
-        return cls(codes, scale, zero[0] if zero else None, dtype)
+        down, across = numbers
+        return cls(codes, scale, zero[0] if zero else None, dtype, block=(down, across))
 
 
 def _values_of(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from .of_hqq import hqq_base
 from .of_torchao import torchao_base
 from .weight import QuantizedBase
 
-__all__ = ["QuantizedBase", "is_quantized", "quantized_base"]
+__all__ = ["QuantizedBase", "is_quantized", "is_without_kernel", "own_type", "quantized_base"]
 
 
 def quantized_base(
@@ -35,7 +35,7 @@ def quantized_base(
         kind: for a layer of this package with adapters, the class that it replaces; None for the
             layer's own class.
     """
-    find = _kind_of(type(layer) if kind is None else kind)
+    find = _kind_of(own_type(type(layer)) if kind is None else kind)
     if find is None:
         return None
     if x is not None and x.dtype not in (torch.float32, *HALVES):
@@ -46,6 +46,19 @@ def quantized_base(
 def is_quantized(layer: nn.Module) -> bool:
     """Whether `quantized_base` supports the layer's class."""
     return quantized_base(layer, None) is not None
+
+
+def own_type(kind: type) -> type:
+    """A library's class of a frozen module, also where `lora_ext.nn.frozen` put one over it."""
+    return getattr(kind, "frozen_type", kind)
+
+
+def is_without_kernel(layer: Any, kind: type) -> bool:
+    """Whether a layer's own forward cannot run where its weight is: transformers' FP8 on a CPU."""
+    if _kind_of(kind) is not fp8_base:
+        return False
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.device.type == "cpu" and weight.element_size() == 1
 
 
 # (layer, x or None for an x in the dtype that the layer prefers) -> its base, or why it has to be

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..torch_state import is_plain
 from .codes import Codes, FourBits, ScaledCodes
 from .of_bitsandbytes import four_bit_stack
+from .of_fp8 import fp8_stack, is_scale
 from .of_torchao import torchao_stack
 from .stack import QuantizedStack, kept
 
@@ -29,9 +30,12 @@ def parametrized(module: nn.Module) -> dict[str, Any]:
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters, parametrized ones included, in the order in which
-    PEFT wraps them: the module's, or the alphabet's if it has parametrizations."""
-    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    """The names of a module's own parameters, parametrized ones included and scales of codes not,
+    in the order in which PEFT wraps them: the module's, or the alphabet's if it has
+    parametrizations."""
+    found = module._parameters
+    own = [name for name, parameter in found.items() if parameter is not None]
+    own = [name for name in own if not is_scale(found, name)]
     others = parametrized(module)
     return sorted({*own, *others}) if others else own
 
@@ -51,7 +55,10 @@ def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | No
     found = parametrized(module).get(name)
     if found is None:
         own = module._parameters.get(name)
-        stack = None if own is None or is_plain(own) else torchao_stack(module, name, own)
+        if own is None:
+            return None
+        find = fp8_stack if is_plain(own) else torchao_stack
+        stack = find(module, name, own)
         return own if stack is None else stack
     parts = list(found._modules.values())
     if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:

@@ -33,6 +33,7 @@ QUANTISED: dict[str, tuple[Callable[..., nn.Module], str, bool]] = {
     "hqq": (partial(models.hqq_four_bits, optimize=False), "hqq", True),
     "gguf": (models.gguf_eight_bits, "transformers.integrations.gguf.utils", False),
     "fp8": (models.fp8, "transformers.integrations.finegrained_fp8", False),
+    "fp8 codes": (models.fp8_codes, "transformers.integrations.finegrained_fp8", False),
 }
 FEW = [name for name in QUANTISED if name not in ("fp4", "nf4 plain scales", "fp8")]
 # Name -> kind of experts, or form of quantised ones.
@@ -135,8 +136,9 @@ def has_dense_weight(name: str) -> bool:
 
 
 def can_be_pickled(name: str) -> bool:
-    """torchao gives its layers a method that cannot, torch refuses parametrizations."""
-    return "torchao" not in name and name not in PACKED
+    """torchao gives its layers a method that cannot, torch refuses parametrizations and writes
+    8-bit floats in a form that it does not read."""
+    return "torchao" not in name and name != "fp8 codes" and name not in PACKED
 
 
 def make(name: str, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:

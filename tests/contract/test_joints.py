@@ -47,12 +47,14 @@ REFUSALS = [
 
 def exists(kind, way, change):
     """What there is to test: a pool has no active adapters and nothing to merge, and is not in a
-    state dict; a checkpoint repeats with the weight of then, as torch says; PEFT has the names."""
+    state dict; a checkpoint repeats with the weight of then, as torch says; PEFT has the names, and
+    draws masks of a batch's adapters in the order of a set of strings, which a graph has not."""
     return not (
         (kind.startswith("pool") and change in ("switched", "merged", "moved"))
         or ("router" in kind and change.startswith("dropout"))
         or (change == LATE and WAYS[way].repeats)
         or ("names" in way and not kind.startswith("peft"))
+        or (kind == "peft conv2d" and WAYS[way].graph and change == "dropout on")
     )
 
 

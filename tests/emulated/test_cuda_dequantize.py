@@ -123,9 +123,20 @@ def refused(words, **options):
     with pytest.raises(RuntimeError, match=words):
         call(**options)
 
+def call_8bit(dtype=torch.int8, **blocks):  # of 3 scales down, or across
+    codes = torch.zeros(15, 15, dtype=torch.uint8, device=there).view(dtype)
+    blocks = dict(block_rows=15, block=15) | blocks
+    out = torch.empty(15, 15, device=there)
+    ops.dequantize("8bit", codes, torch.zeros(3).to(there), out, **blocks)
+
 call()
 refused("on CUDA a block that is a power of two from 32 on, but got 96", block=96)
 refused("on CUDA a scale_block that is a power of two from 2 on, but got 6", scale_block=6)
+for dtype in (torch.int8, torch.float8_e4m3fn):
+    for size in ("block", "block_rows"):
+        words = f"on CUDA a {size} that is a power of two from 1 on, but got 6"
+        with pytest.raises(RuntimeError, match=words):
+            call_8bit(dtype, **{size: 6})
 refused("expected table on out's device, cuda:1, but got it on cpu", table="cpu")
 fail("cudaLaunchKernelEx", 1, NO_IMAGE)
 refused("dequantising on cuda:1 failed: no kernel image")

@@ -153,13 +153,14 @@ def refused(words, **given):
     out = torch.empty(experts * n, k).to(there)
     given = {"offs": routes.offs, "experts": experts} | given
     with pytest.raises(RuntimeError, match=words):
-        ops.dequantize("8bit", eight, on(experts * n), out, **given)
+        ops.dequantize("8bit", eight, on(experts * n), out, block=k, **given)
 
 ops = torch.ops.lora_ext
 refused("expected offs on out's device, cuda:1, but got it on cpu", offs=routes.offs.cpu())
 refused("whole matrices of experts that offs has, but got 5 from 1 on", first=1)
-refused("whole matrices of experts that offs has, but got 6 from 0 on", experts=6)
-refused("whole matrices of experts that offs has, but got 0 from 0 on", experts=0)
-refused("experts of whole rows, but got 3 of .200, 24.", experts=3)
+refused("whole matrices of experts that offs has, but got 8 from 0 on", experts=8)
+for count in (0, 3):
+    words = f"expected out of {count} matrices of whole rows, but got shape .200, 24."
+    refused(words, experts=count)
 """
     )

@@ -134,6 +134,8 @@ def decoding(step, loops=LOOPS):
         (dequantizing("dequantize_4bit bf16", 32, 330, 4), "10.3 instructions a value"),
         (dequantizing("dequantize_4bit float", 16, 330, 4), "20.6 instructions a value"),
         (dequantizing("dequantize_8bit fp16", 32, 206, 0), "0 stores of 16 bytes"),
+        (dequantizing("dequantize_8bit e4m3 bf16", 32, 396, 4), None),
+        (dequantizing("dequantize_8bit e4m3 bf16", 32, 405, 4), "12.7 instructions a value"),
         (decoding(151, [loop(), loop(main=False, membar=8)]), None),
         (decoding(315), None),
         (decoding(316), "316 instructions a step, 6.5 bytes each"),

@@ -146,18 +146,23 @@ def test_a_stack_as_arguments_of_an_op(is_transposed, form):
 
 
 @pytest.mark.parametrize(
-    ("scales", "is_known"),
-    [((3, 4, 1), True), ((1, 4, 2), True), ((3, 1, 1), True), ((3, 2, 1), False)],
+    ("scales", "known"),
+    [
+        ((3, 4, 1), [torch.int8, torch.float8_e4m3fn]),
+        ((1, 4, 2), [torch.int8, torch.float8_e4m3fn]),
+        ((3, 1, 1), [torch.int8, torch.float8_e4m3fn]),
+        ((3, 2, 1), [torch.float8_e4m3fn]),
+    ],
 )
-def test_which_stacks_a_gpu_dequantises_by_one_launch(scales, is_known, monkeypatch):
+def test_which_stacks_a_gpu_dequantises_by_one_launch(scales, known, monkeypatch):
     """A single matrix is written by torch's operations there."""
     monkeypatch.setattr(codes, "has_kernels", lambda device: True)
-    for dtype in (torch.int8, torch.float8_e4m3fn):
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
         for zero in (None, torch.ones(scales)):
             numbers = torch.ones(3, 4, 8).to(dtype)
             made = codes.ScaledCodes(numbers, torch.ones(scales), zero, BF16)
             made.device, made.by_kernel = torch.device("cuda"), False
-            assert made.is_by_kernel() == (is_known and dtype == torch.int8 and zero is None)
+            assert made.is_by_kernel() == (dtype in known and zero is None)
             assert not made.part(0).is_by_kernel()
 
 

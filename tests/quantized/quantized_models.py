@@ -94,6 +94,15 @@ def fp8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return made
 
 
+def fp8_codes(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """e4m3 with a scale for each 16 x 16."""
+    made = fp8(layer, dtype)
+    rows, columns = made.weight_scale_inv.shape
+    made.weight_scale_inv.data = torch.linspace(0.5, 2, rows * columns).view(rows, columns)
+    made.weight.data = made.weight.data.to(torch.float8_e4m3fn)
+    return made
+
+
 MAKERS = {
     "bnb nf4": (bnb_four_bits, "bitsandbytes"),
     "bnb int8": (bnb_eight_bits, "bitsandbytes"),

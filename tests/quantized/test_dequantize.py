@@ -13,14 +13,15 @@ DTYPES = (F32, BF16, F16)
 TABLE = torch.linspace(-1, 1, 16) ** 3  # any sixteen values
 
 
-def four_bit_case(count, block, seed=0, nested=None):
+def four_bit_case(count, block, seed=0, nested=None, low_first=False):
     """(codes, scale, the op's other arguments, the values in float32)."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (count,), generator=generator)
     padded = torch.cat([codes, codes.new_zeros(count % 2)])
-    packed = (padded[::2] << 4 | padded[1::2]).to(torch.uint8)
+    first, second = padded[::2], padded[1::2]
+    packed = (second << 4 | first if low_first else first << 4 | second).to(torch.uint8)
     blocks = -(-count // block)
-    parts = {"table": TABLE, "block": block}
+    parts = {"table": TABLE, "block": block, "low_first": low_first}
     if nested is None:
         scale = torch.rand(blocks, generator=generator) * 3
         values = scale
@@ -76,14 +77,43 @@ def test_the_same_bits_whatever_the_threads():
     assert all(torch.equal(out, found[0]) for out in found)
 
 
+def eight_bit_case(shape, block, kind, seed=2):
+    """(codes, scale, the op's other arguments, the values in float32), of blocks of rows and of
+    columns of a stack of matrices."""
+    matrices, rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    codes[codes == 0x7F], codes[codes == 0xFF] = 1, 2  # e4m3's NaN
+    codes = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    down, across = -(-rows // block[0]), -(-columns // block[1])
+    scale = torch.rand(matrices, down, across, generator=generator) * 5
+    parts = {"block_rows": block[0], "block": block[1], "experts": matrices}
+    parts["multiplier"] = 1.0 / 127.0
+    whole = (scale * torch.tensor(1.0 / 127.0)).repeat_interleave(block[0], 1)[:, :rows]
+    whole = whole.repeat_interleave(block[1], 2)[..., :columns]
+    return codes.flatten(0, 1), scale.flatten(), parts, (codes.float() * whole).flatten(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_every_code_of_eight_bits(isa, dtype, kind):
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    codes = codes.view(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    out = torch.empty(2, 128, dtype=dtype)
+    ops.dequantize("8bit", codes, torch.full((2,), 0.7), out, block=128)
+    expected = (codes.float() * torch.tensor(0.7)).to(dtype)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("nested", [None, 16, 256])
+@pytest.mark.parametrize("low_first", [False, True], ids=["high first", "low first"])
 @pytest.mark.parametrize(
     ("count", "block"), [(1 << 20, 64), (1 << 20, 4096), (12345, 32), (999, 256), (1, 64)]
 )
-def test_four_bits_on_cuda(count, block, nested, dtype, cuda):
-    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
+def test_four_bits_on_cuda(count, block, nested, dtype, cuda, low_first):
+    packed, scale, parts, expected = four_bit_case(count, block, 0, nested, low_first)
     packed, scale = packed.to(cuda), scale.to(cuda)
     parts = {
         name: part.to(cuda) if isinstance(part, torch.Tensor) else part
@@ -97,15 +127,24 @@ def test_four_bits_on_cuda(count, block, nested, dtype, cuda):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize(("rows", "cols"), [(512, 4096), (70, 33), (4096, 32), (3, 8)])
-def test_eight_bits_on_cuda(rows, cols, dtype, cuda):
-    generator = torch.Generator().manual_seed(2)
-    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
-    scale = torch.rand(rows, generator=generator) * 5
-    out, expected = (torch.empty(rows, cols, dtype=dtype, device=d) for d in (cuda, "cpu"))
-    ops.dequantize("8bit", codes, scale, expected, multiplier=1.0 / 127.0)
-    ops.dequantize("8bit", codes.to(cuda), scale.to(cuda), out, multiplier=1.0 / 127.0)
-    assert torch.equal(out.cpu(), expected)
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((1, 512, 4096), (1, 4096)),
+        ((1, 70, 33), (1, 33)),
+        ((1, 4096, 32), (4096, 32)),
+        ((1, 3, 8), (1, 8)),
+        ((1, 520, 1000), (128, 128)),
+        ((3, 70, 264), (64, 32)),
+        ((2, 33, 45), (16, 4)),
+    ],
+)
+def test_eight_bits_on_cuda(shape, block, kind, dtype, cuda):
+    codes, scale, parts, expected = eight_bit_case(shape, block, kind)
+    out = torch.empty(codes.shape, dtype=dtype, device=cuda)
+    ops.dequantize("8bit", codes.to(cuda), scale.to(cuda), out, **parts)
+    assert torch.equal(out.cpu(), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -143,7 +182,8 @@ def test_registration():
     op = ops.dequantize.default
     opcheck(op, ("4bit", packed, scale, torch.empty(4, 64)), parts)
     codes = torch.zeros(4, 6, dtype=torch.int8)
-    opcheck(op, ("8bit", codes, torch.rand(4), torch.empty(4, 6)), {"multiplier": 0.5})
+    words = {"multiplier": 0.5, "block": 6}
+    opcheck(op, ("8bit", codes, torch.rand(4), torch.empty(4, 6)), words)
     panels = torch.zeros(32 * 32, dtype=torch.uint8)
     arguments = ("4bit_panels", panels, torch.rand(2, 32).bfloat16(), torch.empty(32, 64))
     opcheck(op, arguments, {"table": TABLE, "block": 32})
@@ -182,8 +222,17 @@ def test_other_errors():
     codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
     with pytest.raises(RuntimeError, match="dequantize: expected out of 2 dimensions"):
         ops.dequantize("8bit", codes, scale, torch.empty(24))
-    with pytest.raises(RuntimeError, match="expected scale of 4 elements, but got 3"):
-        ops.dequantize("8bit", codes, scale[:3], torch.empty(4, 6))
+    for words, message in (
+        ({"block": 6}, "expected scale of 8 elements, but got 4"),
+        ({"block": 0}, "expected positive blocks, but got 0"),
+        ({"block": 6, "block_rows": -1}, "expected positive blocks, but got -1"),
+        ({"experts": 3}, "expected out of 3 matrices of whole rows, but got shape .8, 6."),
+        ({"experts": 0}, "expected out of 0 matrices"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.dequantize("8bit", codes.repeat(2, 1), scale, torch.empty(8, 6), **words)
+    with pytest.raises(TypeError, match="expected codes in Char, but got Byte"):
+        ops.dequantize("8bit", codes.byte(), scale, torch.empty(4, 6), block=6)
     panels, scale = torch.zeros(32 * 32, dtype=torch.uint8), torch.rand(2, 32).bfloat16()
     with pytest.raises(RuntimeError, match="expected rows that 32 divides and columns that the"):
         ops.dequantize("4bit_panels", panels, scale, torch.empty(64, 48), table=TABLE, block=32)

@@ -6,7 +6,7 @@ By itself: a machine with a GPU may lack hypothesis, and is to run the other tes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dequantize import DTYPES, four_bit_case
+from test_dequantize import DTYPES, eight_bit_case, four_bit_case
 
 from lora_ext import _C
 
@@ -19,10 +19,11 @@ ops = torch.ops.lora_ext
     block=st.sampled_from([2, 32, 64, 96, 4096]),
     nested=st.sampled_from([None, 2, 256]),
     dtype=st.sampled_from(DTYPES),
+    low_first=st.booleans(),
     isa=st.sampled_from(_C.available_cpu_isas()),
 )
-def test_four_bits(count, block, nested, dtype, isa):
-    packed, scale, parts, expected = four_bit_case(count, block, nested=nested)
+def test_four_bits(count, block, nested, dtype, low_first, isa):
+    packed, scale, parts, expected = four_bit_case(count, block, 0, nested, low_first)
     out = torch.full((count,), float("nan"), dtype=dtype)
     _C.set_cpu_isa(isa)
     try:
@@ -34,20 +35,18 @@ def test_four_bits(count, block, nested, dtype, isa):
 
 @settings(max_examples=40)
 @given(
-    rows=st.integers(0, 70),
-    cols=st.integers(0, 200),
+    shape=st.tuples(st.integers(1, 3), st.integers(0, 70), st.integers(0, 200)),
+    block=st.tuples(st.sampled_from([1, 3, 16, 70]), st.sampled_from([1, 20, 33, 128, 200])),
+    kind=st.sampled_from(["int8", "float8"]),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(_C.available_cpu_isas()),
 )
-def test_eight_bits(rows, cols, dtype, isa):
-    generator = torch.Generator().manual_seed(2)
-    codes = torch.randint(-128, 128, (rows, cols), generator=generator).to(torch.int8)
-    scale = torch.rand(rows, generator=generator) * 5
-    out = torch.full((rows, cols), float("nan"), dtype=dtype)
+def test_eight_bits(shape, block, kind, dtype, isa):
+    codes, scale, parts, expected = eight_bit_case(shape, block, kind)
+    out = torch.full(codes.shape, float("nan"), dtype=dtype)
     _C.set_cpu_isa(isa)
     try:
-        ops.dequantize("8bit", codes, scale, out, multiplier=1.0 / 127.0)
+        ops.dequantize("8bit", codes, scale, out, **parts)
     finally:
         _C.set_cpu_isa("auto")
-    expected = codes.float() * (scale * torch.tensor(1.0 / 127.0))[:, None]
     assert torch.equal(out, expected.to(dtype))

@@ -307,11 +307,11 @@ def test_tensors_of_two_devices():
     """A meta tensor among the others must not leave `out` as it is."""
     codes, scale = torch.zeros(4, 6, dtype=torch.int8), torch.rand(4)
     with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
-        ops.dequantize("8bit", codes.to("meta"), scale, torch.empty(4, 6))
+        ops.dequantize("8bit", codes.to("meta"), scale, torch.empty(4, 6), block=6)
     with pytest.raises(RuntimeError, match="on out's device, cpu, but got it on meta"):
-        ops.dequantize("8bit", codes, scale.to("meta"), torch.empty(4, 6))
+        ops.dequantize("8bit", codes, scale.to("meta"), torch.empty(4, 6), block=6)
     with pytest.raises(RuntimeError, match="on out's device, meta, but got it on cpu"):
-        ops.dequantize("8bit", codes, scale, torch.empty(4, 6, device="meta"))
+        ops.dequantize("8bit", codes, scale, torch.empty(4, 6, device="meta"), block=6)
 
 
 @pytest.mark.parametrize("block", [2**62, 2**63 - 2])

@@ -70,7 +70,7 @@ __device__ __forceinline__ void dequantize_matrix(const Params& p) {
   }
 }
 
-// dequantize_4bit: dequantises NF4 and FP4 codes, bit for bit as cpu/dequantize.h does.
+// dequantize_4bit: dequantises codes of NF4, FP4 and e2m1, bit for bit as cpu/dequantize.h does.
 //
 //     out[i] = table[code i] * scale[i / block]
 //     scale[b] = scale_table[code b] * scale_scale[b / scale_block] + offset      or as it is given
@@ -94,8 +94,13 @@ __device__ __forceinline__ float scale_of(const Dequantize4bitParams& p, int64_t
 template <class T>
 __device__ __forceinline__ void dequantize_one(const Dequantize4bitParams& p, int64_t i) {
   const uint8_t byte = p.packed[i / 2];
-  const int code = i % 2 == 0 ? byte >> 4 : byte & 15;
+  const int code = (i % 2 == 0) == p.low_first ? byte & 15 : byte >> 4;
   static_cast<T*>(p.out)[i] = dequantized<T>(p.table[code] * scale_of(p, i >> p.block_bits));
+}
+
+// Codes of which the first of each byte is in the upper half.
+__device__ __forceinline__ uint32_t upper_first(uint32_t codes, bool low_first) {
+  return low_first ? (codes & 0x0F0F0F0Fu) << 4 | (codes >> 4 & 0x0F0F0F0Fu) : codes;
 }
 
 // Dequantises the tile of the calling warp. Each lane holds the scale of one block of the tile,
@@ -109,7 +114,7 @@ __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, i
   const auto* packed = reinterpret_cast<const Codes*>(p.packed + first / 2) + lane;
   uint32_t codes[Tile::kChunks];
 #pragma unroll
-  for (int j = 0; j < Tile::kChunks; ++j) codes[j] = packed[32 * j];
+  for (int j = 0; j < Tile::kChunks; ++j) codes[j] = upper_first(packed[32 * j], p.low_first);
   const float value = p.table[lane % 16];
   const int last_block = (Tile::kValues - 1) >> p.block_bits;
   const float scale = scale_of(p, (first >> p.block_bits) + min(lane, last_block));
@@ -141,53 +146,104 @@ auto dequantize_kernel(const Dequantize4bitParams&) {
 
 // dequantize_8bit: dequantises 8-bit codes, bit for bit as cpu/dequantize.h does.
 //
-//     out[n, k] = code[n, k] * (scale[n] * multiplier)
+//     out[r, c] = code[r, c] * (scale[r / m, c / n] * multiplier)      int8, e4m3
 //
 // Rows may be short, as where each part of a weight's row has its own scale: tiles do not depend on
 // where rows begin.
 
-template <class T>
-__device__ __forceinline__ void dequantize_one(const Dequantize8bitParams& p, int64_t i) {
-  const float scale = p.scale[i / p.columns] * p.multiplier;
-  static_cast<T*>(p.out)[i] = dequantized<T>(static_cast<float>(p.codes[i]) * scale);
+// The values of four codes. e4m3 is read as a half, whose exponent has one bit more and a bias larger
+// by 8: subnormal codes are subnormal halves, and a product by 2^8 is exact. 0x7F, which would be
+// 480, becomes NaN by one more bit of the exponent.
+template <class Params>
+__device__ __forceinline__ void values_of(uint32_t codes, float (&values)[4]) {
+  if constexpr (Params::kIsFloat8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // codes i and i + 2, in the upper byte of a half each
+      const uint32_t apart = i == 0 ? codes << 8 : codes;
+      const uint32_t magnitude = apart >> 1 & 0x3F803F80u;
+      const uint32_t nan = (magnitude + 0x00800080u) & 0x40004000u;
+      const uint32_t bits = (apart & 0x80008000u) | magnitude | nan;
+      __half halves[2];
+      memcpy(static_cast<void*>(halves), &bits, sizeof bits);
+      values[i] = __half2float(halves[0]) * 256.f;
+      values[i + 2] = __half2float(halves[1]) * 256.f;
+    }
+  } else {
+    int8_t bytes[4];
+    memcpy(bytes, &codes, sizeof bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = bytes[i];
+  }
+}
+
+// The number of a row of all matrices within its own, which has fewer than 2^31.
+__device__ __forceinline__ uint32_t row_of_matrix(const Dequantize8bitParams& p, int64_t row) {
+  // NOLINTNEXTLINE(custom-cut-to-32-bits)
+  return static_cast<uint32_t>(row - static_cast<int>(blockIdx.y) * p.rows);
+}
+
+// Of a row of a matrix, and a column.
+__device__ __forceinline__ float scale_of(const Dequantize8bitParams& p, uint32_t row,
+                                          uint32_t column) {
+  const float* scale = p.scale + static_cast<int>(blockIdx.y) * p.scales;
+  const auto block = static_cast<uint64_t>(row >> p.row_bits) * p.scale_columns;
+  return scale[block + (column >> p.column_bits)] * p.multiplier;
+}
+
+template <class T, class Params>
+__device__ __forceinline__ void dequantize_one(const Params& p, int64_t i) {
+  const int64_t row = i / p.columns;
+  // A remainder of 32 bits, as the divisor is. NOLINTNEXTLINE(custom-cut-to-32-bits)
+  const auto column = static_cast<uint32_t>(i - row * p.columns);
+  const float scale = scale_of(p, row_of_matrix(p, row), column);
+  float values[4];
+  values_of<Params>(static_cast<const uint8_t*>(p.codes)[i], values);
+  static_cast<T*>(p.out)[i] = dequantized<T>(values[0] * scale);
 }
 
 // Dequantises the tile of the calling warp: one 64-bit division, and one 32-bit division per chunk.
-template <class T>
-__device__ __forceinline__ void dequantize_tile(const Dequantize8bitParams& p, int64_t first) {
+template <class T, class Params>
+__device__ __forceinline__ void dequantize_tile(const Params& p, int64_t first) {
   using Tile = DequantizedTile<T>;
   using Codes = std::conditional_t<Tile::kChunk == 8, uint2, uint32_t>;
   const auto lane = threadIdx.x % 32;
-  const auto* packed = reinterpret_cast<const Codes*>(p.codes + first) + lane;
+  const auto* begin = static_cast<const uint8_t*>(p.codes) + first;
+  const auto* packed = reinterpret_cast<const Codes*>(begin) + lane;
   Codes codes[Tile::kChunks];
 #pragma unroll
   for (int j = 0; j < Tile::kChunks; ++j) codes[j] = packed[32 * j];
   const int64_t row = first / p.columns;
   // A remainder of 32 bits, as the divisor is. NOLINTNEXTLINE(custom-cut-to-32-bits)
   const auto column = static_cast<uint32_t>(first - row * p.columns);
+  const uint32_t first_row = row_of_matrix(p, row);
   T* out = static_cast<T*>(p.out) + first + lane * Tile::kChunk;
 #pragma unroll
   for (int j = 0; j < Tile::kChunks; ++j) {
-    const uint32_t at = column + (32 * j + lane) * Tile::kChunk;
-    const float scale = p.scale[row + at / p.columns] * p.multiplier;
-    int8_t bytes[Tile::kChunk];
-    memcpy(bytes, &codes[j], sizeof bytes);
+    const uint32_t at = column + (32 * j + lane) * Tile::kChunk, rows = at / p.columns;
+    const float scale = scale_of(p, first_row + rows, at - rows * p.columns);
+    uint32_t words[Tile::kChunk / 4];
+    memcpy(words, &codes[j], sizeof words);
     float values[Tile::kChunk];
 #pragma unroll
-    for (int i = 0; i < Tile::kChunk; ++i) values[i] = static_cast<float>(bytes[i]) * scale;
+    for (int word = 0; word < Tile::kChunk / 4; ++word) {
+      float four[4];
+      values_of<Params>(words[word], four);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[4 * word + i] = four[i] * scale;
+    }
     store_chunk(out + 32 * j * Tile::kChunk, values);
   }
 }
 
-template <class T>
+template <class T, class Params>
 __global__ void __launch_bounds__(kDequantizeThreads)
-    dequantize_8bit(const __grid_constant__ Dequantize8bitParams p) {
+    dequantize_8bit(const __grid_constant__ Params p) {
   dequantize_matrix<T>(p);
 }
 
-template <class T>
-auto dequantize_kernel(const Dequantize8bitParams&) {
-  return dequantize_8bit<T>;
+template <class T, class Params>
+auto dequantize_kernel(const Params&) {
+  return dequantize_8bit<T, Params>;
 }
 
 }  // namespace lora_ext::kernel

@@ -258,12 +258,14 @@ def both(op, tensors, numbers, shape, dtype, before, before_out):
     op(*given, *numbers, out)
     assert torch.equal(out.cpu(), expected), (op, shape, dtype, before, before_out)
 
-def four_bits(packed, table, scale, one, two, three, block, scale_block, out):
-    nested = dict(scale_table=one, scale_scale=two, scale_offset=three, scale_block=scale_block)
-    ops.dequantize("4bit", packed, scale, out, table=table, block=block, **nested)
+def four_bits(packed, table, scale, one, two, three, block, scale_block, low_first, out):
+    words = dict(scale_table=one, scale_scale=two, scale_offset=three, scale_block=scale_block)
+    words |= dict(table=table, block=block, low_first=low_first)
+    ops.dequantize("4bit", packed, scale, out, **words)
 
-def eight_bits(codes, scale, multiplier, out):
-    ops.dequantize("8bit", codes, scale, out, multiplier=multiplier)
+def eight_bits(codes, scale, dtype, block_rows, block, matrices, out):
+    words = dict(block_rows=block_rows, block=block, experts=matrices, multiplier=1.0 / 127.0)
+    ops.dequantize("8bit", codes.view(dtype), scale, out, **words)
 
 def floats(*shape):
     return torch.randn(shape, generator=generator)
@@ -280,17 +282,32 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     ):
         count = shape[0] * shape[1]
         packed, blocks = bytes_of((count + 1) // 2), -(-count // block)
-        tensors = (packed, floats(16), floats(blocks), None, None, None)
-        both(four_bits, tensors, (block, 2), shape, dtype, *before)
-        nested = (floats(256), floats(-(-blocks // 16)), floats(1))
-        tensors = (packed, floats(16), bytes_of(blocks), *nested)
-        both(four_bits, tensors, (block, 16), shape, dtype, *before)
-        tensors = (bytes_of(*shape).view(torch.int8), floats(shape[0]))
-        both(eight_bits, tensors, (1.0 / 127.0,), shape, dtype, *before)
-        launched += 3
+        for low_first in (False, True):
+            tensors = (packed, floats(16), floats(blocks), None, None, None)
+            both(four_bits, tensors, (block, 2, low_first), shape, dtype, *before)
+            nested = (floats(256), floats(-(-blocks // 16)), floats(1))
+            tensors = (packed, floats(16), bytes_of(blocks), *nested)
+            both(four_bits, tensors, (block, 16, low_first), shape, dtype, *before)
+            launched += 2
+    # A block's rows and columns, and matrices: of rows; of 2^40 or some rows, with part of a block
+    # at each end; of so few columns that a chunk has two scales.
+    for (rows, columns), block_rows, block, matrices, *before in (
+        ((64, 512), 1, 512, 1, 0, 0), ((3, 5), 1, 5, 1, 0, 0), ((40, 250), 1, 250, 1, 0, 0),
+        ((9, 1000), 1, 1000, 1, 1, 0), ((9, 1000), 1, 1000, 1, 0, 1),
+        ((40, 250), 2**40, 64, 1, 0, 0), ((70, 200), 32, 128, 1, 0, 0),
+        ((36, 1000), 8, 128, 3, 0, 0), ((6, 1000), 2, 4, 2, 0, 0),
+    ):
+        down, across = -(-rows // matrices // block_rows), -(-columns // block)
+        codes, scale = bytes_of(rows, columns), floats(matrices * down * across)
+        codes[codes % 128 == 127] = 0  # NaN in e4m3
+        for stored in (torch.int8, torch.float8_e4m3fn):
+            numbers = (stored, block_rows, block, matrices)
+            both(eight_bits, (codes, scale), numbers, (rows, columns), dtype, *before)
+            launched += 1
 calls = record()
 assert [each["call"] for each in calls] == ["cudaLaunchKernelEx"] * launched, calls
-assert {kernel_of(each) for each in calls} == {"dequantize4bit", "dequantize8bit"}
+of_formats = {"dequantize4bit", "dequantize8bit", "dequantizefloat8"}
+assert {kernel_of(each) for each in calls} == of_formats
 assert {each["device"] for each in calls} == {1} and current_device() == 0 and last_error() == 0
 """
 

@@ -1,5 +1,6 @@
-// Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, and
-// compares every bit with float64, rounded as the CPU's kernels round. Of experts without rows
+// Runs dequantize_4bit and dequantize_8bit on weights of any size, block, alignment and type, whose
+// codes are in either order, int8 or e4m3, and compares every bit with float64, rounded as the CPU's
+// kernels round; a NaN is any of them. Of experts without rows
 // nothing is written. The race build also counts bytes: those of the weight are written once, those
 // of codes read once, and of experts without rows none.
 #include "emulated/kernels/dequantize.h"
@@ -69,22 +70,26 @@ struct Written {
   void compare(const std::vector<float>& expected) const {
     for (int64_t i = -before; i < count + kBehind; ++i) {
       const bool inside = i >= 0 && i < count;
+      const T& written = buffer[static_cast<size_t>(before + i)];
+      const bool is_nan = inside && std::isnan(expected[static_cast<size_t>(i)]);
+      if (is_nan && std::isnan(to_double(written))) continue;
       const uint32_t wanted =
           inside ? bits_of<T>(expected[static_cast<size_t>(i)]) : bits_of_element(kUnwritten);
-      const uint32_t got = bits_of_element(buffer[static_cast<size_t>(before + i)]);
+      const uint32_t got = bits_of_element(written);
       if (got != wanted)
         differ("out[%lld]: expected bits %x, but got %x", static_cast<long long>(i), wanted, got);
     }
   }
 };
 
-// Matrices of experts, some without rows, or one that is of none.
+// Matrices of experts, some without rows, or some that are of none.
 struct Matrices {
   static constexpr int kExperts = 5;
   Random& random;
   const bool of_experts = random() % 2 == 0;
   const int first = of_experts ? static_cast<int>(random() % kExperts) : 0;
-  const int count = of_experts ? 1 + static_cast<int>(random() % (kExperts - first)) : 1;
+  const int count =
+      of_experts || random() % 2 ? 1 + static_cast<int>(random() % (kExperts - first)) : 1;
   const GlobalBuffer<int> offs{draw_offs(), "offs"};
 
   std::vector<int> draw_offs() const {
@@ -152,7 +157,7 @@ int64_t draw_count(int max_tiles, Random& random) {
 struct FourBits {
   Random& random;
   const int64_t count, block, before;  // `before`: bytes in front of the codes
-  const bool nested;
+  const bool nested, low_first = random() % 2 == 0;
   const int64_t blocks = (count + block - 1) / block, scale_block = int64_t{2} << random() % 8;
   GlobalBuffer<uint8_t> packed{static_cast<size_t>(before + (count + 1) / 2), "packed"};
   const GlobalBuffer<float> table{draw_floats(16, random), "table"};
@@ -174,7 +179,7 @@ struct FourBits {
 
   Dequantize4bitParams parameters() const {
     Dequantize4bitParams p{};
-    p.packed = packed.data() + before, p.table = table.data();
+    p.packed = packed.data() + before, p.table = table.data(), p.low_first = low_first;
     p.block_bits = std::countr_zero(static_cast<uint64_t>(block));
     if (nested) {
       p.scale_codes = scale_codes.data(), p.scale_table = scale_table.data();
@@ -195,7 +200,9 @@ struct FourBits {
     std::vector<float> found;
     for (int64_t i = 0; i < count; ++i) {
       const uint8_t byte = packed[static_cast<size_t>(before + i / 2)];
-      found.push_back(times(table[i % 2 ? byte & 15 : byte >> 4], scale_of_block(i / block)));
+      const int halves[] = {byte & 15, byte >> 4};  // the lower one, the upper one
+      const int code = halves[low_first ? i % 2 : 1 - i % 2];
+      found.push_back(times(table[static_cast<size_t>(code)], scale_of_block(i / block)));
     }
     return found;
   }
@@ -208,7 +215,7 @@ void run_four_bits(const Case& run, Random& random) {
   const bool aligned = !odd || random() % 2 == 0;
   const Matrices matrices{random};
   int64_t count = draw_count<T>(tiles, random);
-  if (matrices.of_experts) count = (count + block - 1) / block * block * matrices.count;
+  if (matrices.count > 1) count = (count + block - 1) / block * block * matrices.count;
   const FourBits weight(count, block, random() % 2,
                         aligned ? 4 * static_cast<int64_t>(random() % 3) : 1, random);
   // Only one of the two may begin in the middle of a chunk.
@@ -225,6 +232,79 @@ void run_four_bits(const Case& run, Random& random) {
                             32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
 }
 
+// e4m3: a sign, 4 bits of exponent, whose bias is 7, and 3 of mantissa; all ones are NaN.
+float value_of_float8(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if (exponent == 15 && mantissa == 7) return std::numeric_limits<float>::quiet_NaN();
+  const double size =
+      exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return static_cast<float>(code >> 7 ? -size : size);
+}
+
+// How many of a matrix' rows, or of its columns, share a scale: one, some or all.
+struct Block {
+  int64_t size, parts;  // of the last of the parts some may be missing
+  int bits;
+
+  static Block all(int64_t of) { return {of, 1, 31}; }
+  static Block of_bits(int64_t of, int bits) {
+    const int64_t size = int64_t{1} << bits;
+    return {size, (of + size - 1) / size, bits};
+  }
+};
+
+// Matrices in 8 bits with a scale for each block.
+struct EightBits {
+  Random& random;
+  const int64_t matrices, rows, columns, before;  // `before`: bytes in front of the codes
+  const bool is_float8;
+  const Block of_rows, of_columns;
+  GlobalBuffer<uint8_t> codes{static_cast<size_t>(before + matrices * rows * columns), "codes"};
+  const GlobalBuffer<float> scale{draw_floats(matrices * of_rows.parts * of_columns.parts, random),
+                                  "scale"};
+  const float multiplier = random() % 2 ? 1.f : 1.f / 127.f;
+
+  void fill() {
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random());
+    emulator::race_host_write(codes.data(), codes.size());
+  }
+  template <class Params>
+  Params parameters() const {
+    Params p{};
+    p.codes = codes.data() + before, p.scale = scale.data(), p.multiplier = multiplier;
+    p.rows = rows, p.columns = static_cast<uint32_t>(columns);
+    p.row_bits = of_rows.bits, p.column_bits = of_columns.bits;
+    p.scales = of_rows.parts * of_columns.parts;
+    p.scale_columns = static_cast<uint32_t>(of_columns.parts);
+    return p;
+  }
+  std::vector<float> values() const {
+    std::vector<float> found;
+    for (int64_t matrix = 0; matrix < matrices; ++matrix)
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t column = 0; column < columns; ++column) {
+          const uint8_t code = codes[static_cast<size_t>(before) + found.size()];
+          const int64_t down = matrix * of_rows.parts + row / of_rows.size;
+          const int64_t at = down * of_columns.parts + column / of_columns.size;
+          found.push_back(times(is_float8 ? value_of_float8(code) : static_cast<int8_t>(code),
+                                times(scale[static_cast<size_t>(at)], multiplier)));
+        }
+    return found;
+  }
+};
+
+// One row, a power of two, or all; chunks of a row: all, or a power of two of them.
+Block draw_rows(int64_t rows, Random& random) {
+  const auto kind = random() % 3;
+  return kind == 0 ? Block::all(rows)
+                   : Block::of_bits(rows, kind == 1 ? 0 : 1 + static_cast<int>(random() % 5));
+}
+Block draw_columns(int64_t columns, int64_t least, Random& random) {
+  if (random() % 2) return Block::all(columns);
+  return Block::of_bits(
+      columns, std::countr_zero(static_cast<uint64_t>(least)) + static_cast<int>(random() % 6));
+}
+
 template <class T>
 void run_eight_bits(const Case& run, Random& random) {
   constexpr int64_t kChunk = DequantizedTile<T>::kChunk;
@@ -235,26 +315,31 @@ void run_eight_bits(const Case& run, Random& random) {
   auto columns = static_cast<int64_t>(1 + random() % static_cast<uint64_t>(max_columns));
   if (aligned) columns = kChunk * (random() % 2 ? columns : int64_t{1} << random() % 6);
   const Matrices matrices{random};
-  const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns * matrices.count;
-  const int64_t count = rows * columns, before = aligned ? 8 * int64_t(random() % 3) : 3;
-  GlobalBuffer<int8_t> codes(static_cast<size_t>(before + count), "codes");
-  for (int8_t& code : codes) code = static_cast<int8_t>(random());
-  emulator::race_host_write(codes.data(), codes.size());
-  const GlobalBuffer<float> scale(draw_floats(rows, random), "scale");
+  const int64_t rows = (draw_count<T>(tiles, random) + columns - 1) / columns;
+  const int64_t count = matrices.count * rows * columns;
+  EightBits weight{random,
+                   matrices.count,
+                   rows,
+                   columns,
+                   aligned ? 8 * static_cast<int64_t>(random() % 3) : 3,
+                   random() % 2 == 0,
+                   draw_rows(rows, random),
+                   draw_columns(columns, aligned ? kChunk : 1, random)};
+  weight.fill();
   Written<T> out(aligned || random() % 2 == 0 ? 0 : 1, count);
-  const float multiplier = random() % 2 ? 1.f : 1.f / 127.f;
-  Dequantize8bitParams p{};
-  p.codes = codes.data() + before, p.scale = scale.data(), p.multiplier = multiplier;
-  p.columns = static_cast<uint32_t>(columns), p.out = out.data(), p.aligned = aligned;
-  matrices.set(p, count);
   emulator::Stream stream;
-  stream.launch(matrices.grid<T>(count), dequantize_8bit<T>, p);
+  const auto launch = [&](auto kernel, auto p) {
+    p.out = out.data(), p.aligned = aligned;
+    matrices.set(p, count);
+    stream.launch(matrices.grid<T>(count), kernel, p);
+  };
+  if (weight.is_float8)
+    launch(dequantize_8bit<T, DequantizeFloat8Params>, weight.parameters<DequantizeFloat8Params>());
+  else
+    launch(dequantize_8bit<T, Dequantize8bitParams>, weight.parameters<Dequantize8bitParams>());
   run_timed(stream);
-  std::vector<float> expected;
-  for (int64_t i = 0; i < count; ++i)
-    expected.push_back(times(codes[static_cast<size_t>(before + i)],
-                             times(scale[static_cast<size_t>(i / columns)], multiplier)));
-  out.compare(matrices.written(std::move(expected)));
+  out.compare(matrices.written(weight.values()));
+  // Whatever the blocks: each lane reads a scale for each of its chunks.
   constexpr int64_t kScaleBytes = DequantizedTile<T>::kChunks * 32 * sizeof(float);
   matrices.compare_bytes<T>(count, 1, aligned, kScaleBytes);
 }
