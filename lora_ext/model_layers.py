@@ -17,12 +17,19 @@ def peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     lora: Any = sys.modules.get("peft.tuners.lora.layer")
     if lora is None:
         return
-    inner = set()
+    inner = wrapped_modules(model)
     for path, module in model.named_modules():
-        if isinstance(module, lora.ParamWrapper):
-            inner.add(id(module.base_layer))
         if isinstance(module, lora.LoraLayer) and id(module) not in inner:
             yield path, module
+
+
+def wrapped_modules(model: nn.Module) -> set[int]:
+    """The ids of what PEFT's wrappers of parameters hold: each a wrapper, or the module whose
+    parameters these are."""
+    lora: Any = sys.modules.get("peft.tuners.lora.layer")
+    kind = getattr(lora, "ParamWrapper", ())
+    wrappers: Any = (module for module in model.modules() if isinstance(module, kind))
+    return {id(wrapper.base_layer) for wrapper in wrappers}
 
 
 def per_row_modules(model: nn.Module) -> tuple[list[Any], list[Any]]:

@@ -14,6 +14,7 @@ from .kernels.kernel_plan import CallPlan, explain_call
 from .model_layers import peft_layers
 from .models.model import lora_layers
 from .nn import LoRALayer
+from .nn.frozen import frozen_decision
 from .packing import packed_bytes
 from .peft.reasons import HOOKED, has_hooks
 from .peft.report import peft_decision
@@ -52,13 +53,15 @@ class Explanation(list[LayerPath]):
         workspace_bytes: size of the largest dequantised weight. The layers with a quantised base
             share this memory, one at a time; there is one for each device, stream and dtype.
         packed_bytes: size of the packed copies of weights that `lora_ext.warmup` made on a CPU.
+        frozen: the modules without adapters that `lora_ext.nn.frozen` computes.
     """
 
     packed_bytes: int = 0
+    frozen: tuple[LayerPath, ...] = ()
 
     @property
     def workspace_bytes(self) -> int:
-        return max((layer.workspace_bytes for layer in self), default=0)
+        return max((layer.workspace_bytes for layer in (*self, *self.frozen)), default=0)
 
     def __str__(self) -> str:
         if not self:
@@ -81,7 +84,10 @@ class Explanation(list[LayerPath]):
             "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[4]])
             for row in rows
         ]
-        sharing = sum(layer.workspace_bytes > 0 for layer in self)
+        frozen = Counter((layer.kind, layer.reason) for layer in self.frozen)
+        for (kind, reason), count in frozen.items():
+            text.append(f"without an adapter, computed here: {count} {kind}, {reason}")
+        sharing = sum(layer.workspace_bytes > 0 for layer in (*self, *self.frozen))
         if sharing:
             mib = self.workspace_bytes / 2**20
             text.append(f"memory to dequantise: {mib:.3g} MiB, shared by {sharing} layers")
@@ -141,11 +147,18 @@ def _explain_model(model: nn.Module, rows: int | None = None) -> Explanation:
             decision = layer.decision(rows)
         else:
             decision = peft_decision(layer, rows)
-        path, reason = decision.explained()
-        kind, nbytes = type(layer).__name__, decision.workspace_bytes
-        found.append(LayerPath(name, kind, path, reason, nbytes))
+        found.append(_line(name, layer, decision))
+    bases = {f"{layer.name}.base_layer" for layer in found}
+    others = ((name, module) for name, module in model.named_modules() if name not in bases)
+    decisions = ((name, module, frozen_decision(module)) for name, module in others)
+    found.frozen = tuple(_line(n, m, made) for n, m, made in decisions if made is not None)
     found.packed_bytes = packed_bytes(model)
     return found
+
+
+def _line(name: str, layer: nn.Module, decision: Decision) -> LayerPath:
+    path, reason = decision.explained()
+    return LayerPath(name, type(layer).__name__, path, reason, decision.workspace_bytes)
 
 
 def _managed_by_fsdp(model: nn.Module) -> set[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.apply import install, undone_on_error
+from ..models.apply import install, replace, undone_on_error
 from ..models.model import (
     BIAS_SAVED_BY,
     SAVED_BY,
@@ -162,7 +162,7 @@ def apply(
                 undo.callback(tensor.copy_, tensor.detach().clone())
                 tensor.copy_(value)
         replaced = {id(t.in_place): t.module for t in placement.targets if id(t.module) in new}
-        undo.callback(install, model, replaced)
+        undo.callback(replace, model, replaced)
         install(model, new)
     _mark(placement, adapter)
     if is_first:

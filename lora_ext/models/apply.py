@@ -10,6 +10,7 @@ from torch import nn
 
 from ..nn import LoRALayer, LoRAModule
 from ..nn.adapter_spec import DEFAULT_ADAPTER, AdapterSpec, expect
+from ..nn.frozen import take_frozen
 from ..packing import pack_for
 from ..quantized.panels import put_back_for_training
 from .config import ALL_LINEAR, AnyConfig, LoraConfig, as_config
@@ -93,7 +94,6 @@ def apply_lora(
             if in_place is not module:
                 replaced[id(module)] = in_place
     install(model, replaced)
-    put_back_for_training(model)
     trained = {"none": (), "lora_only": layers, "all": model.modules()}[config.bias]
     biases = [module for module in trained if module._parameters.get("bias") is not None]
     for module in saved:
@@ -166,6 +166,14 @@ def _check_saved(adapted: list, saved: list[nn.Module]) -> None:
 
 
 def install(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """`replace` by modules with adapters; quantised ones without are then computed as a model with
+    adapters needs it."""
+    replace(model, replaced)
+    put_back_for_training(model)
+    take_frozen(model)
+
+
+def replace(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
     """Replaces modules, given by id, wherever the model holds them."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import LoRALayer, LoRAModule, LoRAParameter
-from .apply import install
+from ..nn.frozen import take_frozen
+from .apply import replace
 from .model import check_not_peft, compute_merged, lora_layers, reshard, unmark_saved
 
 
@@ -43,7 +44,8 @@ def merge_and_unload(
         else:
             replaced[id(layer)] = layer.as_base(weight, layer.bias if bias is None else bias)
     replaced |= {id(module): module.restored(weights) for module, weights in merged.items()}
-    install(model, replaced)
+    replace(model, replaced)
+    take_frozen(model, back=True)
     unmark_saved(model)
     return model
 
@@ -62,7 +64,8 @@ def unload(model: nn.Module) -> nn.Module:
     for layer in layers:
         layer.check_whole("unload")
     replaced: list[Any] = [each for each in layers if not isinstance(each, LoRAParameter)]
-    install(model, {id(each): each.restored() for each in [*replaced, *_modules(model)]})
+    replace(model, {id(each): each.restored() for each in [*replaced, *_modules(model)]})
+    take_frozen(model, back=True)
     unmark_saved(model)
     return model
 

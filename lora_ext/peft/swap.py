@@ -14,6 +14,7 @@ from torch import nn
 
 from ..model_layers import peft_layers as layers_of
 from ..model_layers import per_row_modules
+from ..nn.frozen import take_frozen
 from ..packing.layers import packable_layers
 from ..quantized.panels import put_back_for_training
 from ..rows.row_adapters import BASE_NAME, RowAdapters, entered
@@ -97,6 +98,7 @@ def swap(model: nn.Module, back: bool = False) -> int:
                 state[REPLACED] = state["forward"]
             count += is_layer
     put_back_for_training(model, remove=back)
+    take_frozen(model, back)
     return count
 
 
