@@ -41,6 +41,14 @@ help:
 	echo 'for builders:'
 	list '###'
 
+# Releases that lora_ext/versions.py names, as pip takes them: those of the oldest and the newest, and none newer.
+NAMED = $(PYTHON) -c 'import runpy, sys; (how, end, rest), names = sys.argv[1:4], sys.argv[4:]; \
+    known = runpy.run_path("lora_ext/versions.py")["SUPPORTED"]; \
+    print(*(name + how + known[name][int(end)] + rest for name in names), sep="\n")'
+OLDEST := $(NAMED) == 0 ""
+NEWEST := $(NAMED) == 1 ".*"
+NO_NEWER := $(NAMED) "<=" 1 .999
+
 # A PYTHON that has torch lends its packages to the environment, unless TORCH names another: nothing is downloaded twice, and
 # `make gpu` needs no network on a machine that has torch. A .pth file lends them even where PYTHON is
 # in a virtual environment itself, which --system-site-packages would pass over. pip comes that way,
@@ -57,7 +65,8 @@ $(VENV)/.torch:
 	    # The old setuptools that comes along before Python 3.12 would hide a newer one.
 	    $(PIP) uninstall --yes setuptools
 	fi
-	$(PY) -c "$$BUILDS_WITH" 2>/dev/null || $(PIP) install '$(or $(TORCH),torch>=$(OLDEST_TORCH))' 'setuptools>=77' ninja
+	$(PY) -c "$$BUILDS_WITH" 2>/dev/null || $(PIP) install '$(or $(TORCH),torch>=$(OLDEST_TORCH))' \
+	    $(if $(TORCH),,$$($(NO_NEWER) torch)) 'setuptools>=77' ninja
 	touch $@
 
 define BUILDS_WITH
@@ -84,9 +93,10 @@ $(BUILT): $(VENV)/.torch $(COMPILED)
 	rm -f $(VENV)/.built-*
 	touch $@
 
+# No newer than all tests ran with, so that another package's release does not make them fail; LATEST=1 takes any.
 # By name, so that pip reads the extras of the copy just installed and compiles nothing again.
 $(VENV)/.extras: pyproject.toml | $(BUILT)
-	$(PIP) install 'lora_ext[test,bench]'
+	$(PIP) install 'lora_ext[test,bench]' $(if $(LATEST),,$$($(NO_NEWER) transformers peft))
 	touch $@
 
 # Kernels include CUDA's headers on the host, too; without a toolkit, three wheels of 7 MB have them.
@@ -159,11 +169,6 @@ count-launches: $(VENV)/.extras $(VENV)/.cuda-headers  ### what layers launch on
 sass: $(VENV)/.kernel-oracles  ### registers and instructions of every CUDA kernel
 	$(PY) scripts/sass.py $(ARGS)
 
-# Releases that lora_ext/versions.py names, for pip: 0 or 1, for the oldest or the newest, and packages.
-NAMED := $(PYTHON) -c 'import runpy, sys; end, *names = sys.argv[1:]; end = int(end); \
-    known = runpy.run_path("lora_ext/versions.py")["SUPPORTED"]; \
-    print(*(name + "==" + known[name][end] + ".*" * end for name in names), sep="\n")'
-
 # A part of the tests on other versions: the oldest transformers and PEFT beside the torch and the build of $(VENV).
 AT_ENDS := tests/contract/test_numerics.py tests/contract/test_row_adapters.py tests/experts/test_experts_types.py \
     tests/experts/test_experts_apply.py tests/quantized/test_quantized_linear.py
@@ -174,8 +179,9 @@ test-oldest: $(VENV)/.extras  ### a part of the tests on the oldest transformers
 	$(PY) -m venv --clear --without-pip $$venv
 	site=$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	$(PY) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >$$site/lent.pth
+	# Its extra brings the `kernels` that it can import, which is older than that of a newer transformers.
 	$$venv/bin/python -m pip --disable-pip-version-check --quiet install --upgrade \
-	    $$($(NAMED) 0 transformers peft)
+	    $$($(OLDEST) transformers peft) 'transformers[hub-kernels]'
 	$$venv/bin/python -m pytest -n auto --dist worksteal -k 'not ($(NOT_AT_ENDS))' $(AT_ENDS) $(ARGS)
 
 # In environments of their own, each with its tree and its build, which stay from run to run: git writes only
@@ -203,7 +209,7 @@ test-newest:  ### a larger part on the newest torch, transformers and PEFT of lo
 	eval "$$END"
 	mkdir -p $(ENDS)
 	export PIP_CONSTRAINT=$(abspath $(ENDS))/newest.txt
-	record=$$($(NAMED) 1 torch transformers peft)
+	record=$$($(NEWEST) torch transformers peft)
 	if [ "$$record" != "$$(cat $$PIP_CONSTRAINT 2>/dev/null)" ]; then rm -rf $(ENDS)/newest; fi
 	echo "$$record" >$$PIP_CONSTRAINT
 	end newest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
@@ -212,7 +218,7 @@ test-newest:  ### a larger part on the newest torch, transformers and PEFT of lo
 test-latest:  ### the same on what is newest today
 	eval "$$END"
 	rm -rf $(ENDS)/latest
-	PIP_CONSTRAINT=/dev/null end latest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch PYTHON=$(PYTHON)
+	PIP_CONSTRAINT=/dev/null end latest "-m 'not nightly' $(AT_NEWEST) $(ARGS)" TORCH=torch LATEST=1 PYTHON=$(PYTHON)
 	cd $(ENDS)/latest && .venv/bin/python -c "$$NEWER"
 
 define NEWER

@@ -11,7 +11,7 @@ import re
 # Package -> its oldest release that works, and the newest that all tests have run with.
 SUPPORTED = {
     "torch": ("2.11", "2.15"),
-    "transformers": ("5.0", "5.24"),
+    "transformers": ("5.0", "5.25"),
     "peft": ("0.19", "0.21"),
     "bitsandbytes": ("0.50", "0.50"),
     "torchao": ("0.18", "0.18"),

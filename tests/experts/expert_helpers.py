@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ KINDS = {
     "norm": ("muse_spark", "MuseSparkExperts"),
 }
 DECORATED = re.compile(r"^@use_experts_implementation(?:\(.*?\))?\nclass (\w+)", re.M)
+# A base of the class that models have, with a forward for rows of one slot.
+NO_MODULES = {"ErgoExpertProjections"}
 
 
 class SmallConfig:
@@ -49,7 +52,7 @@ class SmallConfig:
         if name.startswith("_"):
             raise AttributeError(name)
         known = {"act": "silu", "latent": None, "eps": 1e-6, "alpha": 1.7, "softcap": 2.0}
-        known |= {"limit": 1.5, "norm": True, "inter": self.sizes[1], "hidden": self.sizes[0]}
+        known |= {"limits": [1.5], "limit": 1.5, "norm": True, "inter": self.sizes[1], "hidden": self.sizes[0]}
         return next((each for part, each in known.items() if part in name), self.experts)
 
 
@@ -62,6 +65,7 @@ def decorated_types() -> list[tuple[str, str]]:
         (path.parent.name, kind)
         for path in sources
         for kind in DECORATED.findall(path.read_text(encoding="utf-8"))
+        if kind not in NO_MODULES
     )
 
 
@@ -72,7 +76,9 @@ def make_experts(
     """Frozen experts with random numbers in float64, their biases included."""
     model, name = KINDS[kind] if isinstance(kind, str) else kind
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    made = getattr(module, name)(SmallConfig(experts, sizes)).double()
+    kind = getattr(module, name)
+    of_layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(kind).parameters else {}
+    made = kind(SmallConfig(experts, sizes), **of_layer).double()
     for parameter in made.parameters():
         parameter.normal_(std=0.3).requires_grad_(False)
     return made

@@ -87,9 +87,9 @@ def hqq_four_bits(layer: nn.Linear, dtype: torch.dtype, optimize=True) -> nn.Mod
 def fp8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """With the weight as a checkpoint that is not quantised leaves it."""
     module = importlib.import_module("transformers.integrations.finegrained_fp8")
-    made = module.FP8Linear(layer.in_features, layer.out_features, (16, 16), has_bias=True)
+    made = module.FP8Linear(layer.in_features, layer.out_features, block_size=(16, 16))
     made.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
-    made.bias.data = layer.bias.detach().to(dtype, copy=True)
+    made.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
     nn.init.ones_(made.weight_scale_inv)  # as it is made, it may be NaN, which equals nothing
     return made
 
