@@ -52,7 +52,8 @@ class SmallConfig:
         if name.startswith("_"):
             raise AttributeError(name)
         known = {"act": "silu", "latent": None, "eps": 1e-6, "alpha": 1.7, "softcap": 2.0}
-        known |= {"limits": [1.5], "limit": 1.5, "norm": True, "inter": self.sizes[1], "hidden": self.sizes[0]}
+        known |= {"limits": [1.5], "limit": 1.5, "norm": True}
+        known |= {"inter": self.sizes[1], "hidden": self.sizes[0]}
         return next((each for part, each in known.items() if part in name), self.experts)
 
 
