@@ -18,7 +18,7 @@ The rest is in modules that are named after their purpose:
     nn           layers                                        loralib    loralib's models
     models       what a model's layers do together             kernels    plans, cards, routes
     reference    the op in torch alone                         autotune   routes that were timed
-    pool         many adapters in tensors of fixed size
+    pool         many adapters in tensors of fixed size    pretrained  folders as they are stored
 """
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
@@ -34,7 +34,18 @@ except ImportError as error:
     raise ImportError(import_error_hint()) from error
 
 # Not in __all__: `from lora_ext import *` must not hide torch's nn or functional.
-from . import adapters, autotune, functional, kernels, loralib, models, nn, pool, reference  # noqa: F401
+from . import (  # noqa: F401
+    adapters,
+    autotune,
+    functional,
+    kernels,
+    loralib,
+    models,
+    nn,
+    pool,
+    pretrained,
+    reference,
+)
 from . import flops as flops  # registers the formulas with torch's FLOP counter
 from .adapters import load_adapter, save_adapter
 from .autotune import warmup

@@ -58,7 +58,7 @@ FLOORS = [
     ["__init__", "__main__"],
     ["reports", "autotune", "pool"],
     ["adapters", "loralib"],
-    ["models", "peft"],
+    ["models", "peft", "pretrained"],
     ["nn", "functional"],
     ["call"],
     ["experts", "flops"],

@@ -51,14 +51,14 @@ def packing(module: nn.Module) -> str:
     packed = {n: p for n, p in stacks.items() if p.dtype not in FLOATS}
     forms = sorted({str(p.dtype) for n, p in packed.items() if _sizes(module, n) != p.shape})
     forms = ["MXFP4"] if type(module).__name__ == "Mxfp4GptOssExperts" else forms
-    cure = "load the model dequantised: dequantize=True in Mxfp4Config or FineGrainedFP8Config"
+    cure = "load the model with config=lora_ext.pretrained.packed_config(folder)"
     return f"the experts' weights are packed in {' and '.join(forms)}; {cure}" if forms else ""
 
 
 def _sizes(module: nn.Module, name: str) -> tuple[int, ...]:
     """Of a quantised stack, or ()."""
     found = stack_of(module, name)
-    return found.sizes if isinstance(found, QuantizedStack) else ()
+    return found.shape if isinstance(found, QuantizedStack) else ()
 
 
 # Attributes that instances of older releases lack, with what holds there by their sources: 5.0 has

@@ -54,7 +54,7 @@ def warn_of_other_experts(model: nn.Module, where: str, config: LoraConfig) -> N
         kind = type(module).__name__
         if "expert" not in f"{path} {kind}".lower() or is_experts(module):
             continue
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.conv._ConvNd) or "parametrizations" in path.split("."):
             continue
         packed = packing(module)
         if packed and not any(matches(pattern, path) for pattern in config.exclude_modules):

@@ -174,5 +174,5 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of a parameter, plain or quantised; () of one that is computed otherwise."""
     found = stack_of(module, name)
     if isinstance(found, QuantizedStack):
-        return found.sizes
+        return found.shape
     return tuple(found.shape) if isinstance(found, Tensor) else ()

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..quantized.layers import own_type
+
 _TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name]
 _STATE_DICT_HOOKS = [name for name in _HOOKS if "state_dict" in name]
@@ -32,7 +34,7 @@ class DropIn(nn.Module):
         """Call it after the base's own constructor, or with the module that is replaced."""
         kept = self.__dict__ if base is None else base.__dict__
         self.base_attributes = {k: v for k, v in kept.items() if k not in nn.Module().__dict__}
-        self.base_type = self._own_base() if base is None else type(base)
+        self.base_type = self._own_base() if base is None else own_type(type(base))
         if base is not None:
             self._adopt(base)
 
@@ -89,7 +91,8 @@ class DropIn(nn.Module):
 
     def as_base(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """A module of the class that was replaced, with this weight and bias, frozen."""
-        base = self.base_type.__new__(self.base_type)
+        kind: Any = self.base_type
+        base: nn.Module = kind.__new__(kind)
         nn.Module.__init__(base)
         base.__dict__.update(self.base_attributes)
         for name, tensor in (("weight", weight), ("bias", bias)):

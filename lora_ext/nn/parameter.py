@@ -65,7 +65,7 @@ class LoRAParameter(LoRALayer):
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the parameter, also of a quantised one."""
         stack = self.stack
-        return tuple(self.weight.shape) if stack is None else stack.sizes
+        return tuple(self.weight.shape) if stack is None else stack.shape
 
     @property
     def count(self) -> int:

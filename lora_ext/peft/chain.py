@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..call import Path
 from ..quantized.stack import QuantizedStack
-from ..quantized.stacks import PARAMETRIZED, is_four_bits, parametrized, stack_of, stacks_of
+from ..quantized.stacks import PARAMETRIZED, is_packing, parametrized, stack_of, stacks_of
 from ..rows.row_adapters import RowAdapters
 from ..torch_state import has_any_global_hook, is_onnx_export, is_plain
 from .layer import NONE_ACTIVE, names_of
@@ -119,7 +119,7 @@ def _parametrization_reason(chain: Chain, name: str) -> str:
     if isinstance(reason, QuantizedStack):
         return ""
     first, *others = parametrized(chain.base)[name]._modules.values()
-    if is_four_bits(first) and any(type(other).__name__ == _LEFT for other in others):
+    if is_packing(first) and any(type(other).__name__ == _LEFT for other in others):
         return (
             f"peft {peft.__version__} left an update in the parameter in an earlier forward of its "
             "own; load the model again and accelerate it before its first forward"

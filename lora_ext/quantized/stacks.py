@@ -12,6 +12,7 @@ from ..torch_state import is_plain
 from .codes import Codes, FourBits, ScaledCodes
 from .of_bitsandbytes import four_bit_stack
 from .of_fp8 import fp8_stack, is_scale
+from .of_mxfp4 import Mxfp4, mxfp4_stack
 from .of_torchao import torchao_stack
 from .stack import QuantizedStack, kept
 
@@ -50,8 +51,8 @@ def stored_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | None:
-    """The parameter, or its stack if bitsandbytes or torchao quantised it; why neither can be had,
-    as text; None if there is no such parameter."""
+    """The parameter, or its stack if it is quantised; why neither can be had, as text; None if
+    there is no such parameter."""
     found = parametrized(module).get(name)
     if found is None:
         own = module._parameters.get(name)
@@ -61,9 +62,10 @@ def stack_of(module: nn.Module, name: str) -> Tensor | QuantizedStack | str | No
         stack = find(module, name, own)
         return own if stack is None else stack
     parts = list(found._modules.values())
-    if len(parts) != 1 or not is_four_bits(parts[0]) or "original" not in found._parameters:
+    if len(parts) != 1 or not is_packing(parts[0]) or "original" not in found._parameters:
         return PARAMETRIZED
-    return _four_bits(parts[0], found._parameters["original"])
+    codes: Any = found._parameters["original"]
+    return (mxfp4_stack if type(parts[0]) is Mxfp4 else _four_bits)(parts[0], codes)
 
 
 def whole_parameter(module: nn.Module, name: str) -> Tensor:
@@ -92,10 +94,11 @@ def stacks_of(module: nn.Module) -> list[QuantizedStack]:
     return [stack for stack in found if isinstance(stack, QuantizedStack)]
 
 
-def is_four_bits(part: nn.Module) -> bool:
-    """Whether a parametrization is bitsandbytes' own, and nothing else is computed in it."""
+def is_packing(part: nn.Module) -> bool:
+    """Whether a parametrization is bitsandbytes' own or that of MXFP4, and nothing else is computed
+    in it."""
     kind = type(part)
-    if f"{kind.__module__}.{kind.__qualname__}" != _FOUR_BITS:
+    if kind is not Mxfp4 and f"{kind.__module__}.{kind.__qualname__}" != _FOUR_BITS:
         return False
     return "forward" not in part.__dict__ and not (part._forward_hooks or part._forward_pre_hooks)
 

@@ -46,6 +46,7 @@ PACKED = {
     "experts, straddling nf4": "straddling",
     "experts, torchao with points": "stand-in points",
     "experts, torchao int8": "int8",
+    "experts, mxfp4": "mxfp4",
 }
 # Name -> a language model with experts, and its dtype.
 MIXTURES = {"mixture of gpt_oss": ("gpt_oss", F32), "mixture of qwen3": ("qwen3_moe", BF16)}

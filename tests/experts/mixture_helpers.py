@@ -37,7 +37,7 @@ _OF_TYPE = {
 
 def mixture(kind="qwen3_moe", dtype=torch.float64, seed=0, **fields):
     """A tiny causal language model of a type of transformers."""
-    sizes = {**_SIZES, **_OF_TYPE[kind], **fields}
+    sizes = {**_SIZES, **_OF_TYPE.get(kind, {}), **fields}
     config = AutoConfig.for_model(kind, **sizes, experts_implementation="eager")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -15,6 +15,8 @@ from helpers import F32
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from lora_ext.quantized.of_mxfp4 import hold_mxfp4
+
 HIDDEN, INNER = 64, 96
 FOUR_BITS = list(four_bit_experts.FORMS)
 
@@ -29,6 +31,16 @@ def quantise(module: nn.Module, name: str, form: str) -> Tensor:
     if form.startswith("bitsandbytes"):  # the library's own
         own: Any = importlib.import_module("bitsandbytes.nn.parametrize")
         own.replace_parameter_4bit(module, name, form.endswith("nested"), "nf4", BLOCK)
+        return getattr(module, name).clone()
+    if form == "mxfp4":
+        values = module.get_parameter(name)
+        # Codes of rows of W; scales about those of W, some of them tiny.
+        rows = values.mT if module.is_transposed else values
+        shape = (*rows.shape[:-1], rows.shape[-1] // 32)
+        generator = torch.Generator().manual_seed(3)
+        codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(118, 125, shape, generator=generator, dtype=torch.uint8)
+        hold_mxfp4(module, name, codes, scales, values.dtype)
         return getattr(module, name).clone()
     if form not in FOUR_BITS:
         torchao_experts.quantise(module, name, form)
