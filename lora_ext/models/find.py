@@ -13,7 +13,7 @@ from ..nn.conv import unsupported_reason
 from ..nn.experts import LoRAExperts, is_experts
 from ..nn.linear import is_conv1d
 from ..nn.module import LoRAModule
-from ..quantized.layers import is_quantized
+from ..quantized.layers import is_quantized, unread_codes
 from .config import ALL_LINEAR, LoraConfig
 from .mixtures import names_parameter, routers
 from .model import adapter_modules
@@ -125,6 +125,14 @@ def _all_linear(
         and not is_read_directly(model, path)
         and (isinstance(module, _LINEAR) or replacement_for(module) in (*_LINEAR, LoRAExperts))
     ]
+    for path, module in candidates:
+        if module is not output and not is_adaptable(module) and (why := unread_codes(module)):
+            raise ValueError(
+                f"lora_ext.apply_lora: expected linear layers that 'all-linear' can adapt, but of "
+                f"{path!r}, a {type(module).__name__}, {why}. exclude_modules leaves it out; PEFT "
+                "may adapt it, beside layers of ours: "
+                "lora_ext.accelerate(peft.get_peft_model(model, config))"
+            )
     if not found:
         raise ValueError(
             "lora_ext.apply_lora: expected linear layers for target_modules 'all-linear', but the "

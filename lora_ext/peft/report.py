@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..call import Decision, Path
+from ..quantized.layers import unread_codes
 from .reasons import adapters_state
 
 
@@ -20,4 +21,6 @@ def peft_decision(layer: Any, rows: int | None = None) -> Decision:
     reason = f"lora_ext has no forward for PEFT's {type(layer).__name__}"
     if type(layer) in classes():
         reason = "not accelerated; call lora_ext.accelerate(model)"
+    elif why := unread_codes(layer.get_base_layer()):
+        reason += f": {why}"
     return Decision(layer.forward, Path.PEFT, reason)

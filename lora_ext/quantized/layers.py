@@ -21,7 +21,14 @@ from .of_hqq import hqq_base
 from .of_torchao import torchao_base
 from .weight import QuantizedBase
 
-__all__ = ["QuantizedBase", "is_quantized", "is_without_kernel", "own_type", "quantized_base"]
+__all__ = [
+    "QuantizedBase",
+    "is_quantized",
+    "is_without_kernel",
+    "own_type",
+    "quantized_base",
+    "unread_codes",
+]
 
 
 def quantized_base(
@@ -46,6 +53,25 @@ def quantized_base(
 def is_quantized(layer: nn.Module) -> bool:
     """Whether `quantized_base` supports the layer's class."""
     return quantized_base(layer, None) is not None
+
+
+def unread_codes(layer: nn.Module) -> str:
+    """What a linear layer's weight is packed in, if no code of this package reads it (GPTQ's and
+    AWQ's `qweight`, compressed-tensors' `weight_packed`), and what to do; or ""."""
+    if not hasattr(layer, "out_features") or is_quantized(layer):
+        return ""
+    own = {**layer._parameters, **layer._buffers}
+    codes = [name for name, t in own.items() if t is not None and t.dim() > 1 and _are_codes(t)]
+    if not codes:
+        return ""
+    return (
+        f"its weight is packed, in {codes[0]!r} of {own[codes[0]].dtype}, as lora_ext does not "
+        "read; bitsandbytes' 4 bits and int8, torchao's, GGUF, HQQ, FP8 and MXFP4 are read"
+    )
+
+
+def _are_codes(tensor: Tensor) -> bool:
+    return not (tensor.is_complex() or (tensor.is_floating_point() and tensor.itemsize > 1))
 
 
 def own_type(kind: type) -> type:

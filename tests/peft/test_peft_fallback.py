@@ -128,6 +128,35 @@ def test_layers_without_a_faster_forward_are_listed():
     assert "Conv2d" in str(lora_ext.explain(model))
 
 
+class PackedLinear(nn.Module):
+    """With the tensors of GPTQ's and AWQ's layers: eight codes in each int32."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        codes = torch.zeros(in_features // 8, out_features, dtype=torch.int32)
+        self.register_buffer("qweight", codes)
+        self.register_buffer("scales", torch.ones(1, out_features))
+
+
+def test_weights_that_are_packed_as_nothing_here_reads_are_named():
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 8)), LoraConfig(target_modules=["0"]))
+    config = model.peft_config["default"]
+    model.base_model.model[0] = GPTQLoraLinear(PackedLinear(16, 8), "default", config, r=2)
+    (layer,) = lora_ext.explain(lora_ext.accelerate(model))
+    assert layer.path == "peft" and layer.reason.startswith(
+        "lora_ext has no forward for PEFT's GPTQLoraLinear: its weight is packed, in 'qweight' of "
+        "torch.int32, as lora_ext does not read"
+    )
+    ours = nn.Sequential(nn.Linear(16, 16), PackedLinear(16, 8))
+    with pytest.raises(ValueError, match="of '1', a PackedLinear, its weight is packed"):
+        lora_ext.apply_lora(ours, lora_ext.LoraConfig("all-linear"))
+    lora_ext.apply_lora(ours, lora_ext.LoraConfig("all-linear", exclude_modules="1"))
+    assert [layer.name for layer in lora_ext.explain(ours)] == ["0"]
+
+
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_an_adapter_that_is_not_in_the_layer(kind):
     model = layer_model(kind, "one")
