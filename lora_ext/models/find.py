@@ -118,15 +118,18 @@ def _all_linear(
 ) -> list[tuple[str, nn.Module]]:
     get_output = getattr(model, "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
-    found: list[tuple[str, nn.Module]] = [
+    offered = [
         (path, module)
         for path, module in candidates
-        if module is not output
-        and not is_read_directly(model, path)
-        and (isinstance(module, _LINEAR) or replacement_for(module) in (*_LINEAR, LoRAExperts))
+        if module is not output and not is_read_directly(model, path)
     ]
-    for path, module in candidates:
-        if module is not output and not is_adaptable(module) and (why := unread_codes(module)):
+    found = [
+        (path, module)
+        for path, module in offered
+        if isinstance(module, _LINEAR) or replacement_for(module) in (*_LINEAR, LoRAExperts)
+    ]
+    for path, module in offered:
+        if not is_adaptable(module) and (why := unread_codes(module)):
             raise ValueError(
                 f"lora_ext.apply_lora: expected linear layers that 'all-linear' can adapt, but of "
                 f"{path!r}, a {type(module).__name__}, {why}. exclude_modules leaves it out; PEFT "

@@ -57,7 +57,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def unread_codes(layer: nn.Module) -> str:
     """What a linear layer's weight is packed in, if no code of this package reads it (GPTQ's and
-    AWQ's `qweight`, compressed-tensors' `weight_packed`), and what to do; or ""."""
+    AWQ's `qweight`, compressed-tensors' `weight_packed`), and what is read; or ""."""
     if not hasattr(layer, "out_features") or is_quantized(layer):
         return ""
     own = {**layer._parameters, **layer._buffers}
