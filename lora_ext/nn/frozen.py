@@ -10,6 +10,7 @@ and nothing else about it changes.
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,8 @@ def take_frozen(model: nn.Module, back: bool = False) -> None:
 
     Modules around which PEFT has a wrapper of parameters keep theirs: the wrapper computes them.
     """
+    if not back:
+        _warn_of_dense_experts(model)
     wrapped = wrapped_modules(model)
     for module in model.modules():
         own = own_type(type(module))
@@ -61,6 +64,22 @@ def _forward_of(module: nn.Module) -> Any:
     if is_experts(module):
         return _of_experts if stacks_of(module) else None
     return _of_linear if is_without_kernel(module, own_type(type(module))) else None
+
+
+def _warn_of_dense_experts(model: nn.Module) -> None:
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return
+    own = (
+        parameter for each in model.modules() if is_experts(each) for parameter in each.parameters()
+    )
+    size = sum(each.nbytes for each in own if each.dim() == 3 and each.is_floating_point())
+    if size:
+        warnings.warn(
+            f"lora_ext: this model is quantised but for its experts, {size / 2**30:.3g} GiB: "
+            "transformers' BitsAndBytesConfig takes linear layers alone; load it with "
+            "quantization_config=lora_ext.pretrained.four_bit_config()",
+            stacklevel=4,
+        )
 
 
 def _of_experts(self: Any, *args: Any, **kwargs: Any) -> Any:

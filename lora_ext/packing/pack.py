@@ -4,13 +4,13 @@ the weights where that is faster still."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import nn
 
 import lora_ext._C as _C
 
+from ..device import free_memory
 from ..packed_weight import PackedWeight, Wins, pack_weight
 from .layers import Kind, Weight, packable_layers, weights_of
 from .trial import Packing, Products, Trial
@@ -28,10 +28,8 @@ DECODE_AND_TRAINING = (1, 16, 2048)
 def default_budget() -> int:
     """A quarter of the memory that is available now: packed copies of frozen float32 weights, for
     both directions, take twice the size of the weights."""
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024 // 4
-    return 2**30
+    free = free_memory()
+    return 2**30 if free is None else free // 4
 
 
 def pack_weights(

@@ -1,5 +1,5 @@
-"""Folders of models whose weights stay as they are stored, for transformers' `from_pretrained`."""
+"""Models whose weights are packed as transformers' `from_pretrained` loads them."""
 
-from .packed import packed_config
+from .packed import four_bit_config, packed_config
 
-__all__ = ["packed_config"]
+__all__ = ["four_bit_config", "packed_config"]

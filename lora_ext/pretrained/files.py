@@ -92,3 +92,10 @@ def fp8(name: str, codes: Stored, config: Any) -> tuple[list[str], tuple[int, ..
     if codes.dtype == "I8":
         down, across = 1, 16
     return names, (*lead, math.ceil(rows / down), math.ceil(columns / across))
+
+
+def four_bits(name: str, codes: Stored, config: Any) -> tuple[list[str], tuple[int, ...]] | None:
+    """bitsandbytes' ``X [in out / 2, 1]`` with ``X.absmax``, one for each block of 64."""
+    if codes.dtype != "U8" or len(codes.shape) != 2 or codes.shape[1] != 1:
+        return None
+    return [f"{name}.absmax"], (-(-codes.shape[0] // 32),)
