@@ -22,7 +22,7 @@ struct DequantizedMatrices {
 };
 
 struct Dequantize4bitParams : DequantizedMatrices {
-  static constexpr int kMinBlockBits = 5;
+  static constexpr int kMinBlockBits = 4;
 
   const uint8_t* packed;       // two codes a byte
   const float* table;          // 16 values

@@ -144,7 +144,7 @@ class FourBits(Codes):
         return made
 
     def _write(self, out: Tensor) -> None:
-        if not self._has_kernel():
+        if not has_kernels(self.device):
             self.write_by_library(out)
         elif self.in_panels:
             _ops.dequantize("4bit_panels", self._bytes(), self.scale, out, **self.words())
@@ -183,11 +183,7 @@ class FourBits(Codes):
         return made
 
     def is_by_kernel(self) -> bool:
-        return not self.in_panels and self._has_kernel()
-
-    def _has_kernel(self) -> bool:
-        # In a GPU's a lane of a warp has the scale of a block, of at most 32 of 1,024 values.
-        return (self.block >= 32 or self.device.type == "cpu") and has_kernels(self.device)
+        return not self.in_panels and has_kernels(self.device)
 
     def flat(self) -> tuple[list[Tensor], list[int]]:
         nested = self.nested

@@ -16,6 +16,7 @@ def test_a_layer_on_a_quantised_base_dequantises_twice():
     python("""
 from types import SimpleNamespace
 from lora_ext.quantized import workspace
+from lora_ext.quantized.formats import codes_of
 from lora_ext.quantized.linear import Call, _QuantizedLinear
 from lora_ext.quantized.of_bitsandbytes import FourBitWeight, eight_bit_weight
 
@@ -56,7 +57,15 @@ def eight_bits(device):
     codes = torch.randint(-127, 128, (n, k), generator=generator).to(torch.int8)
     return eight_bit_weight(codes.to(device), made(n).abs().to(device))
 
-for weight, kernel in ((four_bits, "dequantize4bit"), (eight_bits, "dequantize8bit")):
+def blocks_of_16(device):
+    generator.manual_seed(1)
+    pairs = torch.randint(0, 256, (n, k // 2), generator=generator).byte()
+    scale = made(n, k // 16).to(torch.float8_e4m3fn)
+    operands = [each.to(device) for each in (pairs, scale, torch.tensor(3.0))]
+    return codes_of("nvfp4", *operands[:2], torch.bfloat16, over=operands[2])
+
+kinds = ((four_bits, "dequantize4bit"), (blocks_of_16, "dequantize4bit"))
+for weight, kernel in (*kinds, (eight_bits, "dequantize8bit")):
     dense = weight("cpu").dequantize(torch.bfloat16)
     generator.manual_seed(2)
     x, a, b, grad = (made(*s).bfloat16() for s in ((rows, k), (rank, k), (n, rank), (rows, n)))
@@ -130,7 +139,9 @@ def call_8bit(dtype=torch.int8, **blocks):  # of 3 scales down, or across
     ops.dequantize("8bit", codes, torch.zeros(3).to(there), out, **blocks)
 
 call()
-refused("on CUDA a block that is a power of two from 32 on, but got 96", block=96)
+for block, cols in ((96, 8), (8, 1)):
+    words = f"on CUDA a block that is a power of two from 16 on, but got {block}"
+    refused(words, block=block, cols=cols)
 refused("on CUDA a scale_block that is a power of two from 2 on, but got 6", scale_block=6)
 for dtype in (torch.int8, torch.float8_e4m3fn):
     for size in ("block", "block_rows"):
@@ -165,7 +176,14 @@ assert settled()
 """)
 
 
-@pytest.mark.parametrize("mutant", ["dequantize_lower_half_first", "dequantize_scale_fused"])
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        "dequantize_lower_half_first",
+        "dequantize_scale_fused",
+        "dequantize/formats.dequantize_tile.j<Tile::kChunks/2:always",
+    ],
+)
 def test_kernels_that_dequantise_wrongly_are_not_used(mutant):
     python(f"""
 from lora_ext.quantized import devices

@@ -110,7 +110,7 @@ def test_every_code_of_eight_bits(isa, dtype, kind):
 @pytest.mark.parametrize("nested", [None, 16, 256])
 @pytest.mark.parametrize("low_first", [False, True], ids=["high first", "low first"])
 @pytest.mark.parametrize(
-    ("count", "block"), [(1 << 20, 64), (1 << 20, 4096), (12345, 32), (999, 256), (1, 64)]
+    ("count", "block"), [(1 << 20, 64), (1 << 20, 4096), (12345, 32), (9999, 16), (1, 64)]
 )
 def test_four_bits_on_cuda(count, block, nested, dtype, cuda, low_first):
     packed, scale, parts, expected = four_bit_case(count, block, 0, nested, low_first)
@@ -147,13 +147,14 @@ def test_eight_bits_on_cuda(shape, block, kind, dtype, cuda):
     assert torch.equal(out.cpu(), expected.to(dtype))
 
 
+@pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_the_check_of_a_device_is_right_and_sees_another_formula(dtype, isa, monkeypatch):
+def test_the_check_of_a_device_is_right_and_sees_another_formula(dtype, block, isa, monkeypatch):
     cpu = torch.device("cpu")
-    assert not devices._differs(cpu, dtype)
+    assert not devices._differs(cpu, dtype, block)
     once = devices._scales_of
     monkeypatch.setattr(devices, "_scales_of", lambda *parts: once(*parts[:3], parts[3] * 1.01))
-    assert devices._differs(cpu, dtype)
+    assert devices._differs(cpu, dtype, block)
 
 
 def test_a_device_without_kernels():
@@ -167,7 +168,7 @@ def test_the_check_of_a_device_has_values_among_fake_tensors():
 
 
 def test_a_device_without_memory_is_asked_again(monkeypatch):
-    def fails(device, dtype):
+    def fails(*case):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(devices, "_differs", fails)

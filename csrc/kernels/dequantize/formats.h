@@ -79,9 +79,9 @@ __device__ __forceinline__ void dequantize_matrix(const Params& p) {
 // shuffle takes the lane modulo 32 itself, so the bits above the code in its word need no mask: one
 // of them only selects one of the two copies. So a value takes a shift, a shuffle, a multiplication
 // and half a conversion; a table in shared memory would need a mask, too, and a barrier first.
-// Together with the other work of a tile this is 6.4 instructions per value on sm_80 and 6.8 on
-// sm_90a: an H100 issues the instructions of 4.4e12 values per second, and moves the 2.5 bytes of
-// 1.3e12 values. So codes are loaded 4 bytes at a time: a load of 16 would save 3 of 216
+// Together with the other work of a tile this is 7.2 instructions per value on sm_80 and 7.5 on
+// sm_90a, as `make sass` counts: an H100 issues those of 3.9e12 values per second, and moves the 2.5
+// bytes of 1.3e12 values. So codes are loaded 4 bytes at a time: a load of 16 would save 3 of 230
 // instructions, and take 16 shuffles to bring the codes to the lanes that store the values.
 
 __device__ __forceinline__ float scale_of(const Dequantize4bitParams& p, int64_t block) {
@@ -103,13 +103,15 @@ __device__ __forceinline__ uint32_t upper_first(uint32_t codes, bool low_first) 
   return low_first ? (codes & 0x0F0F0F0Fu) << 4 | (codes >> 4 & 0x0F0F0F0Fu) : codes;
 }
 
-// Dequantises the tile of the calling warp. Each lane holds the scale of one block of the tile,
-// which has at most 32: it is computed once, by three dependent loads if the scales are quantised.
+// Dequantises the tile of the calling warp. Each lane holds the scale of one block of the tile, and
+// of a second where blocks of 16 are 64: it is computed once, by three dependent loads if the scales
+// are quantised.
 template <class T>
 __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, int64_t first) {
   using Tile = DequantizedTile<T>;
   using Codes = std::conditional_t<Tile::kChunk == 8, uint32_t, uint16_t>;
-  static_assert(Tile::kValues >> Dequantize4bitParams::kMinBlockBits <= 32);
+  constexpr int kMostBlocks = Tile::kValues >> Dequantize4bitParams::kMinBlockBits;
+  static_assert(kMostBlocks <= 64);
   const auto lane = static_cast<int>(threadIdx.x) % 32;
   const auto* packed = reinterpret_cast<const Codes*>(p.packed + first / 2) + lane;
   uint32_t codes[Tile::kChunks];
@@ -118,11 +120,16 @@ __device__ __forceinline__ void dequantize_tile(const Dequantize4bitParams& p, i
   const float value = p.table[lane % 16];
   const int last_block = (Tile::kValues - 1) >> p.block_bits;
   const float scale = scale_of(p, (first >> p.block_bits) + min(lane, last_block));
+  float upper = scale;  // of blocks from 32 on; the shuffle takes their numbers modulo 32
+  if (kMostBlocks > 32 && last_block >= 32) {
+    upper = scale_of(p, (first >> p.block_bits) + 32 + lane);
+  }
   T* out = static_cast<T*>(p.out) + first + lane * Tile::kChunk;
 #pragma unroll
   for (int j = 0; j < Tile::kChunks; ++j) {
     const int at = (32 * j + lane) * Tile::kChunk;
-    const float factor = __shfl_sync(0xFFFFFFFFu, scale, at >> p.block_bits);
+    const float held = j < Tile::kChunks / 2 ? scale : upper;
+    const float factor = __shfl_sync(0xFFFFFFFFu, held, at >> p.block_bits);
     float values[Tile::kChunk];
 #pragma unroll
     for (int i = 0; i < Tile::kChunk; ++i) {

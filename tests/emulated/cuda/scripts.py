@@ -278,7 +278,7 @@ launched = 0
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape, block, *before in (
         ((64, 512), 64, 0, 0), ((3, 5), 32, 0, 0), ((40, 250), 4096, 0, 0),
-        ((9, 1000), 128, 1, 0), ((9, 1000), 128, 0, 1),
+        ((9, 1000), 128, 1, 0), ((9, 1000), 128, 0, 1), ((41, 251), 16, 0, 0),
     ):
         count = shape[0] * shape[1]
         packed, blocks = bytes_of((count + 1) // 2), -(-count // block)

@@ -211,7 +211,7 @@ struct FourBits {
 template <class T>
 void run_four_bits(const Case& run, Random& random) {
   const auto [name, tiles, max_block, odd] = run.size;
-  const int64_t block = max_block >> random() % 3;
+  const int64_t block = std::max(16, max_block >> random() % 3);
   const bool aligned = !odd || random() % 2 == 0;
   const Matrices matrices{random};
   int64_t count = draw_count<T>(tiles, random);
@@ -228,8 +228,8 @@ void run_four_bits(const Case& run, Random& random) {
   run_timed(stream);
   out.compare(matrices.written(weight.values()));
   const int64_t scale_bytes = weight.nested ? 1 + 3 * sizeof(float) : sizeof(float);
-  matrices.compare_bytes<T>(count, 0.5, aligned,
-                            32 * (scale_bytes + static_cast<int64_t>(sizeof(float))));
+  const int64_t scales = std::max<int64_t>(32, DequantizedTile<T>::kValues / block);
+  matrices.compare_bytes<T>(count, 0.5, aligned, scales * scale_bytes + 32 * sizeof(float));
 }
 
 // e4m3: a sign, 4 bits of exponent, whose bias is 7, and 3 of mantissa; all ones are NaN.
@@ -354,9 +354,11 @@ void run_dequantize(const Case& run) {
 
 // Most tiles, most values of a block (or chunks of a row), and whether operands may be unaligned.
 #define VARIANT(name, ...) {#name, run_dequantize<__VA_ARGS__>},
-const Program program{
-    "dequantize",
-    {DEQUANTIZE_VARIANTS(VARIANT)},
-    {{"blocks_of_128", 3, 128, 0}, {"blocks_of_4096", 10, 4096, 0}, {"unaligned", 2, 256, 1}}};
+const Program program{"dequantize",
+                      {DEQUANTIZE_VARIANTS(VARIANT)},
+                      {{"blocks_of_128", 3, 128, 0},
+                       {"blocks_of_4096", 10, 4096, 0},
+                       {"unaligned", 2, 256, 1},
+                       {"blocks_of_16", 3, 16, 0}}};
 
 }  // namespace kernels

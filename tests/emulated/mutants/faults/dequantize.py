@@ -61,7 +61,7 @@ DEQUANTIZE = [
         "dequantize_scale_of_the_lane",
         "a chunk has the scale of its lane's first one",
         "the other chunks of a lane lie in other blocks",
-        ("scale, at >> p.block_bits", "scale, lane * Tile::kChunk >> p.block_bits"),
+        ("held, at >> p.block_bits", "held, lane * Tile::kChunk >> p.block_bits"),
     ),
     of_8bit(
         "dequantize_row_of_the_tile",
